@@ -1,0 +1,14735 @@
+/* sdq.h - Stable Diffusion, quantized: one header that makes it fast and small on ordinary CPUs.
+ * v0.1 - public interface may still change - MIT licence, at the end of this file
+ * SPDX-License-Identifier: MIT
+ *
+ * It loads a Stable Diffusion model (diffusers folder), makes its UNet int8 by calibration,
+ * quantization-aware training and distillation, and draws pictures with it, some evaluations of
+ * the network in float and the rest in int8. No dependency but libc and libm.
+ *
+ * Do this in exactly ONE .c or .cpp file of your program, never in a header:
+ *
+ *     #define SDQ_IMPLEMENTATION
+ *     #include "sdq.h"
+ *
+ * and include sdq.h without the define wherever else you need it. Build with
+ *
+ *     cc -O2 -fopenmp prog.c -lm         (leave out -fopenmp for one thread)
+ *
+ * No -m flags: the kernels for AVX2, AVX-512 and VNNI are in the same object and are chosen at
+ * run time.
+ *
+ * A complete program:
+ *
+ *     #define SDQ_IMPLEMENTATION
+ *     #include "sdq.h"
+ *     int main(void) {
+ *         sdq_ctx *ctx;
+ *         sdq_pipeline *pipe;
+ *         sdq_image image;
+ *         sdq_txt2img_desc desc = {0};
+ *         desc.prompt = "woman astronaut: medium-light skin tone";
+ *         if (sdq_ctx_create(NULL, &ctx)) return 1;
+ *         if (sdq_pipeline_load(ctx, "examples/emoji/model", NULL, &pipe)
+ *             || sdq_txt2img(ctx, pipe, &desc, &image)
+ *             || sdq_image_write(ctx, "out.png", &image, NULL, 0))
+ *             return fprintf(stderr, "%s\n", sdq_error_text(ctx)), 1;
+ *         return 0;
+ *     }
+ *
+ * What sdq.h does NOT do: SDXL, inpainting, LoRA files, prompt weighting, pickles (.ckpt, .bin),
+ * GPUs, big-endian machines. It prints nothing, never exits, reads no environment variables and
+ * has no mutable globals.
+ *
+ * Contents (search for the marks):
+ *
+ *     >>manual        the book: load, draw, calibrate, train, convert; numerics, memory, errors
+ *     >>api-config >>api-types >>api-context >>api-tensor >>api-ops >>api-layer >>api-quant
+ *     >>api-files >>api-image >>api-dataset >>api-tokenizer >>api-random >>api-scheduler
+ *     >>api-report >>api-model >>api-train >>api-tasks >>api-pipeline >>api-recipe
+ *     >>impl          includes, compiler detection
+ *     >>util >>error >>memory >>parallel >>cpu
+ *     >>kernel-list   every kernel, its definition, one table per instruction set
+ *     >>random        torch's generators
+ *     >>tensor >>qmath
+ *     >>gemm >>attention                  one driver for every product, float and int8
+ *     >>tape >>ops >>layer                forward, backward and int8 rule of every operation
+ *     >>files >>json >>safetensors >>image >>dataset >>tokenizer
+ *     >>optim         AdamW and the training loop
+ *     >>model >>text >>unet >>vae         the networks, each written once
+ *     >>scheduler >>pipeline >>report
+ *     >>tasks >>recipe >>calibrate >>distill >>convert >>schedule
+ *     >>kernel-text   the kernels, compiled once per instruction set
+ *     >>changes >>licence
+ *
+ * ===========================================================================
+ * >>manual
+ *
+ * One network, three modes
+ *     A convolution or linear layer is an sdq_layer: weights, quantizer. An evaluation of a network
+ *     is told its mode:
+ *       SDQ_FLOAT   fp32
+ *       SDQ_FAKE    the int8 forward on weights quantized at this moment; the float weights stay
+ *                   and get straight-through gradients. For calibration and training.
+ *       SDQ_INT8    packed int8 weights, input quantized on the fly, int32 sums, float results
+ *     FAKE runs the int8 kernels, so FAKE and INT8 are equal to the bit and converting changes no
+ *     number.
+ *
+ * Drawing
+ *     sdq_pipeline_load reads a diffusers folder: model_index.json, tokenizer/, text_encoder/, unet/,
+ *     vae/, scheduler/. sdq_txt2img draws. desc.precision says which evaluations of the denoising
+ *     loop are float: all, none, the first and last k, or the schedule stored with the int8 file.
+ *     The same seed gives the picture that diffusers gives on a CPU (up to float rounding).
+ *
+ * Quantizing
+ *     sdq_recipe_default() or _reference() -> sdq_recipe_apply(unet) -> sdq_states_collect (the
+ *     sampler's own trajectories; prompts only) -> sdq_calibrate_states -> [training] ->
+ *     sdq_model_convert -> sdq_model_save_int8.
+ *
+ * Training
+ *     Any function that computes a loss with ops can be trained by sdq_fit: it must draw its
+ *     randomness from the generator it is given. Ready-made losses: sdq_vae_task_loss,
+ *     sdq_diffusion_task_loss, sdq_distill_task_loss. With a state file a run that was killed goes
+ *     on from its last save and ends in the same bytes.
+ *
+ * Numerics and determinism
+ *     The same input gives the same bits on every instruction set, with any number of threads, and
+ *     whether a picture is drawn alone or in a batch. int8 sums are exact. Every float sum has a
+ *     fixed order: a product is one chain of fused multiply-adds over k, a reduction runs in 16
+ *     lanes joined as a tree. exp, erf and their relatives are this file's own polynomials.
+ *     Rounding is half to even. Compile without -ffast-math; the header refuses it.
+ *
+ * Memory and ownership
+ *     Results of ops live in the context's arena until you release it to a mark. Objects made by
+ *     *_create, *_load and *_open are on the heap and freed by their *_free with the same context
+ *     (or one with the same allocator). Nothing that is passed in is kept unless the text says so.
+ *
+ * Threads
+ *     A context belongs to one thread at a time. Loaded models do not change in FLOAT and INT8 mode
+ *     and may be shared by several contexts. FAKE mode changes a model's observers: one user.
+ *
+ * Errors
+ *     Functions return sdq_status; ops return NULL. The first error stays in the context with one
+ *     sentence that names file, tensor, what was expected and what was found, until
+ *     sdq_clear_error. While an error stands, ops do nothing, so a formula needs one check at its
+ *     end.
+ *
+ * Options, defined before the implementation is included
+ *     SDQ_STATIC         all functions private to this file
+ *     SDQ_SELF "name.h"  if you renamed this file
+ *     SDQ_NO_SIMD        scalar kernels only (slow: for reference)
+ *     SDQ_NO_MMAP        files are read instead of mapped
+ *     SDQ_ASSERT(x)      replaces assert for this file's own invariants
+ *
+ * Words
+ *     n,c,h,w entry, channels, height, width; oc,kh,kw output channels and kernel; m,n,k rows,
+ *     columns and depth of a product; t timestep; q int8 value, s scale, z zero point, acc int32
+ *     sum; d<name> gradient of <name>; sigma noise level.
+ * ======================================================================== */
+#ifndef SDQ__KERNEL_PASS /* the file proper; it includes itself for >>kernel-text */
+/* ===========================================================================
+ * >>api-config   version and linkage
+ * ======================================================================== */
+#ifndef SDQ_H
+#define SDQ_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define SDQ_VERSION_MAJOR 0
+#define SDQ_VERSION_MINOR 1
+#define SDQ_VERSION_PATCH 0
+
+/* Linkage of the public functions. SDQ_STATIC makes them private to the
+ * translation unit that defines SDQ_IMPLEMENTATION. */
+#ifndef SDQ_API
+#ifdef SDQ_STATIC
+#define SDQ_API static
+#else
+#define SDQ_API extern
+#endif
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ===========================================================================
+ * >>api-types   status, data types, tiers, modes
+ * ======================================================================== */
+
+/* Every status: name, value, what it means. 0 is success, errors are negative. */
+#define SDQ_STATUS_LIST(X) \
+    X(SDQ_OK, 0, "ok") \
+    X(SDQ_ERR_ARGUMENT, -1, "invalid argument") \
+    X(SDQ_ERR_OOM, -2, "out of memory") \
+    X(SDQ_ERR_IO, -3, "file could not be read or written") \
+    X(SDQ_ERR_FORMAT, -4, "file is damaged or not of the expected format") \
+    X(SDQ_ERR_UNSUPPORTED, -5, "not supported") \
+    X(SDQ_ERR_SHAPE, -6, "shapes do not fit") \
+    X(SDQ_ERR_MISSING, -7, "a required tensor, key or file is missing") \
+    X(SDQ_ERR_NOT_CALIBRATED, -8, "a quantizer has no range yet: calibrate first") \
+    X(SDQ_ERR_CANCELLED, -9, "cancelled by the progress callback") \
+    X(SDQ_ERR_NUMERIC, -10, "a value is not finite")
+
+typedef enum sdq_status {
+#define SDQ__X(name, value, text) name = value,
+    SDQ_STATUS_LIST(SDQ__X)
+#undef SDQ__X
+    SDQ_STATUS_LAST = -11
+} sdq_status;
+
+typedef enum sdq_dtype {
+    SDQ_F32 = 0, SDQ_F16, SDQ_BF16, SDQ_F64, SDQ_I8, SDQ_U8, SDQ_I16, SDQ_U16,
+    SDQ_I32, SDQ_U32, SDQ_I64, SDQ_U64, SDQ_BOOL, SDQ_DTYPE_COUNT
+} sdq_dtype;
+
+/* Instruction sets a context can be made to use. Results are equal on all of them. */
+typedef enum sdq_tier {
+    SDQ_TIER_AUTO = 0, SDQ_TIER_SCALAR, SDQ_TIER_AVX2, SDQ_TIER_AVX512,
+    SDQ_TIER_AVX512VNNI, SDQ_TIER_COUNT
+} sdq_tier;
+
+/* The number mode of one evaluation. See the manual, "One network, three modes". */
+typedef enum sdq_mode { SDQ_FLOAT = 0, SDQ_FAKE, SDQ_INT8, SDQ_MODE_COUNT } sdq_mode;
+
+/* Progress of a long call: stage name, item i of n, a value that belongs to the stage
+ * (a loss, seconds). Called on the caller's thread. Non-zero cancels the call. */
+typedef int (*sdq_progress_fn)(void *user, const char *stage, size_t i, size_t n, double value);
+
+/* ===========================================================================
+ * >>api-context   contexts, errors, memory
+ * ======================================================================== */
+
+typedef struct sdq_ctx sdq_ctx;
+
+typedef struct sdq_ctx_desc {
+    sdq_tier tier;      /* AUTO: the best one this CPU and OS can run; others are caps */
+    int threads;        /* 0: all processors OpenMP reports; without OpenMP always 1 */
+    void *(*alloc)(void *user, size_t bytes);   /* NULL: malloc, free */
+    void (*release)(void *user, void *p);
+    void *user;
+} sdq_ctx_desc;
+
+/* Create a context: allocator, thread count, instruction set, error, scratch memory.
+ * A context belongs to one thread at a time; different contexts never interact.
+ *   desc   NULL or zero-initialised = defaults. Not kept.
+ *   out    the context, NULL on failure; free with sdq_ctx_free */
+SDQ_API sdq_status sdq_ctx_create(const sdq_ctx_desc *desc, sdq_ctx **out);
+SDQ_API void sdq_ctx_free(sdq_ctx *ctx);
+/* The first error since the last sdq_clear_error and its sentence ("" if none). */
+SDQ_API sdq_status sdq_last_error(const sdq_ctx *ctx);
+SDQ_API const char *sdq_error_text(const sdq_ctx *ctx);
+SDQ_API void sdq_clear_error(sdq_ctx *ctx);
+SDQ_API const char *sdq_status_name(sdq_status status);
+SDQ_API sdq_tier sdq_ctx_tier(const sdq_ctx *ctx);
+SDQ_API int sdq_ctx_threads(const sdq_ctx *ctx);
+SDQ_API const char *sdq_tier_name(sdq_tier tier);
+/* Whether this CPU and operating system can run the tier. */
+SDQ_API int sdq_tier_available(sdq_tier tier);
+
+/* Tensors live in the context's arena: a stack of memory. sdq_mark remembers its height,
+ * sdq_release frees everything that was made since, and forgets the tape's part of it. */
+typedef struct sdq_mark { size_t chunk, used; void *tape; } sdq_mark;
+SDQ_API sdq_mark sdq_arena_mark(sdq_ctx *ctx);
+SDQ_API void sdq_arena_release(sdq_ctx *ctx, sdq_mark mark);
+/* The most bytes the arena has held since the context was made. */
+SDQ_API size_t sdq_arena_peak(const sdq_ctx *ctx);
+
+/* ===========================================================================
+ * >>api-tensor   tensors
+ *
+ * Channels are innermost: pictures are [n,h,w,c], token sequences [n,t,c], vectors [n,c].
+ * ======================================================================== */
+
+typedef struct sdq_tensor {
+    sdq_dtype dtype;    /* F32 for everything that ops compute; I32 for token ids */
+    int rank;           /* 1..4 */
+    size_t dim[4];      /* unused dims are 1 */
+    void *data;
+    float *grad;        /* NULL until a backward pass wrote to it */
+    int needs_grad;     /* set by the user on leaves, inherited by results while recording */
+} sdq_tensor;
+
+/* A tensor of zeros in the arena. NULL (and a sticky error) when memory is short. */
+SDQ_API sdq_tensor *sdq_tensor_new(sdq_ctx *ctx, sdq_dtype dtype, int rank, const size_t *dim);
+SDQ_API sdq_tensor *sdq_tensor_1d(sdq_ctx *ctx, size_t a);
+SDQ_API sdq_tensor *sdq_tensor_2d(sdq_ctx *ctx, size_t a, size_t b);
+SDQ_API sdq_tensor *sdq_tensor_3d(sdq_ctx *ctx, size_t a, size_t b, size_t c);
+SDQ_API sdq_tensor *sdq_tensor_4d(sdq_ctx *ctx, size_t n, size_t h, size_t w, size_t c);
+SDQ_API size_t sdq_tensor_count(const sdq_tensor *t);
+static inline float *sdq_f32(const sdq_tensor *t) { return (float *)t->data; }
+
+/* ===========================================================================
+ * >>api-ops   operations and the tape
+ *
+ * An op computes at once and returns a new tensor in the arena. NULL in, NULL out: the first
+ * error stays in the context, so that a formula needs no checks inside.
+ * While the tape records, an op also notes what its backward needs.
+ * ======================================================================== */
+
+SDQ_API sdq_tensor *sdq_add(sdq_ctx *ctx, sdq_tensor *a, sdq_tensor *b);
+SDQ_API sdq_tensor *sdq_scale(sdq_ctx *ctx, sdq_tensor *x, float s);
+/* x [n,...,c] + v [n,c], the same vector at every position of an entry. */
+SDQ_API sdq_tensor *sdq_add_vector(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *v);
+/* x [n,t,c] + p [t' >= t, c], the same table for every entry (position embeddings). */
+SDQ_API sdq_tensor *sdq_add_rows(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *p);
+SDQ_API sdq_tensor *sdq_silu(sdq_ctx *ctx, sdq_tensor *x);
+SDQ_API sdq_tensor *sdq_gelu(sdq_ctx *ctx, sdq_tensor *x);         /* erf form */
+SDQ_API sdq_tensor *sdq_quick_gelu(sdq_ctx *ctx, sdq_tensor *x);   /* x sigmoid(1.702 x) */
+/* [.., 2d] -> [.., d]: first half times gelu(second half). */
+SDQ_API sdq_tensor *sdq_geglu(sdq_ctx *ctx, sdq_tensor *x);
+SDQ_API sdq_tensor *sdq_softmax(sdq_ctx *ctx, sdq_tensor *x);      /* last dim */
+/* gamma, beta: [c]. silu: apply SiLU to the result. */
+SDQ_API sdq_tensor *sdq_group_norm(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *gamma,
+                                   sdq_tensor *beta, int groups, float eps, int silu);
+SDQ_API sdq_tensor *sdq_layer_norm(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *gamma,
+                                   sdq_tensor *beta, float eps);
+/* softmax(q k^T / sqrt(d)) v per head. q [n,tq,heads d], k and v [n,tk,heads d] -> like q.
+ * causal: position i sees keys 0..i (tq == tk). */
+SDQ_API sdq_tensor *sdq_attention(sdq_ctx *ctx, sdq_tensor *q, sdq_tensor *k, sdq_tensor *v,
+                                  int heads, int causal);
+SDQ_API sdq_tensor *sdq_upsample(sdq_ctx *ctx, sdq_tensor *x, size_t h, size_t w); /* nearest */
+SDQ_API sdq_tensor *sdq_concat(sdq_ctx *ctx, sdq_tensor *a, sdq_tensor *b);        /* channels */
+SDQ_API sdq_tensor *sdq_slice(sdq_ctx *ctx, sdq_tensor *x, size_t first, size_t count);
+/* ids: I32 [n,t]; table [rows,c] -> [n,t,c]. An id outside the table is SDQ_ERR_ARGUMENT. */
+SDQ_API sdq_tensor *sdq_embedding(sdq_ctx *ctx, sdq_tensor *ids, sdq_tensor *table);
+/* Same data, another shape. */
+SDQ_API sdq_tensor *sdq_reshape(sdq_ctx *ctx, sdq_tensor *x, int rank, const size_t *dim);
+
+/* Losses: scalars [1], the mean over all elements (and over weight[n] per entry if not NULL). */
+SDQ_API sdq_tensor *sdq_mse(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *target, const float *weight);
+SDQ_API sdq_tensor *sdq_l1(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *target);
+/* L1 of the horizontal plus L1 of the vertical differences of x - target. */
+SDQ_API sdq_tensor *sdq_l1_edges(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *target);
+/* KL of N(mean, exp(logvar)) from N(0,1), mean over elements; moments [n,h,w,2c]. */
+SDQ_API sdq_tensor *sdq_kl(sdq_ctx *ctx, sdq_tensor *moments);
+/* mean + exp(logvar/2) noise, logvar clamped to [-30,20]; noise [n,h,w,c]. */
+SDQ_API sdq_tensor *sdq_sample_gaussian(sdq_ctx *ctx, sdq_tensor *moments, sdq_tensor *noise);
+
+/* Record from here on. Until sdq_tape_end nothing that ops made may be released. */
+SDQ_API void sdq_tape_begin(sdq_ctx *ctx);
+/* Gradients of a scalar into every tensor that needs them. Adds to what .grad holds. */
+SDQ_API sdq_status sdq_backward(sdq_ctx *ctx, sdq_tensor *loss);
+SDQ_API void sdq_tape_end(sdq_ctx *ctx);
+/* Run fn without recording and run it again, recorded, in the backward pass: the memory of one
+ * block instead of all (gradient checkpointing, Chen et al. 2016, arXiv 1604.06174).
+ * fn(ctx, user, in, n) must be a pure function of its inputs; user must live until backward. */
+typedef sdq_tensor *(*sdq_block_fn)(sdq_ctx *ctx, void *user, sdq_tensor **in, int n);
+SDQ_API sdq_tensor *sdq_checkpoint(sdq_ctx *ctx, sdq_block_fn fn, void *user,
+                                   sdq_tensor **in, int n);
+
+/* ===========================================================================
+ * >>api-layer   convolution and linear layers and their three modes
+ * ======================================================================== */
+
+/* What share of a layer's input has its own quantization range. Finer is better and slower. */
+typedef enum sdq_range {
+    SDQ_RANGE_DEFAULT = 0,
+    SDQ_RANGE_STATIC,       /* one range for all pictures: calibrated, learnable */
+    SDQ_RANGE_PICTURE,      /* each entry of the batch its own, found at run time */
+    SDQ_RANGE_POSITION,     /* each pixel or token its own */
+    SDQ_RANGE_BLOCK,        /* each pixel or token and block of 32 channels its own */
+    SDQ_RANGE_COUNT
+} sdq_range;
+
+typedef struct sdq_layer sdq_layer;
+
+typedef struct sdq_layer_desc {
+    const char *name;       /* for messages and files; copied. NULL: "" */
+    size_t in, out;         /* channels */
+    int kernel;             /* 0 or 1: 1x1 or linear; 3: 3x3 */
+    int stride;             /* 0 = 1 */
+    int pad[4];             /* top, left, bottom, right */
+    int no_bias;
+} sdq_layer_desc;
+
+SDQ_API sdq_status sdq_layer_create(sdq_ctx *ctx, const sdq_layer_desc *desc, sdq_layer **out);
+SDQ_API void sdq_layer_free(sdq_ctx *ctx, sdq_layer *layer);
+/* y = conv(x, w) + b (+ residual). x [..,in] for a 1x1 kernel, [n,h,w,in] otherwise; residual
+ * NULL or shaped like y. The mode decides which weights and which kernels are used. */
+SDQ_API sdq_tensor *sdq_layer_forward(sdq_ctx *ctx, sdq_layer *layer, sdq_tensor *x,
+                                      sdq_tensor *residual, sdq_mode mode);
+/* The float weights [out,kh,kw,in] and bias [out]: leaves for the optimizer, NULL when the layer
+ * holds int8 weights only. Owned by the layer. */
+SDQ_API sdq_tensor *sdq_layer_weight(sdq_layer *layer);
+SDQ_API sdq_tensor *sdq_layer_bias(sdq_layer *layer);
+
+/* ===========================================================================
+ * >>api-quant   how a layer is quantized
+ * ======================================================================== */
+
+/* Where the scales of the weights come from. */
+typedef enum sdq_weight_scale {
+    SDQ_WEIGHT_CURRENT = 0,     /* max|w| / 127.5 of the weights as they are */
+    SDQ_WEIGHT_MOVING,          /* moving average of the range (the published recipe) */
+    SDQ_WEIGHT_FIXED            /* kept as they are; learnable */
+} sdq_weight_scale;
+
+/* The quantization settings of one layer. The names say what a 1 or the value does. */
+typedef struct sdq_quant {
+    int enabled;                /* 0: the layer computes in float in every mode */
+    sdq_range range;            /* of the input; DEFAULT is POSITION for 1x1, STATIC for 3x3 */
+    size_t split;               /* input channels [0,split) have ranges of their own; 0: no split */
+    int quantize_output;        /* the published recipe: the result is quantized again */
+    float moving;               /* observers: 0 = true min and max, else the moving constant */
+    sdq_weight_scale weight_scale;
+    int learn_scales;           /* static input scales and fixed weight scales get gradients */
+} sdq_quant;
+
+SDQ_API sdq_quant sdq_layer_quant(const sdq_layer *layer);
+/* Change the settings; forgets the observed ranges. Only for a layer with float weights. */
+SDQ_API sdq_status sdq_layer_set_quant(sdq_ctx *ctx, sdq_layer *layer, const sdq_quant *quant);
+/* While on, every forward (FLOAT or FAKE) updates the observers of the layer. */
+SDQ_API void sdq_layer_observe(sdq_layer *layer, int on);
+/* Number of input ranges (2 when split, else 1), and one of them. 0 if it was never observed. */
+SDQ_API int sdq_layer_input_range(const sdq_layer *layer, int part, float *scale, int32_t *zero);
+/* Quantize and pack the weights as FAKE mode does at this moment; float weights are dropped. */
+SDQ_API sdq_status sdq_layer_convert(sdq_ctx *ctx, sdq_layer *layer);
+SDQ_API const char *sdq_layer_name(const sdq_layer *layer);
+/* ===========================================================================
+ * >>api-files   safetensors files, pictures, datasets, tokenizers
+ *
+ * Every function that reads a file checks it completely first: a damaged or hostile file gives an
+ * error, never a wrong read. Files are written under path + ".tmp" and renamed when complete.
+ * ======================================================================== */
+
+/* A key and its value, both UTF-8 and not NULL. */
+typedef struct sdq_pair {
+    const char *key, *value;
+} sdq_pair;
+
+/* One named array of a safetensors file, row-major. */
+typedef struct sdq_entry {
+    const char *name;
+    sdq_dtype dtype;    /* SDQ_DTYPE_COUNT: listed, but of a kind sdq cannot read (F8, F4, ..) */
+    int rank;           /* 0..8 */
+    size_t dim[8];      /* unused dims are 1 */
+    const void *data;   /* not aligned when the file was written by old programs */
+    size_t bytes;
+    sdq_dtype store;    /* writing F32 only: SDQ_F16 or SDQ_BF16 to round; else 0 */
+} sdq_entry;
+
+typedef struct sdq_file sdq_file;
+
+/* Open and validate a safetensors file.
+ *   out    the file, NULL on failure; close with sdq_file_close
+ * The file is mapped into memory (read whole without mmap): do not change it while it is open.
+ * Errors: SDQ_ERR_IO, _FORMAT (the sentence begins with safetensors' own error name), _OOM,
+ * _UNSUPPORTED (rank above 8). An open file is constant and may be shared between threads. */
+SDQ_API sdq_status sdq_file_open(sdq_ctx *ctx, const char *path, sdq_file **out);
+/* Free the file and everything that entries of it point to. NULL is allowed. */
+SDQ_API void sdq_file_close(sdq_ctx *ctx, sdq_file *file);
+/* The number of arrays, and array i of them, sorted by name (NULL when i is too large). */
+SDQ_API size_t sdq_file_count(const sdq_file *file);
+SDQ_API const sdq_entry *sdq_file_entry(const sdq_file *file, size_t i);
+/* The array of that name, or NULL. */
+SDQ_API const sdq_entry *sdq_file_find(const sdq_file *file, const char *name);
+/* The value of a key of the file's metadata, or NULL. Valid until the file is closed. */
+SDQ_API const char *sdq_file_meta(const sdq_file *file, const char *key);
+
+/* Write a safetensors file: equal input gives equal bytes, in the order safetensors uses.
+ *   entries  n of them, any order; data may be NULL when bytes is 0
+ *   meta     nmeta pairs, written in this order; NULL when nmeta is 0
+ * Errors: SDQ_ERR_ARGUMENT (two equal names, sizes that do not fit), _IO (disk full, too), _OOM. */
+SDQ_API sdq_status sdq_file_write(sdq_ctx *ctx, const char *path, const sdq_entry *entries,
+                                  size_t n, const sdq_pair *meta, size_t nmeta);
+
+/* Convert an array of any supported dtype to float. Large integers and F64 are rounded.
+ *   out    one float per element
+ * Errors: SDQ_ERR_UNSUPPORTED. */
+SDQ_API sdq_status sdq_entry_to_f32(sdq_ctx *ctx, const sdq_entry *entry, float *out);
+/* The number of elements. */
+SDQ_API size_t sdq_entry_count(const sdq_entry *entry);
+/* "F32", "BF16", .. as safetensors spells it; "?" when unknown. */
+SDQ_API const char *sdq_dtype_name(sdq_dtype dtype);
+
+/* A picture of 8-bit samples: [h,w,c] with c = 1 grey, 2 grey+alpha, 3 RGB, 4 RGB+alpha. */
+typedef struct sdq_image { size_t w, h, c; unsigned char *px; } sdq_image;
+
+/* A black (transparent) picture. *out is zeroed on failure; free with sdq_image_free. */
+SDQ_API sdq_status sdq_image_new(sdq_ctx *ctx, size_t w, size_t h, size_t c, sdq_image *out);
+/* Free the samples and zero the struct. NULL and an empty picture are allowed. */
+SDQ_API void sdq_image_free(sdq_ctx *ctx, sdq_image *image);
+/* Read a PNG (every colour type and depth, interlaced too; 16 bits are rounded to 8) or a binary
+ * PPM/PGM (P6, P5); the kind is told by the content, not by the name. At most 2^26 pixels.
+ * Errors: SDQ_ERR_IO, _FORMAT, _UNSUPPORTED, _OOM. */
+SDQ_API sdq_status sdq_image_read(sdq_ctx *ctx, const char *path, sdq_image *out);
+/* The same from memory; `what` names the picture in error sentences. */
+SDQ_API sdq_status sdq_image_decode(sdq_ctx *ctx, const void *data, size_t bytes,
+                                    const char *what, sdq_image *out);
+/* Write a PNG, or a PPM/PGM when path ends in .ppm/.pgm (alpha is put over white).
+ *   text   ntext pairs for the PNG's text chunks (key: 1..79 printable ASCII characters), such as
+ *          "parameters"; NULL when ntext is 0
+ * Errors: SDQ_ERR_ARGUMENT, _IO, _OOM. Equal input gives equal bytes. */
+SDQ_API sdq_status sdq_image_write(sdq_ctx *ctx, const char *path, const sdq_image *image,
+                                   const sdq_pair *text, size_t ntext);
+/* A PNG in memory. *png is freed with sdq_bytes_free. */
+SDQ_API sdq_status sdq_image_png_encode(sdq_ctx *ctx, const sdq_image *image,
+                                        const sdq_pair *text, size_t ntext,
+                                        unsigned char **png, size_t *bytes);
+SDQ_API void sdq_bytes_free(sdq_ctx *ctx, unsigned char *bytes);
+/* Resize to w x h: bilinear, the filter widened when shrinking (as Pillow's BILINEAR and
+ * torchvision's antialias do). src and dst must differ; dst is new. */
+SDQ_API sdq_status sdq_image_resize(sdq_ctx *ctx, const sdq_image *src, size_t w, size_t h,
+                                    sdq_image *dst);
+/* Resize so that the picture covers w x h, then cut the middle out of it. */
+SDQ_API sdq_status sdq_image_fit(sdq_ctx *ctx, const sdq_image *src, size_t w, size_t h,
+                                 sdq_image *dst);
+/* To 3 channels: grey is repeated, alpha is put over white. */
+SDQ_API sdq_status sdq_image_rgb(sdq_ctx *ctx, const sdq_image *src, sdq_image *dst);
+
+typedef struct sdq_dataset sdq_dataset;
+
+/* Open a folder of pictures with captions: metadata.jsonl ({"file_name", "text", "weight"} per
+ * line, weight optional), else metadata.csv (with a header line naming these columns), else every
+ * .png/.ppm/.pgm of the folder that has a NAME.txt beside it, sorted by name.
+ *   out    NULL on failure; free with sdq_dataset_free
+ * Names that leave the folder are refused. Pictures are read only when asked for.
+ * Errors: SDQ_ERR_IO, _FORMAT, _MISSING (no picture), _OOM. Constant once open. */
+SDQ_API sdq_status sdq_dataset_open(sdq_ctx *ctx, const char *folder, sdq_dataset **out);
+SDQ_API void sdq_dataset_free(sdq_ctx *ctx, sdq_dataset *dataset);
+SDQ_API size_t sdq_dataset_count(const sdq_dataset *dataset);
+/* Caption, weight (1 unless given) and full path of item i < count; "" and 0 beyond. */
+SDQ_API const char *sdq_dataset_caption(const sdq_dataset *dataset, size_t i);
+SDQ_API float sdq_dataset_weight(const sdq_dataset *dataset, size_t i);
+SDQ_API const char *sdq_dataset_path(const sdq_dataset *dataset, size_t i);
+/* Read picture i as RGB, alpha over white. Free it with sdq_image_free. */
+SDQ_API sdq_status sdq_dataset_image(sdq_ctx *ctx, const sdq_dataset *dataset, size_t i,
+                                     sdq_image *out);
+
+typedef struct sdq_tokenizer sdq_tokenizer;
+
+typedef struct sdq_tokenizer_desc {
+    size_t max_length;          /* ids per prompt with start and end; 0: 77 */
+    const char *start, *end;    /* NULL: "<|startoftext|>", "<|endoftext|>" */
+    const char *pad;            /* the token that fills up; NULL: end */
+    const char *word_end;       /* mark of a word's last symbol; NULL: "</w>" */
+} sdq_tokenizer_desc;
+
+/* Load a CLIP tokenizer folder: vocab.json and merges.txt; tokenizer_config.json and
+ * special_tokens_map.json when they are there.
+ *   out    NULL on failure; free with sdq_tokenizer_free. Constant, may be shared.
+ * Errors: SDQ_ERR_IO, _FORMAT, _MISSING, _OOM. */
+SDQ_API sdq_status sdq_tokenizer_load(sdq_ctx *ctx, const char *folder, sdq_tokenizer **out);
+/* Make a tokenizer from the text of a merges file alone: ids are 256 bytes, 256 bytes at a word's
+ * end, the merges in order, start, end - the numbering of CLIP. merges is not kept.
+ *   desc   NULL or zeros: CLIP's own tokens, 77 ids */
+SDQ_API sdq_status sdq_tokenizer_create(sdq_ctx *ctx, const char *merges, size_t bytes,
+                                        const sdq_tokenizer_desc *desc, sdq_tokenizer **out);
+SDQ_API void sdq_tokenizer_free(sdq_ctx *ctx, sdq_tokenizer *tokenizer);
+/* Ids of a text: start, the text, end; cut to the model's length, then padded to it.
+ *   utf8   invalid bytes count as U+FFFD
+ *   ids    room for max; max 0 or ids NULL: only count
+ *   count  NULL or receives the number of ids up to and including end, before cutting: more than
+ *          sdq_tokenizer_length means that the end of the text was lost
+ * Writes min(max, length) ids. Errors: SDQ_ERR_OOM, _ARGUMENT (max is 1). */
+SDQ_API sdq_status sdq_tokenizer_encode(sdq_ctx *ctx, const sdq_tokenizer *tokenizer,
+                                        const char *utf8, int32_t *ids, size_t max,
+                                        size_t *count);
+/* Ids per prompt; entries in the vocabulary; the ids that frame and fill. */
+SDQ_API size_t sdq_tokenizer_length(const sdq_tokenizer *tokenizer);
+SDQ_API size_t sdq_tokenizer_vocab(const sdq_tokenizer *tokenizer);
+SDQ_API int32_t sdq_tokenizer_start(const sdq_tokenizer *tokenizer);
+SDQ_API int32_t sdq_tokenizer_end(const sdq_tokenizer *tokenizer);
+SDQ_API int32_t sdq_tokenizer_pad(const sdq_tokenizer *tokenizer);
+
+/* ===========================================================================
+ * >>api-random   reproducible random numbers
+ *
+ * A generator is a plain struct: keep it on the stack, copy it to fork the stream, write its
+ * bytes to a checkpoint (it has no padding and no pointers; check it with sdq_rng_valid after
+ * reading it back). Every number is the same to the bit on every machine, compiler and libm.
+ * One generator belongs to one thread at a time. Nothing allocates.
+ * ======================================================================== */
+
+typedef enum sdq_rng_kind {
+    SDQ_RNG_TORCH = 0,      /* torch's CPU generator: mt19937 */
+    SDQ_RNG_PHILOX,         /* Philox4x32-10: torch on CUDA, AUTOMATIC1111's default */
+    SDQ_RNG_COUNT
+} sdq_rng_kind;
+
+typedef struct sdq_rng {
+    uint64_t seed;
+    double spare;           /* torch, n < 16: the second normal of the last pair */
+    uint32_t kind;          /* sdq_rng_kind */
+    uint32_t has_spare;
+    uint32_t pos;           /* mt19937: words of state already used, 624 = all */
+    uint32_t offset;        /* Philox: calls made */
+    uint32_t state[624];    /* mt19937 */
+} sdq_rng;
+
+/* Start a stream, as torch.Generator().manual_seed(seed) does. torch's CPU generator uses the
+ * low 32 bits of the seed only, Philox all 64. A zeroed struct is not a generator. */
+SDQ_API void sdq_rng_init(sdq_rng *rng, sdq_rng_kind kind, uint64_t seed);
+/* Whether a struct that came from a file can be used: 1 or 0. */
+SDQ_API int sdq_rng_valid(const sdq_rng *rng);
+/* n draws of N(0,1), as one torch.randn(n) draws them. Two calls of 8 are not one call of 16. */
+SDQ_API void sdq_rng_normal(sdq_rng *rng, float *out, size_t n);
+/* The same draws for a tensor torch would shape [n,c,h,w], stored as [n,h,w,c]. */
+SDQ_API void sdq_rng_normal_nchw(sdq_rng *rng, float *out, size_t n, size_t h, size_t w, size_t c);
+/* n draws from [0,1) with 24 bits, as torch.rand(n). */
+SDQ_API void sdq_rng_uniform(sdq_rng *rng, float *out, size_t n);
+/* One draw from 0..n-1, as torch.randint(n, (1,)); 0 if n < 2. It is the remainder of a 32-bit word
+ * (64-bit from n = 2^28 on): small values are favoured by less than n / 2^32 of their share. */
+SDQ_API uint64_t sdq_rng_below(sdq_rng *rng, uint64_t n);
+/* A permutation of 0..n-1, as torch.randperm(n) for n < 2^32 / 20. */
+SDQ_API void sdq_rng_permutation(sdq_rng *rng, size_t *out, size_t n);
+
+/* ===========================================================================
+ * >>api-scheduler   from noise to a picture: PNDM, DDIM, Euler, DPM-Solver++, LCM
+ *
+ *     for (i = 0; i < sdq_scheduler_count(s); i++) {
+ *         sdq_scheduler_scale_input(s, i, latent, in, count);
+ *         eps = network(in, sdq_scheduler_timestep(s, i)), guidance;
+ *         sdq_scheduler_step(ctx, s, i, eps, latent, latent, n, h, w, c, &rng);
+ *     }
+ * with latent = noise * sdq_scheduler_init_sigma(s) to begin with. Numbers are those of
+ * diffusers 0.39 on a CPU. A scheduler holds the history of one run and belongs to one thread.
+ * ======================================================================== */
+
+typedef enum sdq_scheduler_kind {
+    SDQ_SCHEDULER_DEFAULT = 0,  /* PNDM; in sdq_scheduler_desc_from_json the file's own class */
+    SDQ_PNDM,                   /* PLMS; one evaluation more than steps */
+    SDQ_DDIM,
+    SDQ_EULER,
+    SDQ_EULER_A,                /* ancestral: noise at every step */
+    SDQ_DPMPP_2M,               /* DPM-Solver++, second order multistep, midpoint */
+    SDQ_LCM,                    /* latent consistency models: noise at every step but the last */
+    SDQ_SCHEDULER_COUNT
+} sdq_scheduler_kind;
+
+/* How beta grows with t: its square root linearly, or itself. */
+typedef enum sdq_beta_schedule { SDQ_BETA_SCALED_LINEAR = 0, SDQ_BETA_LINEAR, SDQ_BETA_COUNT }
+    sdq_beta_schedule;
+
+/* What the network's output is: the noise e, v = a e - s x0, or x0. PNDM and Euler ancestral do
+ * not take x0. */
+typedef enum sdq_prediction {
+    SDQ_PREDICT_EPSILON = 0, SDQ_PREDICT_V, SDQ_PREDICT_SAMPLE, SDQ_PREDICT_COUNT
+} sdq_prediction;
+
+/* Which timesteps: i T/N + offset; T - i T/N - 1; evenly from T-1 to 0. LCM has its own. */
+typedef enum sdq_spacing {
+    SDQ_SPACING_DEFAULT = 0,    /* leading for PNDM, DDIM; linspace for Euler, DPM-Solver++ */
+    SDQ_SPACING_LEADING, SDQ_SPACING_TRAILING, SDQ_SPACING_LINSPACE, SDQ_SPACING_COUNT
+} sdq_spacing;
+
+/* All zeros: Stable Diffusion 1.5's PNDM with 50 steps. */
+typedef struct sdq_scheduler_desc {
+    sdq_scheduler_kind kind;
+    size_t steps;               /* 0: 50 (LCM: 4) */
+    size_t train_steps;         /* T; 0: 1000 */
+    double beta_start;          /* 0: 0.00085 */
+    double beta_end;            /* 0: 0.012 */
+    sdq_beta_schedule beta_schedule;
+    sdq_prediction prediction;
+    sdq_spacing spacing;
+    int steps_offset;           /* leading: added to every timestep. 0: 1; negative: none */
+    int alpha_to_one;           /* PNDM, DDIM: after the last step no noise is left, not alpha[0] */
+    int clip_sample;            /* DDIM, LCM: clip the predicted x0 ... */
+    double clip_range;          /* ... to +- this. 0: 1 */
+    double eta;                 /* DDIM: noise per step, 1 = DDPM's amount */
+    int karras;                 /* Euler, DPM-Solver++: the sigmas of Karras et al. 2022, rho 7 */
+    int final_sigma_min;        /* Euler, DPM-Solver++: end at training's smallest sigma, not 0 */
+    int no_lower_order_final;   /* DPM-Solver++: second order at the end even below 15 steps */
+    int euler_at_final;         /* DPM-Solver++: last step of first order */
+    size_t lcm_steps;           /* LCM: steps that were distilled. 0: 50 */
+    double timestep_scaling;    /* LCM: 0: 10 */
+} sdq_scheduler_desc;
+
+typedef struct sdq_scheduler sdq_scheduler;
+
+/* Make the tables of a run.
+ *   desc   NULL or zeros: see the struct. Not kept. Options that the kind does not know are ignored
+ *   out    NULL on failure; free with sdq_scheduler_free
+ * Errors: SDQ_ERR_ARGUMENT (values that do not fit, said which), _UNSUPPORTED, _OOM. */
+SDQ_API sdq_status sdq_scheduler_create(sdq_ctx *ctx, const sdq_scheduler_desc *desc,
+                                        sdq_scheduler **out);
+SDQ_API void sdq_scheduler_free(sdq_ctx *ctx, sdq_scheduler *s);
+/* Read a scheduler_config.json as diffusers' from_config does: keys that are absent get the
+ * defaults of the class, keys of other classes are ignored.
+ *   text   len bytes of JSON; `what` names them in error sentences (NULL: "scheduler_config.json")
+ *   kind   SDQ_SCHEDULER_DEFAULT: the class named in the file; else this class, whatever the file
+ *          was written for
+ * Settings that would change the pictures and are not implemented are refused by name:
+ * trained_betas, thresholding, rescale_betas_zero_snr, skip_prk_steps false for PNDM, ..
+ * steps stays 0. Errors: SDQ_ERR_FORMAT, _UNSUPPORTED, _ARGUMENT, _OOM. */
+SDQ_API sdq_status sdq_scheduler_desc_from_json(sdq_ctx *ctx, const char *text, size_t len,
+                                                const char *what, sdq_scheduler_kind kind,
+                                                sdq_scheduler_desc *out);
+/* "pndm", "ddim", "euler", "euler_a", "dpmpp2m", "lcm". */
+SDQ_API const char *sdq_scheduler_name(sdq_scheduler_kind kind);
+/* The kind of that name, SDQ_SCHEDULER_COUNT if none has it. */
+SDQ_API sdq_scheduler_kind sdq_scheduler_kind_from_name(const char *name);
+
+/* The description with all defaults filled in (steps_offset: 0 is none here). */
+SDQ_API const sdq_scheduler_desc *sdq_scheduler_get_desc(const sdq_scheduler *s);
+/* Evaluations of the network in a whole run (PNDM: steps + 1 from 2 steps on). */
+SDQ_API size_t sdq_scheduler_count(const sdq_scheduler *s);
+/* What evaluation i < count is told as its time. Not always an integer (Euler). */
+SDQ_API float sdq_scheduler_timestep(const sdq_scheduler *s, size_t i);
+/* The noise level sigma of evaluation i <= count; i == count is where the run ends. Euler and
+ * DPM-Solver++ only, others give 0. */
+SDQ_API float sdq_scheduler_sigma(const sdq_scheduler *s, size_t i);
+/* The first latent is N(0,1) times this. */
+SDQ_API float sdq_scheduler_init_sigma(const sdq_scheduler *s);
+/* out = what evaluation i of the network sees of a sample: x / sqrt(sigma^2 + 1) for Euler, x for
+ * others. out may be x. */
+SDQ_API void sdq_scheduler_scale_input(const sdq_scheduler *s, size_t i, const float *x,
+                                       float *out, size_t count);
+/* The evaluation to begin with when a picture is redrawn with a strength of 0..1:
+ * N - floor(N strength). Equal to the count or above: nothing to do. */
+SDQ_API size_t sdq_scheduler_first(const sdq_scheduler *s, double strength);
+/* out = x with the noise of evaluation i (picture to picture, inpainting). out may be x. */
+SDQ_API void sdq_scheduler_noise_at(const sdq_scheduler *s, size_t i, const float *x,
+                                    const float *noise, float *out, size_t count);
+/* One step.
+ *   i        evaluations are taken in order; the first after create or reset may be any
+ *   eps      the network's output, after guidance [n,h,w,c]
+ *   sample   what sdq_scheduler_scale_input was given [n,h,w,c]
+ *   prev     the next sample; may be sample, not eps
+ *   rng      needed by Euler ancestral, LCM and DDIM with eta (NULL else); draws in [n,c,h,w] order
+ * Errors: SDQ_ERR_ARGUMENT (order, rng missing), _SHAPE (changed within a run), _OOM. */
+SDQ_API sdq_status sdq_scheduler_step(sdq_ctx *ctx, sdq_scheduler *s, size_t i, const float *eps,
+                                      const float *sample, float *prev, size_t n, size_t h,
+                                      size_t w, size_t c, sdq_rng *rng);
+/* Forget the history: the next step begins a new run, of any shape. */
+SDQ_API void sdq_scheduler_reset(sdq_scheduler *s);
+
+/* Training. t < train_steps; a larger t is taken as the last one. */
+/* The table of train_steps values: the share of the picture's variance that is left at t. */
+SDQ_API const float *sdq_scheduler_alphas_cumprod(const sdq_scheduler *s);
+/* out = sqrt(a) x + sqrt(1-a) noise. out may be x or noise. */
+SDQ_API void sdq_scheduler_add_noise(const sdq_scheduler *s, size_t t, const float *x,
+                                     const float *noise, float *out, size_t count);
+/* The target of v prediction: out = sqrt(a) noise - sqrt(1-a) x. out may be x or noise. */
+SDQ_API void sdq_scheduler_velocity(const sdq_scheduler *s, size_t t, const float *x,
+                                    const float *noise, float *out, size_t count);
+/* Loss weight of timestep t (min-SNR, Hang et al. 2023, arXiv 2303.09556), SNR = a / (1-a):
+ * min(SNR,gamma) / SNR for epsilon, / (SNR + 1) for v, min(SNR,gamma) for x0. gamma <= 0: 1. */
+SDQ_API double sdq_scheduler_snr_weight(const sdq_scheduler *s, size_t t, double gamma);
+/* The guidance embedding of latent consistency models for guidance scale g (w = g - 1):
+ * sin(1000 w f_j), then cos, f_j = 10000^(-j / (dim/2 - 1)); an odd dim ends with 0. */
+SDQ_API void sdq_guidance_embedding(double g, float *out, size_t dim);
+
+/* ===========================================================================
+ * >>api-report   how far two pictures, or two sets of them, are apart
+ *
+ * All sums are double and in a fixed order. Nothing here depends on threads or instruction sets.
+ * ======================================================================== */
+
+/* Peak signal to noise ratio in dB of count 8-bit samples: 10 log10(255^2 / mean squared error),
+ * at most 99 (equal pictures). */
+SDQ_API double sdq_psnr(const unsigned char *a, const unsigned char *b, size_t count);
+/* Mean structural similarity of two 8-bit pictures [h,w,c] (Wang et al., IEEE TIP 13(4), 2004):
+ * 11x11 Gaussian window of sigma 1.5, K1 = 0.01, K2 = 0.03, over windows that lie inside.
+ * c of 3 or 4: on the luma 0.299 R + 0.587 G + 0.114 B (not rounded); else on the first channel.
+ *   out    -1..1, 1 for equal pictures
+ * Errors: SDQ_ERR_SHAPE (smaller than 11x11), _OOM. */
+SDQ_API sdq_status sdq_ssim(sdq_ctx *ctx, const unsigned char *a, const unsigned char *b, size_t h,
+                            size_t w, size_t c, double *out);
+/* Frechet distance of two sets of feature vectors, each set taken as a normal distribution:
+ * |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), covariances with n - 1 in the denominator.
+ * With n1 or n2 below about dim the covariances are singular and the distance is biased upward.
+ *   x, y   [nx,dim], [ny,dim]; nx, ny >= 2
+ * Time grows with dim^3 times about 10. Errors: SDQ_ERR_ARGUMENT, _NUMERIC (not finite), _OOM. */
+SDQ_API sdq_status sdq_frechet(sdq_ctx *ctx, const float *x, size_t nx, const float *y, size_t ny,
+                               size_t dim, double *out);
+/* The p-th percentile, 0..100, of n values, interpolated linearly between ranks (numpy's default);
+ * 50 is the median. n 0 gives 0; values must not be NaN. Errors: SDQ_ERR_ARGUMENT, _OOM. */
+SDQ_API sdq_status sdq_percentile(sdq_ctx *ctx, const double *x, size_t n, double p, double *out);
+/* A confidence interval of the mean of n values by the percentile bootstrap (Efron 1979).
+ *   rounds      samples with replacement; 0: 2000
+ *   confidence  0..1, exclusive; 0: 0.95
+ *   rng         seeded by the caller, so that a report can be repeated
+ * Errors: SDQ_ERR_ARGUMENT, _OOM. */
+SDQ_API sdq_status sdq_bootstrap(sdq_ctx *ctx, const double *x, size_t n, size_t rounds,
+                                 double confidence, sdq_rng *rng, double *low, double *high);
+/* The row of table [n,dim] with the largest cosine to query [dim]; the first among equals.
+ *   cosine  NULL or receives it; a vector of zeros has cosine 0
+ * Returns the row, 0 when n is 0. */
+SDQ_API size_t sdq_nearest(const float *query, const float *table, size_t n, size_t dim,
+                           double *cosine);
+/* ===========================================================================
+ * >>api-model   the three networks of Stable Diffusion
+ *
+ * CLIPTextModel, UNet2DConditionModel and AutoencoderKL, built from the config.json of a diffusers
+ * folder. A loaded model does not change: contexts of several threads may share it. Training
+ * writes to its parameters through sdq_model_param, on one thread.
+ * ======================================================================== */
+
+typedef struct sdq_model sdq_model;
+
+typedef enum sdq_part {
+    SDQ_PART_NONE = 0,
+    SDQ_PART_TEXT,          /* text_encoder/  CLIPTextModel */
+    SDQ_PART_UNET,          /* unet/          UNet2DConditionModel */
+    SDQ_PART_VAE,           /* vae/           AutoencoderKL */
+    SDQ_PART_COUNT
+} sdq_part;
+
+/* "text_encoder", "unet", "vae"; "?" for anything else. */
+SDQ_API const char *sdq_part_name(sdq_part part);
+
+/* Load one network: config.json and its safetensors file, whole or sharded.
+ *   folder  a pipeline's folder (the network is in unet/, vae/ or text_encoder/), or the folder
+ *           that itself holds config.json
+ *   out     the model, NULL on failure; free with sdq_model_free and the same ctx
+ * Weights in F32, F16 or BF16 become float. Every shape is checked against the configuration.
+ * Errors: SDQ_ERR_MISSING (file, key or tensor), _UNSUPPORTED (a configuration value), _SHAPE,
+ * _FORMAT, _IO, _OOM. */
+SDQ_API sdq_status sdq_model_load(sdq_ctx *ctx, const char *folder, sdq_part part, sdq_model **out);
+/* The same structure from config.json alone, with random weights as PyTorch, diffusers and
+ * transformers draw them. The UNet's and the VAE's are those of torch.manual_seed(seed). */
+SDQ_API sdq_status sdq_model_init(sdq_ctx *ctx, const char *folder, sdq_part part, uint64_t seed,
+                                  sdq_model **out);
+/* NULL is allowed. */
+SDQ_API void sdq_model_free(sdq_ctx *ctx, sdq_model *model);
+/* Write config.json and diffusion_pytorch_model.safetensors (text encoder: model.safetensors),
+ * which diffusers and transformers load.
+ *   folder  the network's own folder; it must exist
+ *   dtype   SDQ_F32, SDQ_F16 or SDQ_BF16
+ * Errors: SDQ_ERR_ARGUMENT, _IO, _OOM, _UNSUPPORTED (a layer that holds int8 weights only). */
+SDQ_API sdq_status sdq_model_save(sdq_ctx *ctx, const sdq_model *model, const char *folder,
+                                  sdq_dtype dtype);
+
+/* What a network is made for. Fields that do not belong to its part are 0. */
+typedef struct sdq_model_info {
+    sdq_part part;
+    size_t weights;         /* trainable numbers */
+    size_t in, out;         /* channels of a UNet's latent, of a VAE's picture */
+    size_t context;         /* channels of the text: text encoder, UNet */
+    size_t latent;          /* VAE: channels of the latent */
+    size_t factor;          /* VAE: pixels per latent pixel; UNet: halvings, as a factor */
+    size_t sample_size;     /* side of the samples it was trained for; 0 when not said */
+    size_t vocab, tokens;   /* text encoder: ids and positions */
+    size_t guidance;        /* UNet: > 0 when it takes the guidance scale as an input (LCM) */
+    float scaling_factor;   /* VAE: latents are multiplied by it for the UNet */
+} sdq_model_info;
+SDQ_API sdq_model_info sdq_model_get_info(const sdq_model *model);
+
+/* Make the latents of a VAE in training unit-sized for the UNet: 1 / standard deviation, > 0.
+ * Saved with the model. Not while the model is shared. */
+SDQ_API sdq_status sdq_model_set_scaling(sdq_ctx *ctx, sdq_model *model, float scaling_factor);
+
+/* The parameters, in the order in which PyTorch creates them.
+ *   name   NULL or receives the diffusers name, such as "conv_in.weight"; lives with the model
+ * Returns the leaf that ops use: convolutions are [out,kh,kw,in]. NULL when i is too large or
+ * when the layer holds int8 weights only. */
+SDQ_API size_t sdq_model_param_count(const sdq_model *model);
+SDQ_API sdq_tensor *sdq_model_param(const sdq_model *model, size_t i, const char **name);
+/* A copy of parameter i in the arena, in diffusers' layout: convolutions are [out,in,kh,kw].
+ *   gradient  0: the values; 1: the gradient, zeros if there is none yet */
+SDQ_API sdq_tensor *sdq_model_param_copy(sdq_ctx *ctx, const sdq_model *model, size_t i,
+                                         int gradient);
+/* The convolution and linear layers, in the order of creation; NULL when i is too large.
+ *   name   NULL or receives the diffusers name of the module, such as "conv_in" */
+SDQ_API size_t sdq_model_layer_count(const sdq_model *model);
+SDQ_API sdq_layer *sdq_model_layer(const sdq_model *model, size_t i, const char **name);
+
+/* ids I32 [n,t], t up to the model's positions -> [n,t,c], after the final layer norm. Position i
+ * sees positions 0..i; padding is not masked (as Stable Diffusion uses it). Always float. */
+SDQ_API sdq_tensor *sdq_text_forward(sdq_ctx *ctx, const sdq_model *model, sdq_tensor *ids);
+
+/* Cross-attention keys and values of one text, and time embeddings of a list of timesteps: made
+ * once per picture, used by every evaluation. Results are equal to the bit with and without.
+ * They belong to one model and one mode. Gradients do not flow through them. */
+typedef struct sdq_prompt_cache sdq_prompt_cache;
+typedef struct sdq_time_table sdq_time_table;
+
+/* context [n,t,c]; out: free with sdq_prompt_cache_free. */
+SDQ_API sdq_status sdq_unet_prompt(sdq_ctx *ctx, const sdq_model *model, sdq_tensor *context,
+                                   sdq_mode mode, sdq_prompt_cache **out);
+SDQ_API void sdq_prompt_cache_free(sdq_ctx *ctx, sdq_prompt_cache *cache);
+/* timesteps [n]; guidance NULL or [n], see sdq_unet_input; out: free with sdq_time_table_free. */
+SDQ_API sdq_status sdq_unet_times(sdq_ctx *ctx, const sdq_model *model, const float *timesteps,
+                                  const float *guidance, size_t n, sdq_mode mode,
+                                  sdq_time_table **out);
+SDQ_API void sdq_time_table_free(sdq_ctx *ctx, sdq_time_table *table);
+
+typedef struct sdq_unet_input {
+    sdq_tensor *sample;             /* [n,h,w,in]; any h, w from 1 */
+    const float *timesteps;         /* [n] */
+    sdq_tensor *context;            /* [n,t,c]; not read, may be NULL, when prompt is given */
+    const float *guidance;          /* NULL or [n] guidance scales: LCM (info.guidance > 0) */
+    const sdq_prompt_cache *prompt; /* NULL: computed from context */
+    size_t prompt_first;            /* entry of prompt that belongs to the first sample */
+    const sdq_time_table *times;    /* NULL: computed. Must hold every timestep asked for */
+    int checkpoint;                 /* recording: keep block inputs only, recompute the rest */
+} sdq_unet_input;
+
+/* One evaluation of the UNet -> [n,h,w,out]: the noise or velocity that it was trained to give.
+ * Without recording the arena holds the skip connections and one block at a time. */
+SDQ_API sdq_tensor *sdq_unet_forward(sdq_ctx *ctx, const sdq_model *model,
+                                     const sdq_unet_input *input, sdq_mode mode);
+
+/* image [n,h,w,in] in [-1,1], h and w at least info.factor -> [n,h/f,w/f,2c]: mean, then
+ * logarithm of the variance (not clamped), not scaled by scaling_factor. */
+SDQ_API sdq_tensor *sdq_vae_encode(sdq_ctx *ctx, const sdq_model *model, sdq_tensor *image,
+                                   sdq_mode mode);
+/* latent [n,h,w,c], already divided by scaling_factor -> [n,h f,w f,out], about [-1,1]. */
+SDQ_API sdq_tensor *sdq_vae_decode(sdq_ctx *ctx, const sdq_model *model, sdq_tensor *latent,
+                                   sdq_mode mode);
+
+
+/* ===========================================================================
+ * >>api-train   optimizer and training loop
+ * ======================================================================== */
+
+typedef enum sdq_schedule { SDQ_CONSTANT = 0, SDQ_COSINE } sdq_schedule;
+
+typedef struct sdq_optim_desc {
+    float lr;               /* 0: 1e-4 */
+    float beta1, beta2;     /* 0: 0.9, 0.999 */
+    float eps;              /* 0: 1e-8 */
+    float weight_decay;
+    float clip;             /* largest global L2 norm of the gradient; 0: no clipping */
+    float ema;              /* keep an average of the weights: decay min((1+t)/(10+t), ema); 0: none */
+    sdq_schedule schedule;  /* COSINE: falls to 0 at `steps` */
+    size_t warmup, steps;   /* steps of a linear rise; length of the cosine */
+} sdq_optim_desc;
+
+/* AdamW (Loshchilov and Hutter, arXiv 1711.05101) with clipping, a schedule and an average. */
+typedef struct sdq_optim sdq_optim;
+SDQ_API sdq_status sdq_optim_create(sdq_ctx *ctx, const sdq_optim_desc *desc, sdq_optim **out);
+SDQ_API void sdq_optim_free(sdq_ctx *ctx, sdq_optim *optim);
+/* Train a leaf: it gets a gradient on the heap and needs_grad. The tensor must outlive the
+ * optimizer. name: in state files, unique; copied. lr_scale: 0 = 1. floor: values are kept >= it
+ * (scales must stay positive); 0: no bound. decay: 0 takes the tensor out of weight decay. */
+SDQ_API sdq_status sdq_optim_add(sdq_ctx *ctx, sdq_optim *optim, sdq_tensor *leaf, const char *name,
+                                 float lr_scale, float floor, int decay);
+/* Clip, update, clear the gradients. SDQ_ERR_NUMERIC if the gradient is not finite: nothing was
+ * changed then. */
+SDQ_API sdq_status sdq_optim_step(sdq_ctx *ctx, sdq_optim *optim);
+SDQ_API void sdq_optim_zero(sdq_optim *optim);
+SDQ_API size_t sdq_optim_steps_done(const sdq_optim *optim);
+/* L2 norm of the last gradient before clipping, and the rate of the last step. */
+SDQ_API double sdq_optim_grad_norm(const sdq_optim *optim);
+SDQ_API double sdq_optim_rate(const sdq_optim *optim);
+/* Exchange weights and averages: evaluate or save the averages, exchange back to go on. */
+SDQ_API void sdq_optim_swap_ema(sdq_optim *optim);
+/* Everything that resuming needs: weights, moments, averages, step. Written atomically; equal
+ * states give equal bytes. Loading wants the same leaves in the optimizer. */
+SDQ_API sdq_status sdq_optim_save(sdq_ctx *ctx, const sdq_optim *optim, const char *path);
+SDQ_API sdq_status sdq_optim_load(sdq_ctx *ctx, sdq_optim *optim, const char *path);
+
+/* The loss of one micro-batch, recorded. All randomness must come from rng, which depends on the
+ * seed, the step and the micro-batch only: that is what makes a resumed run equal. */
+typedef sdq_tensor *(*sdq_loss_fn)(sdq_ctx *ctx, void *user, sdq_rng *rng, size_t step);
+
+typedef struct sdq_fit_desc {
+    size_t steps;               /* train until the optimizer has done so many */
+    size_t accumulate;          /* micro-batches per step; 0: 1 */
+    uint64_t seed;
+    const char *state;          /* file of the optimizer's state; NULL: none is written or read */
+    size_t save_every;          /* steps; 0: only at the end */
+    sdq_progress_fn progress;   /* stage "train", i = steps done, n = steps, value = loss */
+    void *user;
+} sdq_fit_desc;
+
+/* Train. If the state file exists the run goes on from it.
+ * A loss that is not finite stops with SDQ_ERR_NUMERIC and the step; the state file stays. */
+SDQ_API sdq_status sdq_fit(sdq_ctx *ctx, sdq_optim *optim, const sdq_fit_desc *desc,
+                           sdq_loss_fn loss, void *loss_user);
+
+/* ===========================================================================
+ * >>api-tasks   what Stable Diffusion trains: an autoencoder, a text-to-image model
+ * ======================================================================== */
+
+/* Pictures of a dataset, decoded, cut to one size and kept as bytes, with their captions as ids. */
+typedef struct sdq_samples sdq_samples;
+/*   size       pictures become size x size: short side resized, middle cut out
+ *   tokenizer  NULL: no captions are kept */
+SDQ_API sdq_status sdq_samples_load(sdq_ctx *ctx, const sdq_dataset *data, size_t size,
+                                    const sdq_tokenizer *tokenizer, sdq_samples **out);
+SDQ_API void sdq_samples_free(sdq_ctx *ctx, sdq_samples *samples);
+SDQ_API size_t sdq_samples_count(const sdq_samples *samples);
+/* Encode every picture and its mirror image once; draws then take latents from this cache. */
+SDQ_API sdq_status sdq_samples_encode(sdq_ctx *ctx, sdq_samples *samples, const sdq_model *vae,
+                                      sdq_progress_fn progress, void *user);
+/* 1 / standard deviation of the encoded latents: the scaling factor of the autoencoder. */
+SDQ_API float sdq_samples_scaling(const sdq_samples *samples);
+
+/* Autoencoder: L1 + edges * L1 of differences + kl * KL (the mean over elements). */
+typedef struct sdq_vae_task {
+    sdq_model *vae;
+    const sdq_samples *samples;
+    size_t batch;
+    float edges, kl;            /* 0: 1, 1e-4 */
+} sdq_vae_task;
+SDQ_API sdq_tensor *sdq_vae_task_loss(sdq_ctx *ctx, void *task, sdq_rng *rng, size_t step);
+
+/* Noise or velocity prediction on encoded pictures; the text encoder is trained along when its
+ * parameters are in the optimizer. */
+typedef struct sdq_diffusion_task {
+    sdq_model *unet, *text;
+    const sdq_samples *samples;         /* encoded */
+    const sdq_scheduler *scheduler;     /* noise levels and prediction type */
+    float scaling;                      /* latents are multiplied by it */
+    size_t batch;
+    float drop;                         /* share of empty captions */
+    double snr_gamma;                   /* min-SNR weighting; 0: none */
+    sdq_mode mode;
+    int checkpoint;
+} sdq_diffusion_task;
+SDQ_API sdq_tensor *sdq_diffusion_task_loss(sdq_ctx *ctx, void *task, sdq_rng *rng, size_t step);
+
+/* Put all parameters of a model into the optimizer; prefix goes before their names. */
+SDQ_API sdq_status sdq_optim_add_model(sdq_ctx *ctx, sdq_optim *optim, sdq_model *model,
+                                       const char *prefix);
+
+/* ===========================================================================
+ * >>api-pipeline   from a prompt to a picture, with a precision per evaluation
+ * ======================================================================== */
+
+/* The networks of a diffusers folder and what belongs to them; for reading once loaded. */
+typedef struct sdq_pipeline {
+    sdq_tokenizer *tokenizer;
+    sdq_model *text, *vae;
+    sdq_model *unet;            /* the float network; NULL if only the int8 one was loaded */
+    sdq_model *unet_int8;       /* NULL: not quantized */
+    sdq_scheduler_desc scheduler;   /* of scheduler_config.json */
+    struct sdq_policy *policy;  /* of the int8 file: its precision schedule; may be NULL */
+    char *folder;
+} sdq_pipeline;
+
+/* Which evaluations of the denoising loop are computed in float, for one scheduler and number of
+ * steps. Stored with the int8 network. */
+typedef struct sdq_policy {
+    sdq_scheduler_kind scheduler;
+    size_t steps, count;        /* count: evaluations */
+    float guidance;
+    float timestep[1001];       /* of evaluation i */
+    unsigned char is_float[1001];
+} sdq_policy;
+
+typedef struct sdq_pipeline_desc {
+    const char *unet_int8;      /* file of a quantized UNet; NULL: none */
+    int int8_only;              /* do not load the float UNet: float evaluations use the int8
+                                 * network's own weights */
+    int trainable;              /* keep the weights of the float UNet as they are: for training,
+                                 * FAKE mode and saving. 0: they are packed for the kernels */
+} sdq_pipeline_desc;
+SDQ_API sdq_status sdq_pipeline_load(sdq_ctx *ctx, const char *folder, const sdq_pipeline_desc *desc,
+                                     sdq_pipeline **out);
+SDQ_API void sdq_pipeline_free(sdq_ctx *ctx, sdq_pipeline *pipeline);
+
+typedef enum sdq_precision {
+    SDQ_PRECISION_FLOAT = 0,    /* every evaluation in float */
+    SDQ_PRECISION_INT8,         /* every evaluation in int8 */
+    SDQ_PRECISION_EDGES,        /* float for evaluation i < k_first or i > count - 1 - k_last */
+    SDQ_PRECISION_POLICY,       /* as the file's schedule says */
+    SDQ_PRECISION_LIST          /* as `is_float` says, one byte per evaluation */
+} sdq_precision;
+
+/* Seen after every evaluation of the loop. x: the latent the network was given the noise of,
+ * eps: what the guided network said; [n,h,w,c], valid during the call. Non-zero cancels. */
+typedef struct sdq_step_info {
+    size_t i, count;
+    float timestep;
+    int is_float;
+    const sdq_tensor *x, *eps;      /* after guidance */
+    const sdq_tensor *input, *raw;  /* both guidance branches, as the network saw and said it */
+    const sdq_tensor *context;      /* of both branches */
+} sdq_step_info;
+typedef int (*sdq_step_fn)(void *user, const sdq_step_info *info);
+
+typedef struct sdq_txt2img_desc {
+    const char *prompt, *negative;      /* NULL: "" */
+    size_t width, height;               /* pixels; 0: the model's own size */
+    size_t steps;                       /* 0: 50 */
+    float guidance;                     /* 0: 7.5; 1 or less than 1: no guidance */
+    uint64_t seed;
+    sdq_rng_kind rng;
+    sdq_scheduler_kind scheduler;       /* DEFAULT: the folder's */
+    int karras;
+    size_t count;                       /* pictures; 0: 1. Drawn from one stream, as diffusers does */
+    sdq_precision precision;
+    size_t k_first, k_last;
+    const unsigned char *is_float;
+    const float *init_latents;          /* NULL, or [count,h,w,4] noise instead of the seed's */
+    sdq_mode mode;                      /* of evaluations that are not float: 0 and INT8: int8
+                                         * network; FAKE: the float network's layers in FAKE mode */
+    sdq_step_fn step;                   /* NULL or called after every evaluation */
+    sdq_progress_fn progress;           /* stages "text", "unet", "vae" */
+    void *user;
+} sdq_txt2img_desc;
+
+/* Denoise: the latents of the pictures, [count,h,w,4] in the arena. *float_count: NULL or receives
+ * the number of float evaluations. notice: NULL or receives a sentence worth showing ("" if none). */
+SDQ_API sdq_tensor *sdq_txt2img_latents(sdq_ctx *ctx, const sdq_pipeline *pipeline,
+                                        const sdq_txt2img_desc *desc, size_t *float_count,
+                                        const char **notice);
+/* Latents to pictures of 8 bits; images: `count` structs to fill, free each with sdq_image_free. */
+SDQ_API sdq_status sdq_decode_latents(sdq_ctx *ctx, const sdq_pipeline *pipeline, sdq_tensor *latents,
+                                      sdq_image *images);
+/* Both. */
+SDQ_API sdq_status sdq_txt2img(sdq_ctx *ctx, const sdq_pipeline *pipeline,
+                               const sdq_txt2img_desc *desc, sdq_image *images);
+/* The ids of one or more texts as a tensor I32 [n,t]. */
+SDQ_API sdq_tensor *sdq_pipeline_ids(sdq_ctx *ctx, const sdq_pipeline *pipeline,
+                                     const char *const *texts, size_t n);
+
+/* ===========================================================================
+ * >>api-recipe   calibrate, distill, convert, choose the precision of every evaluation
+ * ======================================================================== */
+
+/* How a UNet is quantized and trained. sdq_recipe_default is this library's own way,
+ * sdq_recipe_reference the published one; every field can be changed alone. */
+typedef struct sdq_recipe {
+    sdq_range range_linear;     /* linear layers and 1x1 convolutions */
+    sdq_range range_conv;       /* 3x3 convolutions */
+    int quantize_outputs;       /* results are quantized, too */
+    int quantize_edges;         /* conv_in and conv_out in int8 */
+    int quantize_time;          /* time embedding and its projections in int8 */
+    int quantize_context;       /* keys and values of cross-attention in int8 */
+    int split_skip;             /* halves of concat(hidden, skip) get their own ranges */
+    int bias_correction;
+    int learn_scales;           /* LSQ: weight scales and static input scales are trained */
+    int freeze_weights;         /* train the scales only */
+    float moving;               /* moving constant of the observers; 0: true min and max */
+    sdq_weight_scale weight_scale;
+    int calibrate_on_data;      /* noised pictures in FAKE mode; else the sampler's trajectories */
+    float noise_loss;           /* weight of MSE(student, noise); needs pictures */
+    float teacher_loss;         /* weight of MSE(student, teacher) */
+} sdq_recipe;
+SDQ_API sdq_recipe sdq_recipe_default(void);
+SDQ_API sdq_recipe sdq_recipe_reference(void);
+/* Write the settings into every layer of a UNet with float weights; ranges are forgotten.
+ *   keep_float   NULL, or names of layers (or prefixes ending in '.') that stay float, NULL at end */
+SDQ_API sdq_status sdq_recipe_apply(sdq_ctx *ctx, sdq_model *unet, const sdq_recipe *recipe,
+                                    const char *const *keep_float);
+/* "range_conv=block split_skip=1 ...": for reports and files. Writes at most size bytes. */
+SDQ_API void sdq_recipe_to_str(const sdq_recipe *recipe, char *buf, size_t size);
+
+/* What the network saw and said along the sampler's own trajectories, both guidance branches:
+ * data-free training and calibration (as EfficientDM, arXiv 2310.03270). On the heap. */
+typedef struct sdq_states sdq_states;
+/* Run desc's denoising loop in float for every prompt and keep the states.
+ *   seed of prompt i = desc->seed + i; desc->prompt is ignored */
+SDQ_API sdq_status sdq_states_collect(sdq_ctx *ctx, const sdq_pipeline *pipeline,
+                                      const char *const *prompts, size_t n,
+                                      const sdq_txt2img_desc *desc, sdq_states **out);
+SDQ_API void sdq_states_free(sdq_ctx *ctx, sdq_states *states);
+SDQ_API size_t sdq_states_count(const sdq_states *states);
+
+/* Observe the input ranges of all layers on the states (FLOAT mode: what the float network sees),
+ * then correct biases if asked. */
+SDQ_API sdq_status sdq_calibrate_states(sdq_ctx *ctx, sdq_model *unet, const sdq_states *states,
+                                        size_t batch, int bias_correction,
+                                        sdq_progress_fn progress, void *user);
+/* The published way: `batches` of noised pictures in FAKE mode with moving observers. */
+SDQ_API sdq_status sdq_calibrate_data(sdq_ctx *ctx, const sdq_diffusion_task *task, size_t batches,
+                                      uint64_t seed, sdq_progress_fn progress, void *user);
+/* Observers of all layers on or off. The published recipe leaves them on while training. */
+SDQ_API void sdq_model_observe(sdq_model *model, int on);
+
+/* Compare the output of a layer of the student with that of the same layer of the teacher. */
+typedef struct sdq_distill_map {
+    const char *layer;          /* name, such as "mid_block.resnets.1.conv2" */
+    int l1;                     /* 0: MSE, 1: L1 */
+    float weight;
+} sdq_distill_map;
+
+/* Distillation: teacher_loss MSE(student, teacher) + noise_loss MSE(student, target)
+ * + sum of the mapped layers' losses. */
+typedef struct sdq_distill_task {
+    sdq_model *student;             /* runs in FAKE mode */
+    const sdq_model *teacher;       /* float; not needed for states without maps */
+    const sdq_states *states;       /* data free; NULL: batches of `data` */
+    const sdq_diffusion_task *data; /* samples, text encoder, scheduler; its unet is not used */
+    size_t batch;
+    float teacher_loss, noise_loss;
+    const sdq_distill_map *map;
+    size_t maps;
+    int checkpoint;
+} sdq_distill_task;
+SDQ_API sdq_tensor *sdq_distill_task_loss(sdq_ctx *ctx, void *task, sdq_rng *rng, size_t step);
+/* Put what a recipe trains into the optimizer: weights, biases and norms, or scales. */
+SDQ_API sdq_status sdq_optim_add_student(sdq_ctx *ctx, sdq_optim *optim, sdq_model *unet,
+                                         const sdq_recipe *recipe, float scale_lr);
+
+/* Convert every quantized layer to packed int8; float weights of these layers are dropped. */
+SDQ_API sdq_status sdq_model_convert(sdq_ctx *ctx, sdq_model *unet);
+/* Give up training: weights are packed for the float kernels, one copy stays. */
+SDQ_API sdq_status sdq_model_freeze(sdq_ctx *ctx, sdq_model *model);
+/* One safetensors file: int8 weights [out,kh,kw,in], scales, ranges, everything float, the
+ * settings and the schedule in the metadata. policy and recipe: NULL or stored along. */
+SDQ_API sdq_status sdq_model_save_int8(sdq_ctx *ctx, const sdq_model *unet, const char *path,
+                                       const sdq_policy *policy, const char *recipe);
+/*   folder   of the pipeline: its unet/config.json must be the one the file was made with
+ *   policy   NULL or receives the schedule (count 0 if there is none) */
+SDQ_API sdq_status sdq_model_load_int8(sdq_ctx *ctx, const char *folder, const char *path,
+                                       sdq_model **out, sdq_policy *policy);
+
+/* Search the evaluations that must be float: rank them by the error of the int8 network on the
+ * float trajectory, weighted by the step that follows; take the fewest whose complete runs reach
+ * the target.
+ *   target_psnr   dB, median over the prompts against the float pictures; 0: only max_float counts
+ *   max_float     at most so many float evaluations; 0: no limit
+ *   errors        NULL or room for one number per evaluation: the mean square error
+ *   reached       NULL or receives the median PSNR of the result */
+SDQ_API sdq_status sdq_schedule_search(sdq_ctx *ctx, const sdq_pipeline *pipeline,
+                                       const char *const *prompts, size_t n,
+                                       const sdq_txt2img_desc *desc, double target_psnr,
+                                       size_t max_float, sdq_policy *policy, double *errors,
+                                       double *reached);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* SDQ_H */
+
+/* ===========================================================================
+ * >>impl   the implementation: one translation unit defines SDQ_IMPLEMENTATION
+ * ======================================================================== */
+#ifdef SDQ_IMPLEMENTATION
+#ifndef SDQ_IMPLEMENTATION_ONCE
+#define SDQ_IMPLEMENTATION_ONCE
+
+#ifndef SDQ_SELF
+#define SDQ_SELF "sdq.h"    /* renamed the file? define SDQ_SELF as its new name */
+#endif
+
+#include <limits.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__FAST_MATH__) && !defined(SDQ_ALLOW_FAST_MATH)
+#error "sdq.h promises equal bits on every CPU; -ffast-math breaks that. Compile without it."
+#endif
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "sdq.h needs a little-endian machine"
+#endif
+
+#if !defined(SDQ_NO_SIMD) && defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define SDQ__X86 1
+#include <cpuid.h>
+#include <immintrin.h>
+#else
+#define SDQ__X86 0
+#endif
+
+#if !defined(SDQ_NO_MMAP) && (defined(__unix__) || defined(__APPLE__))
+#define SDQ__MMAP 1
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#else
+#define SDQ__MMAP 0
+#endif
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC push_options
+#pragma GCC optimize("fp-contract=off")     /* a*b+c rounds twice unless fmaf says otherwise */
+#elif defined(__clang__)
+#pragma clang fp contract(off)
+#endif
+#if defined(__GNUC__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wunused-function"
+#define SDQ__PRINTF(f, a) __attribute__((format(printf, f, a)))
+#else
+#define SDQ__PRINTF(f, a)
+#endif
+
+#ifndef SDQ_ASSERT
+#include <assert.h>
+#define SDQ_ASSERT(x) assert(x)     /* guards this file's own invariants, never user input */
+#endif
+
+/* Return the status of a failed call to the caller. */
+#define SDQ__TRY(call) do { sdq_status st_ = (call); if (st_ != SDQ_OK) return st_; } while (0)
+/* The same in a function that owns something: goto its one label. */
+#define SDQ__TRY_DONE(call) do { st = (call); if (st != SDQ_OK) goto done; } while (0)
+
+/* ===========================================================================
+ * >>util   checked sizes, bit casts, half precision
+ * ======================================================================== */
+
+#define SDQ__COUNT(a) (sizeof(a) / sizeof((a)[0]))
+
+static size_t sdq__u_min(size_t a, size_t b) { return a < b ? a : b; }
+static size_t sdq__u_max(size_t a, size_t b) { return a > b ? a : b; }
+static size_t sdq__u_div_up(size_t a, size_t b) { return (a + b - 1) / b; }
+static size_t sdq__u_round_up(size_t a, size_t b) { return sdq__u_div_up(a, b) * b; }
+
+/* *out = a * b; 0 when it does not fit. */
+static int sdq__u_mul(size_t a, size_t b, size_t *out) {
+    if (b != 0 && a > SIZE_MAX / b) return 0;
+    *out = a * b;
+    return 1;
+}
+
+static uint32_t sdq__u_bits(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
+static float sdq__u_float(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+
+/* IEEE binary16 -> binary32, exact, subnormals and NaN included. */
+static float sdq__u_from_f16(uint16_t h) {
+    const uint32_t sign = (uint32_t)(h & 0x8000u) << 16, exp = (h >> 10) & 31u, man = h & 0x3ffu;
+    if (exp == 31) return sdq__u_float(sign | 0x7f800000u | (man << 13));
+    if (exp == 0) {
+        const float v = (float)man * (1.0f / 16777216.0f);      /* man * 2^-24 */
+        return sign ? -v : v;
+    }
+    return sdq__u_float(sign | ((exp + 112u) << 23) | (man << 13));
+}
+
+/* binary32 -> binary16, round half to even, overflow to infinity. */
+static uint16_t sdq__u_to_f16(float x) {
+    const uint32_t u = sdq__u_bits(x), sign = (u >> 16) & 0x8000u, a = u & 0x7fffffffu;
+    if (a > 0x7f800000u) return (uint16_t)(sign | 0x7e00u);
+    if (a >= 0x477ff000u) return (uint16_t)(sign | 0x7c00u);    /* >= 65520 rounds to inf */
+    if (a < 0x38800000u) {                                      /* below 2^-14: subnormal */
+        /* adding 0.5 puts the unit of 2^-24 in the last place and rounds half to even */
+        const uint32_t r = sdq__u_bits(sdq__u_float(a) + 0.5f) - 0x3f000000u;
+        return (uint16_t)(sign | r);
+    }
+    return (uint16_t)(sign | ((a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13));
+}
+
+static float sdq__u_from_bf16(uint16_t h) { return sdq__u_float((uint32_t)h << 16); }
+static uint16_t sdq__u_to_bf16(float x) {
+    const uint32_t u = sdq__u_bits(x);
+    if ((u & 0x7fffffffu) > 0x7f800000u) return (uint16_t)((u >> 16) | 0x40u);
+    return (uint16_t)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+
+static size_t sdq__u_dtype_size(sdq_dtype d) {
+    static const unsigned char size[SDQ_DTYPE_COUNT] = {4, 2, 2, 8, 1, 1, 2, 2, 4, 4, 8, 8, 1};
+    return (unsigned)d < SDQ_DTYPE_COUNT ? size[d] : 0;
+}
+
+/* ===========================================================================
+ * >>error   one status, one sentence; the first error stays
+ * ======================================================================== */
+
+/* Scratch memory: a list of chunks used as a stack. Releasing keeps the chunks. */
+typedef struct sdq__chunk { char *base; size_t size, used; } sdq__chunk;
+
+struct sdq__node;
+struct sdq__kernels;
+struct sdq__taps;
+
+struct sdq_ctx {
+    sdq_ctx_desc desc;
+    const struct sdq__kernels *k;   /* kernels of the chosen tier */
+    sdq_tier tier;
+    int threads;
+    sdq_status status;
+    char error[512];
+    sdq__chunk *chunks;
+    size_t chunk_count, chunk_cap, chunk_at, arena_now, arena_peak, arena_size;
+    struct sdq__node *tape;         /* newest node */
+    struct sdq__taps *taps;         /* layers whose output is wanted, or NULL */
+    int recording, replay;          /* replay: a checkpoint runs a block again */
+};
+
+/* Keep the first error and return its code: `return sdq__fail(ctx, SDQ_ERR_SHAPE, "...")`. */
+SDQ__PRINTF(3, 4)
+static sdq_status sdq__fail(sdq_ctx *ctx, sdq_status status, const char *format, ...) {
+    va_list args;
+    if (ctx->status != SDQ_OK) return status;
+    ctx->status = status;
+    va_start(args, format);
+    (void)vsnprintf(ctx->error, sizeof ctx->error, format, args);
+    va_end(args);
+    return status;
+}
+
+SDQ_API sdq_status sdq_last_error(const sdq_ctx *ctx) { return ctx ? ctx->status : SDQ_ERR_OOM; }
+SDQ_API const char *sdq_error_text(const sdq_ctx *ctx) { return ctx ? ctx->error : ""; }
+SDQ_API void sdq_clear_error(sdq_ctx *ctx) { ctx->status = SDQ_OK; ctx->error[0] = 0; }
+SDQ_API const char *sdq_status_name(sdq_status status) {
+    switch (status) {
+#define SDQ__X(name, value, text) case name: return text;
+    SDQ_STATUS_LIST(SDQ__X)
+#undef SDQ__X
+    default: return "unknown status";
+    }
+}
+
+/* ===========================================================================
+ * >>memory   heap through the user's allocator, scratch through the arena
+ *
+ * Long-lived things (models, datasets, optimizer state) come from the heap. What ops compute
+ * comes from the arena: pushed, and released together by going back to a mark.
+ * ======================================================================== */
+
+static void *sdq__mem_malloc(void *user, size_t bytes) { (void)user; return malloc(bytes); }
+static void sdq__mem_release(void *user, void *p) { (void)user; free(p); }
+
+/* count * size bytes of zeros; NULL and a sticky error when that is too much. */
+static void *sdq__alloc(sdq_ctx *ctx, size_t count, size_t size) {
+    size_t bytes;
+    void *p = NULL;
+    if (sdq__u_mul(count, size, &bytes)) p = ctx->desc.alloc(ctx->desc.user, bytes ? bytes : 1);
+    else bytes = SIZE_MAX;
+    if (!p) { sdq__fail(ctx, SDQ_ERR_OOM, "out of memory: %zu bytes asked for", bytes); return NULL; }
+    memset(p, 0, bytes ? bytes : 1);
+    return p;
+}
+static void sdq__free(sdq_ctx *ctx, void *p) {
+    if (p) ctx->desc.release(ctx->desc.user, p);
+}
+#define SDQ__NEW(ctx, type) ((type *)sdq__alloc(ctx, 1, sizeof(type)))
+#define SDQ__NEW_N(ctx, type, n) ((type *)sdq__alloc(ctx, n, sizeof(type)))
+
+static char *sdq__strdup(sdq_ctx *ctx, const char *s) {
+    const size_t n = strlen(s) + 1;
+    char *p = SDQ__NEW_N(ctx, char, n);
+    if (p) memcpy(p, s, n);
+    return p;
+}
+
+/* Room for at least `need` items of `size` bytes in a growing heap array; 0 when out of memory. */
+static int sdq__grow(sdq_ctx *ctx, void **items, size_t *cap, size_t need, size_t size) {
+    size_t want = *cap ? *cap : 8;
+    void *p;
+    if (need <= *cap) return 1;
+    while (want < need) want = want > SIZE_MAX / 2 ? need : want * 2;
+    p = sdq__alloc(ctx, want, size);
+    if (!p) return 0;
+    if (*items) memcpy(p, *items, *cap * size);
+    sdq__free(ctx, *items);
+    *items = p;
+    *cap = want;
+    return 1;
+}
+
+#define SDQ__ALIGN 64               /* a cache line, a 512-bit vector */
+#define SDQ__CHUNK ((size_t)1 << 22)   /* the first chunk; each new one doubles the arena */
+
+/* Uninitialised scratch, 64-byte aligned, until the arena is released to an older mark. */
+static void *sdq__push(sdq_ctx *ctx, size_t bytes) {
+    sdq__chunk *c;
+    if (bytes > SIZE_MAX / 2) { sdq__fail(ctx, SDQ_ERR_OOM, "out of memory: %zu bytes", bytes); return NULL; }
+    bytes = sdq__u_round_up(bytes ? bytes : 1, SDQ__ALIGN);
+    for (;;) {
+        if (ctx->chunk_at < ctx->chunk_count) {
+            c = &ctx->chunks[ctx->chunk_at];
+            if (c->size - c->used >= bytes) break;
+            if (c->used == 0 && ctx->chunk_at + 1 == ctx->chunk_count) {   /* too small: replace */
+                sdq__free(ctx, c->base);
+                ctx->arena_size -= c->size;
+                ctx->chunk_count--;
+                continue;
+            }
+            ctx->chunk_at++;
+            continue;
+        }
+        if (!sdq__grow(ctx, (void **)(void *)&ctx->chunks, &ctx->chunk_cap, ctx->chunk_count + 1,
+                       sizeof(sdq__chunk))) return NULL;
+        c = &ctx->chunks[ctx->chunk_count];
+        c->size = sdq__u_max(sdq__u_max(bytes, SDQ__CHUNK), ctx->arena_size);
+        c->used = 0;
+        c->base = (char *)ctx->desc.alloc(ctx->desc.user, c->size + SDQ__ALIGN);
+        if (!c->base) { sdq__fail(ctx, SDQ_ERR_OOM, "out of memory: %zu bytes of scratch", c->size); return NULL; }
+        ctx->arena_size += c->size;
+        ctx->chunk_count++;
+    }
+    {
+        const size_t pad = (SDQ__ALIGN - (size_t)((uintptr_t)c->base % SDQ__ALIGN)) % SDQ__ALIGN;
+        void *p = c->base + pad + c->used;
+        c->used += bytes;
+        ctx->arena_now += bytes;
+        ctx->arena_peak = sdq__u_max(ctx->arena_peak, ctx->arena_now);
+        return p;
+    }
+}
+#define SDQ__PUSH_N(ctx, type, n) ((type *)sdq__push(ctx, (size_t)(n) * sizeof(type)))
+
+SDQ_API sdq_mark sdq_arena_mark(sdq_ctx *ctx) {
+    sdq_mark m;
+    m.chunk = ctx->chunk_at;
+    m.used = ctx->chunk_at < ctx->chunk_count ? ctx->chunks[ctx->chunk_at].used : 0;
+    m.tape = ctx->tape;
+    return m;
+}
+
+SDQ_API void sdq_arena_release(sdq_ctx *ctx, sdq_mark m) {
+    size_t i;
+    for (i = m.chunk; i < ctx->chunk_count && i <= ctx->chunk_at; i++) {
+        const size_t keep = i == m.chunk ? m.used : 0;
+        ctx->arena_now -= ctx->chunks[i].used - keep;
+        ctx->chunks[i].used = keep;
+    }
+    ctx->chunk_at = m.chunk;
+    ctx->tape = (struct sdq__node *)m.tape;
+}
+
+SDQ_API size_t sdq_arena_peak(const sdq_ctx *ctx) { return ctx->arena_peak; }
+
+/* ===========================================================================
+ * >>parallel   one loop over independent tasks
+ *
+ * Every task writes its own outputs and no sum is split between tasks, so the thread count
+ * cannot change a result. OpenMP when the compiler has it, a plain loop otherwise.
+ * ======================================================================== */
+
+typedef void (*sdq__task_fn)(void *arg, size_t task, int thread);
+
+static void sdq__par_for(sdq_ctx *ctx, size_t tasks, sdq__task_fn fn, void *arg) {
+#ifdef _OPENMP
+    if (ctx->threads > 1 && tasks > 1) {
+        const ptrdiff_t n = (ptrdiff_t)tasks;
+        ptrdiff_t i;
+#pragma omp parallel for schedule(dynamic) num_threads(ctx->threads)
+        for (i = 0; i < n; i++) fn(arg, (size_t)i, omp_get_thread_num());
+        return;
+    }
+#endif
+    {
+        size_t i;
+        (void)ctx;
+        for (i = 0; i < tasks; i++) fn(arg, i, 0);
+    }
+}
+
+/* ===========================================================================
+ * >>cpu   which tier this processor and this operating system can run
+ *
+ * A vector register file is usable only if the CPU has it (CPUID) and the OS saves it on a
+ * task switch (XCR0: bits 1,2 for AVX, 5,6,7 as well for AVX-512).
+ * ======================================================================== */
+
+#if SDQ__X86
+static uint64_t sdq__cpu_xcr0(void) {
+    uint32_t lo, hi;
+    __asm__ volatile("xgetbv" : "=a"(lo), "=d"(hi) : "c"(0));
+    return ((uint64_t)hi << 32) | lo;
+}
+#endif
+
+static sdq_tier sdq__cpu_best(void) {
+#if SDQ__X86
+    unsigned a, b, c, d;
+    uint64_t xcr0;
+    const unsigned avx512 = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31);  /* F DQ BW VL */
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return SDQ_TIER_SCALAR;
+    if (!(c & (1u << 27)) || !(c & (1u << 12)) || !(c & (1u << 28))) return SDQ_TIER_SCALAR;
+    xcr0 = sdq__cpu_xcr0();                         /* OSXSAVE, FMA, AVX are there */
+    if ((xcr0 & 0x6) != 0x6) return SDQ_TIER_SCALAR;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & (1u << 5))) return SDQ_TIER_SCALAR;
+    if ((xcr0 & 0xe6) != 0xe6 || (b & avx512) != avx512) return SDQ_TIER_AVX2;
+    return (c & (1u << 11)) ? SDQ_TIER_AVX512VNNI : SDQ_TIER_AVX512;
+#else
+    return SDQ_TIER_SCALAR;
+#endif
+}
+
+SDQ_API int sdq_tier_available(sdq_tier tier) { return tier <= sdq__cpu_best(); }
+SDQ_API const char *sdq_tier_name(sdq_tier tier) {
+    static const char *const name[SDQ_TIER_COUNT] = {"auto", "scalar", "avx2", "avx512", "avx512vnni"};
+    return (unsigned)tier < SDQ_TIER_COUNT ? name[tier] : "?";
+}
+/* ===========================================================================
+ * >>kernel-list   the kernels: one list, one struct, one const table per tier
+ *
+ * A vector is always 16 floats, whatever the registers are ("16 lanes"). Element i of a row is
+ * handled by lane i % 16. What a kernel computes is defined to the bit:
+ *   element-wise   the same IEEE operations in the same order, fmaf where written
+ *   sums           lane l adds elements l, l+16, l+32, ... in order (from +0; a missing element
+ *                  of the last vector adds nothing); lanes are joined as a tree:
+ *                  lane[l] += lane[l+8] (l < 8), then +4, +2, +1
+ *   GEMM           every output is one chain over k in order: c = fmaf(a, b, c)
+ *   int8           int32 sums are exact; the float epilogue is written out below
+ * exp, erf and friends are our own polynomials. The scalar tier is the definition; each other
+ * tier must give the same bits.
+ * ======================================================================== */
+
+#define SDQ__MR 12      /* rows of a GEMM tile: 12 x 2 zmm accumulators + 2 of b + 1 of a */
+#define SDQ__NR 32      /* columns of a GEMM tile and of a packed panel, on every tier */
+
+/* One fp32 tile: y[i][j] = sum over taps t, channels k of a[t*mr+i][k*astep] * b[t*kc+k][j].
+ * The chain starts at +0, or at y if `more`. Then, in this order and only where given:
+ * + bias[j], + res[i][j]. Columns nr..31 of y are not touched; b is always 32 wide. */
+typedef struct sdq__ftile {
+    const float *const *a;      /* [taps][mr] row pointers */
+    size_t astep;               /* distance of consecutive k in a row */
+    const float *b;             /* [taps*kc][32] */
+    size_t mr, nr, taps, kc;    /* mr <= 12, nr <= 32 */
+    const float *bias, *res;    /* NULL or [32] (nr of them valid), [mr][ldr] */
+    float *y;
+    size_t ldr, ldy;
+    int more;
+} sdq__ftile;
+
+/* One int8 tile. Input rows are u8 in groups of 4 channels ("quads"); weights s8, packed as
+ * [taps*quads][32][4]. The quads of all taps are cut into segments of `seg` quads; each segment g
+ * and row i has a scale s[g*mr+i] and zero point z[g*mr+i], each segment and column a weight sum
+ * wsum[g*32+j]. Definition, with acc the exact int32 sum of the segment's products:
+ *   f = +0;  for g: f = fmaf(s[g][i], (float)(acc[g] - z[g][i] * wsum[g][j]), f)
+ *   y = fmaf(f, sw[j], bias[j])  (bias NULL: f * sw[j]),  then + res[i][j] where given
+ * taps*quads is a multiple of seg. If `more`, + y[i][j] (old) comes last. */
+typedef struct sdq__qtile {
+    const uint8_t *const *a;    /* [taps][mr] row pointers */
+    const int8_t *b;
+    size_t mr, nr, taps, quads, seg;
+    const float *s;
+    const int32_t *z;
+    const int32_t *wsum;
+    const float *sw, *bias, *res;
+    float *y;
+    size_t ldr, ldy;
+    int more;
+} sdq__qtile;
+
+typedef struct sdq__adamw_step {
+    float lr, beta1, beta2, eps, decay;     /* decay = lr * weight_decay */
+    float c1, c2;                           /* 1 / (1 - beta1^t), 1 / (1 - beta2^t) */
+    float clip;                             /* gradients are multiplied by this first */
+} sdq__adamw_step;
+
+/* X(return type, name, arguments, class). n: elements of a row; no alignment is assumed and
+ * nothing past n is read or written. All EXACT: equal to the bit on all tiers. */
+#define SDQ__KERNEL_LIST(X) \
+    /* GEMM tiles */ \
+    X(void, gemm_f32, (const sdq__ftile *t), EXACT) \
+    X(void, gemm_u8s8, (const sdq__qtile *t), EXACT) \
+    /* *mn = min(*mn, x...), *mx = max(*mx, x...); NaN elements are skipped */ \
+    X(void, minmax, (const float *x, size_t n, float *mn, float *mx), EXACT) \
+    /* the same per column: mn[j], mx[j] over rows of length n, ld apart */ \
+    X(void, minmax_cols, (const float *x, size_t rows, size_t ld, size_t n, float *mn, float *mx), EXACT) \
+    /* q = clamp(rint(x * inv) + z, 0, 255), half to even; NaN gives z */ \
+    X(void, quantize_u8, (uint8_t *q, const float *x, size_t n, float inv, int32_t z), EXACT) \
+    /* q = clamp(rint(x * inv), -128, 127); NaN gives 0 */ \
+    X(void, quantize_s8, (int8_t *q, const float *x, size_t n, float inv), EXACT) \
+    /* y = (q - z) * s */ \
+    X(void, dequantize_u8, (float *y, const uint8_t *q, size_t n, float s, int32_t z), EXACT) \
+    /* element-wise */ \
+    X(void, add, (float *y, const float *a, const float *b, size_t n), EXACT) \
+    X(void, mul, (float *y, const float *a, const float *b, size_t n), EXACT) \
+    X(void, scale, (float *y, const float *x, size_t n, float s), EXACT)                /* y = x*s */ \
+    X(void, axpy, (float *y, const float *x, size_t n, float s), EXACT)                 /* y = fma(s,x,y) */ \
+    X(void, lerp, (float *y, const float *x, size_t n, float t), EXACT)                 /* y = fma(t, x-y, y) */ \
+    X(void, vexp, (float *y, const float *x, size_t n), EXACT) \
+    X(void, silu, (float *y, const float *x, size_t n), EXACT) \
+    X(void, gelu, (float *y, const float *x, size_t n), EXACT)                          /* erf form */ \
+    X(void, quick_gelu, (float *y, const float *x, size_t n), EXACT) \
+    X(void, geglu, (float *y, const float *h, const float *g, size_t n), EXACT)         /* h*gelu(g) */ \
+    /* backward, all adding: dx += dy * f'(x), one rounding of the product, one of the sum */ \
+    X(void, silu_bwd, (float *dx, const float *dy, const float *x, size_t n), EXACT) \
+    X(void, gelu_bwd, (float *dx, const float *dy, const float *x, size_t n), EXACT) \
+    X(void, quick_gelu_bwd, (float *dx, const float *dy, const float *x, size_t n), EXACT) \
+    X(void, geglu_bwd, (float *dh, float *dg, const float *dy, const float *h, const float *g, size_t n), EXACT) \
+    /* sums over a row: 16 lanes and the tree */ \
+    X(float, sum, (const float *x, size_t n), EXACT) \
+    X(float, dot, (const float *a, const float *b, size_t n), EXACT)                    /* fmaf per lane */ \
+    X(float, sqdist, (const float *a, const float *b, size_t n), EXACT)                 /* sum (a-b)^2, fmaf */ \
+    X(float, absdist, (const float *a, const float *b, size_t n), EXACT)                /* sum |a-b| */ \
+    X(float, sqdev, (const float *x, size_t n, float mean), EXACT)                      /* sum (x-mean)^2, fmaf */ \
+    /* per column, a chain over rows in order; acc is added to: acc += x; \
+       acc = fma(x-mean[j], x-mean[j], acc); a1 += dy, a2 = fma(dy, x, a2) */ \
+    X(void, colsum, (float *acc, const float *x, size_t rows, size_t ld, size_t n), EXACT) \
+    X(void, colsqdev, (float *acc, const float *x, const float *mean, size_t rows, size_t ld, size_t n), EXACT) \
+    X(void, colsum2, (float *a1, float *a2, const float *dy, const float *x, size_t rows, size_t ld, size_t n), EXACT) \
+    /* y = fma(x, a[j], b[j]); silu variant applies SiLU to it; one row */ \
+    X(void, affine, (float *y, const float *x, const float *a, const float *b, size_t n), EXACT) \
+    X(void, affine_silu, (float *y, const float *x, const float *a, const float *b, size_t n), EXACT) \
+    /* dz = dy * silu'(fma(x, a, b)) (not adding) */ \
+    X(void, affine_silu_bwd, (float *dz, const float *dy, const float *x, const float *a, const float *b, size_t n), EXACT) \
+    /* dx += fma(dz, a[j], fma(x, p[j], q[j])) */ \
+    X(void, norm_bwd, (float *dx, const float *dz, const float *x, const float *a, const float *p, const float *q, size_t n), EXACT) \
+    /* y = (x - mean) * rstd * g + b as fma((x-mean)*rstd, g, b) */ \
+    X(void, layernorm, (float *y, const float *x, const float *g, const float *b, size_t n, float mean, float rstd), EXACT) \
+    /* one row of the backward pass, with h = (x-mean)*rstd: dx += rstd*(dy*g - m1 - h*m2), \
+       m1 = mean(dy*g), m2 = mean(dy*g*h); dgamma[j] += dy*h; dbeta[j] += dy */ \
+    X(void, layernorm_bwd, (float *dx, float *dgamma, float *dbeta, const float *dy, const float *x, const float *g, size_t n, float mean, float rstd), EXACT) \
+    /* one row of an online softmax over a tile of n scores (n > 0): v = s*scale; \
+       m' = max(*m, max v); s = exp(v - m'); *l = fma(*l, alpha, sum s); returns alpha = exp(*m - m') */ \
+    X(float, softmax_tile, (float *s, size_t n, float scale, float *m, float *l), EXACT) \
+    /* backward of a tile row: p = exp(s*scale - lse); s = p; dp = (p*(dp - delta))*scale */ \
+    X(void, softmax_tile_bwd, (float *s, float *dp, size_t n, float scale, float lse, float delta), EXACT) \
+    /* g = grad*clip; m = lerp; v; w -= decay*w; w -= lr * (m*c1) / (sqrt(v*c2) + eps); PyTorch's AdamW */ \
+    X(void, adamw, (float *w, float *m, float *v, const float *grad, size_t n, const sdq__adamw_step *s), EXACT) \
+    /* half precision to float, exact */ \
+    X(void, from_f16, (float *y, const uint16_t *x, size_t n), EXACT) \
+    X(void, from_bf16, (float *y, const uint16_t *x, size_t n), EXACT)
+
+typedef struct sdq__kernels {
+#define SDQ__X(ret, name, args, cls) ret (*name) args;
+    SDQ__KERNEL_LIST(SDQ__X)
+#undef SDQ__X
+} sdq__kernels;
+
+/* The passes: this file includes itself once per tier and compiles >>kernel-text for it. */
+#define SDQ__KERNEL_PASS 1
+#define SDQ__SUFFIX scalar
+#define SDQ__TARGET
+#define SDQ__TIER 1
+#include SDQ_SELF
+#if SDQ__X86
+#define SDQ__KERNEL_PASS 1
+#define SDQ__SUFFIX avx2
+#define SDQ__TARGET __attribute__((target("avx2,fma")))
+#define SDQ__TIER 2
+#include SDQ_SELF
+#define SDQ__KERNEL_PASS 1
+#define SDQ__SUFFIX avx512
+#define SDQ__TARGET __attribute__((target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl")))
+#define SDQ__TIER 3
+#include SDQ_SELF
+#define SDQ__KERNEL_PASS 1
+#define SDQ__SUFFIX avx512vnni
+#define SDQ__TARGET __attribute__((target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl,avx512vnni")))
+#define SDQ__TIER 4
+#include SDQ_SELF
+#endif
+
+static const sdq__kernels *sdq__k_table(sdq_tier tier) {
+    switch (tier) {
+#if SDQ__X86
+    case SDQ_TIER_AVX512VNNI: return &sdq__k_table_avx512vnni;
+    case SDQ_TIER_AVX512: return &sdq__k_table_avx512;
+    case SDQ_TIER_AVX2: return &sdq__k_table_avx2;
+#endif
+    default: return &sdq__k_table_scalar;
+    }
+}
+
+SDQ_API sdq_status sdq_ctx_create(const sdq_ctx_desc *desc, sdq_ctx **out) {
+    sdq_ctx_desc d;
+    sdq_ctx *ctx;
+    sdq_tier best = sdq__cpu_best();
+    memset(&d, 0, sizeof d);
+    if (!out) return SDQ_ERR_ARGUMENT;
+    *out = NULL;
+    if (desc) d = *desc;
+    if (!d.alloc != !d.release || (unsigned)d.tier >= SDQ_TIER_COUNT || d.threads < 0)
+        return SDQ_ERR_ARGUMENT;
+    if (!d.alloc) { d.alloc = sdq__mem_malloc; d.release = sdq__mem_release; }
+    ctx = (sdq_ctx *)d.alloc(d.user, sizeof *ctx);
+    if (!ctx) return SDQ_ERR_OOM;
+    memset(ctx, 0, sizeof *ctx);
+    ctx->desc = d;
+    ctx->tier = d.tier == SDQ_TIER_AUTO || d.tier > best ? best : d.tier;
+    ctx->k = sdq__k_table(ctx->tier);
+#ifdef _OPENMP
+    ctx->threads = d.threads ? d.threads : omp_get_num_procs();
+#else
+    ctx->threads = 1;
+#endif
+    *out = ctx;
+    return SDQ_OK;
+}
+
+SDQ_API void sdq_ctx_free(sdq_ctx *ctx) {
+    size_t i;
+    if (!ctx) return;
+    for (i = 0; i < ctx->chunk_count; i++) sdq__free(ctx, ctx->chunks[i].base);
+    sdq__free(ctx, ctx->chunks);
+    ctx->desc.release(ctx->desc.user, ctx);
+}
+SDQ_API sdq_tier sdq_ctx_tier(const sdq_ctx *ctx) { return ctx->tier; }
+SDQ_API int sdq_ctx_threads(const sdq_ctx *ctx) { return ctx->threads; }
+
+/* ===========================================================================
+ * >>random   torch's CPU generator, Philox, and the normals made from them
+ *
+ * mt19937: Matsumoto and Nishimura, "Mersenne Twister", ACM TOMACS 8(1), 1998.
+ * Philox4x32-10: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
+ * Both become normal by Box and Muller (1958): sqrt(-2 ln u1) (cos 2 pi u2, sin 2 pi u2).
+ *
+ * The words, the uniforms and their order are torch's exactly. The functions ln, sin, cos below
+ * are sums of their series in double precision, with +, -, *, / and sqrt only, which IEEE 754
+ * fixes to the bit; so are, therefore, all numbers of this section. torch itself computes the
+ * normals of n >= 16 with vector approximations in float that differ between its own builds:
+ * the distance to them is a few units in the last place (tests/test_random.c states it).
+ * ======================================================================== */
+
+#define SDQ__PI 3.14159265358979323846
+
+/* ln x for finite x > 0. x = 2^e m, sqrt(1/2) <= m < sqrt(2), s = (m-1)/(m+1):
+ * ln m = 2 (s + s^3/3 + s^5/5 + ...); |s| < 0.172, so term 11 is below 2^-56 of the sum. */
+static double sdq__rng_log(double x) {
+    int e, k;
+    double m = frexp(x, &e), s, s2, sum = 0.0;
+    if (m < 0.70710678118654752440) { m *= 2.0; e--; }
+    s = (m - 1.0) / (m + 1.0);
+    s2 = s * s;
+    for (k = 23; k >= 3; k -= 2) sum = (sum + 1.0 / k) * s2;
+    sum = 2.0 * (s + s * sum);
+    /* ln 2 in two parts: the first has 33 bits, so that its product with e is exact */
+    return (double)e * 6.93147180369123816490e-01 + (sum + (double)e * 1.90821492927058770002e-10);
+}
+
+/* sin and cos of 0 <= x < 2^20: the nearest multiple of pi/2 is taken away (pi/2 in two
+ * parts, the first of 33 bits, so that its multiples are exact), then Taylor on [-pi/4, pi/4],
+ * where the first term left out is below 2^-62. */
+static void sdq__rng_sincos(double x, double *sine, double *cosine) {
+    const int quarter = (int)(x * (2.0 / SDQ__PI) + 0.5);
+    const double r = (x - quarter * 1.57079632673412561417) - quarter * 6.07710050650619224932e-11;
+    const double r2 = r * r;
+    double s = 0.0, c = 0.0;
+    int k;
+    for (k = 18; k >= 2; k -= 2) {      /* s = sin(r)/r - 1, c = cos(r) - 1, by Horner */
+        s = (1.0 + s) * -r2 / (double)(k * (k + 1));
+        c = (1.0 + c) * -r2 / (double)(k * (k - 1));
+    }
+    s = r + r * s;
+    c = 1.0 + c;
+    switch (quarter & 3) {
+    case 0: *sine = s; *cosine = c; break;
+    case 1: *sine = c; *cosine = -s; break;
+    case 2: *sine = -s; *cosine = -c; break;
+    default: *sine = -c; *cosine = s; break;
+    }
+}
+
+static void sdq__rng_twist(uint32_t *mt) {
+    size_t i;
+    for (i = 0; i < 624; i++) {
+        const uint32_t y = (mt[i] & 0x80000000u) | (mt[(i + 1) % 624] & 0x7fffffffu);
+        mt[i] = mt[(i + 397) % 624] ^ (y >> 1) ^ ((y & 1u) ? 0x9908b0dfu : 0u);
+    }
+}
+
+static uint32_t sdq__rng_mt(sdq_rng *rng) {
+    uint32_t y;
+    if (rng->pos >= 624) { sdq__rng_twist(rng->state); rng->pos = 0; }
+    y = rng->state[rng->pos++];
+    y ^= y >> 11;
+    y ^= (y << 7) & 0x9d2c5680u;
+    y ^= (y << 15) & 0xefc60000u;
+    return y ^ (y >> 18);
+}
+
+/* Words 0..3 of block `index` of call number `offset`. */
+static void sdq__rng_philox(const sdq_rng *rng, uint64_t index, uint32_t *out) {
+    uint32_t c0 = rng->offset, c1 = 0, c2 = (uint32_t)index, c3 = (uint32_t)(index >> 32);
+    uint32_t k0 = (uint32_t)rng->seed, k1 = (uint32_t)(rng->seed >> 32);
+    int round;
+    for (round = 0; round < 10; round++) {
+        const uint64_t a = (uint64_t)c0 * 0xd2511f53u, b = (uint64_t)c2 * 0xcd9e8d57u;
+        c0 = (uint32_t)(b >> 32) ^ c1 ^ k0;
+        c2 = (uint32_t)(a >> 32) ^ c3 ^ k1;
+        c1 = (uint32_t)b;
+        c3 = (uint32_t)a;
+        k0 += 0x9e3779b9u;
+        k1 += 0xbb67ae85u;
+    }
+    out[0] = c0; out[1] = c1; out[2] = c2; out[3] = c3;
+}
+
+/* 64 bits; torch takes the high word first. */
+static uint64_t sdq__rng_u64(sdq_rng *rng) {
+    const uint64_t high = sdq__rng_mt(rng);
+    return (high << 32) | sdq__rng_mt(rng);
+}
+
+static float sdq__rng_u24(uint32_t word) {
+    return (float)(word & 0xffffffu) * (1.0f / 16777216.0f);
+}
+
+SDQ_API void sdq_rng_init(sdq_rng *rng, sdq_rng_kind kind, uint64_t seed) {
+    uint32_t i;
+    memset(rng, 0, sizeof *rng);
+    rng->seed = seed;
+    rng->kind = (uint32_t)kind;
+    rng->pos = 624;
+    if (kind != SDQ_RNG_TORCH) return;
+    rng->state[0] = (uint32_t)seed;
+    for (i = 1; i < 624; i++) {
+        const uint32_t before = rng->state[i - 1];
+        rng->state[i] = 1812433253u * (before ^ (before >> 30)) + i;
+    }
+}
+
+SDQ_API int sdq_rng_valid(const sdq_rng *rng) {
+    return rng->kind < (uint32_t)SDQ_RNG_COUNT && rng->pos <= 624 && rng->has_spare <= 1
+        && rng->spare > -40.0 && rng->spare < 40.0;
+}
+
+/* Where draw i of a [n,c,plane] tensor is stored: [n,plane,c]. */
+static size_t sdq__rng_at(size_t i, size_t c, size_t plane) {
+    const size_t p = i % plane, rest = i / plane;
+    return (rest / c * plane + p) * c + rest % c;
+}
+
+/* torch, n < 16: pairs of doubles from 53-bit uniforms, the second of a pair waits in the state.
+ * torch's log1p(-u) is ln(1 - u): u is a multiple of 2^-53, so that 1 - u is exact. */
+static double sdq__rng_normal_pair(sdq_rng *rng) {
+    const double unit = 1.0 / 9007199254740992.0;
+    double u1, u2, r, sine, cosine;
+    if (rng->has_spare) { rng->has_spare = 0; return rng->spare; }
+    u1 = (double)(sdq__rng_u64(rng) & 0x1fffffffffffffu) * unit;
+    u2 = (double)(sdq__rng_u64(rng) & 0x1fffffffffffffu) * unit;
+    r = sqrt(-2.0 * sdq__rng_log(1.0 - u2));
+    sdq__rng_sincos(2.0 * SDQ__PI * u1, &sine, &cosine);
+    rng->spare = r * sine;
+    rng->has_spare = 1;
+    return r * cosine;
+}
+
+/* torch, n >= 16: sixteen uniforms u[0..15] become normals in place, u[j] and u[j+8] a pair.
+ * Radius, angle, sine and cosine are rounded to float, as torch's vector code rounds them. */
+static void sdq__rng_normal_16(float *u) {
+    int j;
+    for (j = 0; j < 8; j++) {
+        const float log_u = (float)sdq__rng_log((double)(1.0f - u[j]));
+        const float r = sqrtf(-2.0f * log_u), angle = (float)(2.0 * SDQ__PI) * u[j + 8];
+        double sine, cosine;
+        sdq__rng_sincos((double)angle, &sine, &cosine);
+        u[j] = r * (float)cosine;
+        u[j + 8] = r * (float)sine;
+    }
+}
+
+static void sdq__rng_draw_16(sdq_rng *rng, float *u) {
+    int j;
+    for (j = 0; j < 16; j++) u[j] = sdq__rng_u24(sdq__rng_mt(rng));
+    sdq__rng_normal_16(u);
+}
+
+/* torch draws all n uniforms before it transforms any; drawing block by block gives the same
+ * words. When n is no multiple of 16 it has drawn the rest in vain: the last sixteen
+ * positions are drawn once more after them, over what was there. */
+static void sdq__rng_normal_torch(sdq_rng *rng, float *out, size_t n, size_t c, size_t plane) {
+    float u[16];
+    size_t i, j;
+    for (i = 0; i + 16 <= n; i += 16) {
+        sdq__rng_draw_16(rng, u);
+        for (j = 0; j < 16; j++) out[sdq__rng_at(i + j, c, plane)] = u[j];
+    }
+    if (i == n) return;
+    for (; i < n; i++) (void)sdq__rng_mt(rng);
+    sdq__rng_draw_16(rng, u);
+    for (j = 0; j < 16; j++) out[sdq__rng_at(n - 16 + j, c, plane)] = u[j];
+}
+
+/* Philox: u1 = x 2^-32 + 2^-33 (never 0), angle = (y 2^-32 + 2^-33) 2 pi with 2 pi as a float;
+ * the sine is used and the cosine is not (CUDA keeps one number per thread and call). */
+static float sdq__rng_normal_philox(const sdq_rng *rng, size_t i) {
+    const double unit = 1.0 / 4294967296.0, tau = (double)(float)(2.0 * SDQ__PI);
+    uint32_t x[4];
+    double sine, cosine;
+    sdq__rng_philox(rng, i, x);
+    sdq__rng_sincos(((double)x[1] * unit + unit / 2.0) * tau, &sine, &cosine);
+    return (float)(sqrt(-2.0 * sdq__rng_log((double)x[0] * unit + unit / 2.0)) * sine);
+}
+
+/* n draws for [.., c, plane], stored as [.., plane, c]. */
+static void sdq__rng_normal_any(sdq_rng *rng, float *out, size_t n, size_t c, size_t plane) {
+    size_t i;
+    if (n == 0) return;
+    if (rng->kind == (uint32_t)SDQ_RNG_PHILOX) {
+        for (i = 0; i < n; i++) out[sdq__rng_at(i, c, plane)] = sdq__rng_normal_philox(rng, i);
+        rng->offset++;
+    } else if (n >= 16) {
+        sdq__rng_normal_torch(rng, out, n, c, plane);
+    } else {
+        for (i = 0; i < n; i++) out[sdq__rng_at(i, c, plane)] = (float)sdq__rng_normal_pair(rng);
+    }
+}
+
+SDQ_API void sdq_rng_normal(sdq_rng *rng, float *out, size_t n) {
+    sdq__rng_normal_any(rng, out, n, 1, 1);
+}
+
+SDQ_API void sdq_rng_normal_nchw(sdq_rng *rng, float *out, size_t n, size_t h, size_t w, size_t c) {
+    sdq__rng_normal_any(rng, out, n * h * w * c, c, h * w);
+}
+
+SDQ_API void sdq_rng_uniform(sdq_rng *rng, float *out, size_t n) {
+    size_t i;
+    if (rng->kind == (uint32_t)SDQ_RNG_PHILOX) {
+        for (i = 0; i < n; i++) {
+            uint32_t x[4];
+            sdq__rng_philox(rng, i, x);
+            out[i] = sdq__rng_u24(x[0]);
+        }
+        if (n > 0) rng->offset++;
+        return;
+    }
+    for (i = 0; i < n; i++) out[i] = sdq__rng_u24(sdq__rng_mt(rng));
+}
+
+SDQ_API uint64_t sdq_rng_below(sdq_rng *rng, uint64_t n) {
+    const int wide = n >= ((uint64_t)1 << 28);
+    uint64_t word;
+    if (rng->kind == (uint32_t)SDQ_RNG_PHILOX) {
+        uint32_t x[4];
+        sdq__rng_philox(rng, 0, x);
+        rng->offset++;
+        word = wide ? ((uint64_t)x[0] << 32) | x[1] : x[0];
+    } else {
+        word = wide ? sdq__rng_u64(rng) : sdq__rng_mt(rng);
+    }
+    return n > 1 ? word % n : 0;
+}
+
+/* Fisher and Yates, from the front: position i gets one of i..n-1. */
+SDQ_API void sdq_rng_permutation(sdq_rng *rng, size_t *out, size_t n) {
+    size_t i;
+    for (i = 0; i < n; i++) out[i] = i;
+    for (i = 0; i + 1 < n; i++) {
+        const size_t j = i + (size_t)sdq_rng_below(rng, n - i), keep = out[i];
+        out[i] = out[j];
+        out[j] = keep;
+    }
+}
+/* ===========================================================================
+ * >>tensor   shapes and storage
+ *
+ * A tensor is a small header and its data, both in the arena. Parameters are headers inside the
+ * objects that own them, with data on the heap.
+ * ======================================================================== */
+
+SDQ_API size_t sdq_tensor_count(const sdq_tensor *t) {
+    return t->dim[0] * t->dim[1] * t->dim[2] * t->dim[3];
+}
+
+/* Number of channel vectors: the product of all dims but the last. */
+static size_t sdq__t_rows(const sdq_tensor *t) {
+    return sdq_tensor_count(t) / t->dim[t->rank - 1];
+}
+static size_t sdq__t_chan(const sdq_tensor *t) { return t->dim[t->rank - 1]; }
+/* Entries of the batch; a lone vector is one. */
+static size_t sdq__t_entries(const sdq_tensor *t) { return t->rank > 1 ? t->dim[0] : 1; }
+
+/* A header with checked dims and uninitialised data. */
+static sdq_tensor *sdq__t_raw(sdq_ctx *ctx, sdq_dtype dtype, int rank, const size_t *dim) {
+    sdq_tensor *t;
+    size_t bytes = sdq__u_dtype_size(dtype);
+    int i, fits = 1;
+    if (ctx->status != SDQ_OK) return NULL;
+    if (rank < 1 || rank > 4 || bytes == 0) {
+        sdq__fail(ctx, SDQ_ERR_ARGUMENT, "tensor: rank %d or dtype %d is not valid", rank, (int)dtype);
+        return NULL;
+    }
+    for (i = 0; i < rank; i++) fits = fits && dim[i] > 0 && sdq__u_mul(bytes, dim[i], &bytes);
+    if (!fits) {
+        sdq__fail(ctx, SDQ_ERR_SHAPE, "tensor: a dimension is 0 or the size overflows");
+        return NULL;
+    }
+    t = SDQ__PUSH_N(ctx, sdq_tensor, 1);
+    if (!t) return NULL;
+    memset(t, 0, sizeof *t);
+    t->dtype = dtype;
+    t->rank = rank;
+    for (i = 0; i < 4; i++) t->dim[i] = i < rank ? dim[i] : 1;
+    t->data = sdq__push(ctx, bytes);
+    return t->data ? t : NULL;
+}
+
+static sdq_tensor *sdq__t_like(sdq_ctx *ctx, const sdq_tensor *x) {
+    return sdq__t_raw(ctx, SDQ_F32, x->rank, x->dim);
+}
+
+/* Like x but with another number of channels. */
+static sdq_tensor *sdq__t_chans(sdq_ctx *ctx, const sdq_tensor *x, size_t c) {
+    size_t dim[4];
+    memcpy(dim, x->dim, sizeof dim);
+    dim[x->rank - 1] = c;
+    return sdq__t_raw(ctx, SDQ_F32, x->rank, dim);
+}
+
+SDQ_API sdq_tensor *sdq_tensor_new(sdq_ctx *ctx, sdq_dtype dtype, int rank, const size_t *dim) {
+    sdq_tensor *t = sdq__t_raw(ctx, dtype, rank, dim);
+    if (t) memset(t->data, 0, sdq_tensor_count(t) * sdq__u_dtype_size(dtype));
+    return t;
+}
+SDQ_API sdq_tensor *sdq_tensor_1d(sdq_ctx *ctx, size_t a) {
+    return sdq_tensor_new(ctx, SDQ_F32, 1, &a);
+}
+SDQ_API sdq_tensor *sdq_tensor_2d(sdq_ctx *ctx, size_t a, size_t b) {
+    size_t d[2]; d[0] = a; d[1] = b;
+    return sdq_tensor_new(ctx, SDQ_F32, 2, d);
+}
+SDQ_API sdq_tensor *sdq_tensor_3d(sdq_ctx *ctx, size_t a, size_t b, size_t c) {
+    size_t d[3]; d[0] = a; d[1] = b; d[2] = c;
+    return sdq_tensor_new(ctx, SDQ_F32, 3, d);
+}
+SDQ_API sdq_tensor *sdq_tensor_4d(sdq_ctx *ctx, size_t n, size_t h, size_t w, size_t c) {
+    size_t d[4]; d[0] = n; d[1] = h; d[2] = w; d[3] = c;
+    return sdq_tensor_new(ctx, SDQ_F32, 4, d);
+}
+
+static int sdq__t_same(const sdq_tensor *a, const sdq_tensor *b) {
+    return a->rank == b->rank && memcmp(a->dim, b->dim, sizeof a->dim) == 0;
+}
+
+/* Shape as text for error sentences; buf of at least 96 bytes. */
+static const char *sdq__t_shape(const sdq_tensor *t, char *buf) {
+    size_t at = 0;
+    int i;
+    buf[at++] = '[';
+    for (i = 0; i < t->rank; i++)
+        at += (size_t)snprintf(buf + at, 96 - at, "%s%zu", i ? "," : "", t->dim[i]);
+    buf[at++] = ']';
+    buf[at] = 0;
+    return buf;
+}
+
+/* Release the arena to the mark but keep y: its data moves down to where the mark is. While the
+ * tape records everything stays where it is, because backward needs it. */
+static sdq_tensor *sdq__keep(sdq_ctx *ctx, sdq_mark mark, sdq_tensor *y) {
+    sdq_tensor old, *head;
+    size_t bytes;
+    if (ctx->recording) return y;
+    if (!y) { sdq_arena_release(ctx, mark); return NULL; }
+    old = *y;
+    bytes = sdq_tensor_count(y) * sdq__u_dtype_size(y->dtype);
+    sdq_arena_release(ctx, mark);
+    head = SDQ__PUSH_N(ctx, sdq_tensor, 1);
+    y = head;
+    if (y) {
+        void *data = sdq__push(ctx, bytes);
+        if (!data) return NULL;
+        memmove(data, old.data, bytes);
+        old.data = data;
+        *y = old;
+    }
+    return y;
+}
+
+/* Give a heap tensor its shape and zeroed data; used for parameters. */
+static sdq_status sdq__t_init(sdq_ctx *ctx, sdq_tensor *t, int rank, const size_t *dim) {
+    size_t count = 1;
+    int i;
+    memset(t, 0, sizeof *t);
+    t->rank = rank;
+    for (i = 0; i < 4; i++) t->dim[i] = i < rank ? dim[i] : 1;
+    for (i = 0; i < rank; i++)
+        if (!sdq__u_mul(count, dim[i], &count)) return sdq__fail(ctx, SDQ_ERR_SHAPE, "parameter too large");
+    t->data = SDQ__NEW_N(ctx, float, sdq__u_round_up(count, SDQ__NR));    /* whole tiles */
+    return t->data ? SDQ_OK : SDQ_ERR_OOM;
+}
+/* The gradient belongs to who made it: the arena or an optimizer. */
+static void sdq__t_free(sdq_ctx *ctx, sdq_tensor *t) {
+    sdq__free(ctx, t->data);
+    memset(t, 0, sizeof *t);
+}
+
+/* ===========================================================================
+ * >>qmath   rounding, ranges and scales: the only definition
+ *
+ * Activations: u8, affine.  Range [mn,mx] with 0 inside,
+ *     s = max((mx - mn) / 255, 1.19e-7),  z = clamp(0 - rint(mn / s), 0, 255)
+ *     q = clamp(rint(x * (1/s)) + z, 0, 255),  x ~ (q - z) s
+ * Weights: s8 per output channel, symmetric,  s = max|w| / 127.5,  q = clamp(rint(w * (1/s)), -128, 127).
+ * Rounding is half to even; the reciprocal is rounded to float first, as PyTorch does.
+ * ======================================================================== */
+
+#define SDQ__Q_EPS 1.1920928955078125e-07f      /* 2^-23: torch.finfo(float32).eps */
+
+typedef struct sdq__qparam { float s, inv; int32_t z; } sdq__qparam;
+
+/* rint by adding and subtracting 1.5 * 2^23: half to even for |x| < 2^22, the clamp does the rest. */
+static float sdq__q_rint(float x) {
+    const float big = 12582912.0f;
+    if (!(x < 4194304.0f && x > -4194304.0f)) return x;
+    return (x + big) - big;
+}
+
+static sdq__qparam sdq__q_from_scale(float s, int32_t z) {
+    sdq__qparam p;
+    p.s = s;
+    p.inv = 1.0f / s;
+    p.z = z;
+    return p;
+}
+
+static sdq__qparam sdq__q_from_range(float mn, float mx) {
+    float s, z;
+    mn = mn < 0.0f ? mn : 0.0f;
+    mx = mx > 0.0f ? mx : 0.0f;
+    s = (mx - mn) / 255.0f;
+    if (!(s > SDQ__Q_EPS)) s = SDQ__Q_EPS;
+    z = 0.0f - sdq__q_rint(mn / s);
+    z = z < 0.0f ? 0.0f : z > 255.0f ? 255.0f : z;
+    return sdq__q_from_scale(s, (int32_t)z);
+}
+
+static float sdq__q_weight_scale(float mn, float mx) {
+    const float a = -mn > mx ? -mn : mx, s = a / 127.5f;
+    return s > SDQ__Q_EPS ? s : SDQ__Q_EPS;
+}
+/* ===========================================================================
+ * >>gemm   one driver for every product: linear, convolution, their gradients
+ *
+ * A convolution is a GEMM whose rows are found through pointers (Dukhan, "The Indirect
+ * Convolution Algorithm", arXiv 1907.02129): output pixel m and tap t read the channel vector of
+ * one input pixel, or a row of zeros in the padding. A linear layer has one tap. The gradient
+ * with respect to the input is the same with the geometry transposed.
+ *
+ * Weights are packed in panels of 32 output channels: [panel][tap][channel][32]. One panel and a
+ * block of rows stay in the second level cache; k is cut so that a piece of a panel does, too.
+ * Cutting k continues the same chain of fmaf, so block sizes never change a result.
+ * ======================================================================== */
+
+/* Where the rows of a convolution are. Output (y,x), tap (ky,kx) read input
+ * (y*stride + ky - top, x*stride + kx - left); transposed: the other way round. */
+typedef struct sdq__geom {
+    size_t n, h, w, oh, ow;             /* source and destination picture sizes */
+    size_t kh, kw, stride, top, left;
+    int transposed;
+} sdq__geom;
+
+static sdq__geom sdq__gemm_rows_geom(size_t rows) {     /* a linear layer: rows are rows */
+    sdq__geom g;
+    memset(&g, 0, sizeof g);
+    g.n = 1; g.h = g.oh = 1; g.w = g.ow = rows; g.kh = g.kw = g.stride = 1;
+    return g;
+}
+
+/* A destination pixel; stepping through pixels in order needs no division. */
+typedef struct sdq__pixel { size_t b, y, x; } sdq__pixel;
+
+static sdq__pixel sdq__gemm_pixel(const sdq__geom *g, size_t m) {
+    sdq__pixel p;
+    p.x = m % g->ow;
+    p.y = m / g->ow % g->oh;
+    p.b = m / g->ow / g->oh;
+    return p;
+}
+static void sdq__gemm_next(const sdq__geom *g, sdq__pixel *p) {
+    if (++p->x < g->ow) return;
+    p->x = 0;
+    if (++p->y < g->oh) return;
+    p->y = 0;
+    p->b++;
+}
+
+/* Source row of a pixel and tap, or SIZE_MAX in the padding. */
+static size_t sdq__gemm_src(const sdq__geom *g, const sdq__pixel *p, size_t ky, size_t kx) {
+    size_t y, x;
+    if (!g->transposed) {
+        y = p->y * g->stride + ky - g->top;         /* wraps around above the first row */
+        x = p->x * g->stride + kx - g->left;
+    } else {
+        y = p->y + g->top - ky;
+        x = p->x + g->left - kx;
+        if (g->stride > 1) {
+            if (y % g->stride || x % g->stride) return SIZE_MAX;
+            y = y > SIZE_MAX / 2 ? y : y / g->stride;
+            x = x > SIZE_MAX / 2 ? x : x / g->stride;
+        }
+    }
+    return y < g->h && x < g->w ? (p->b * g->h + y) * g->w + x : SIZE_MAX;
+}
+
+/* Source rows of mr outputs from m0 on, taps t0..t0+taps: src[t][i]. */
+static void sdq__gemm_gather(const sdq__geom *g, size_t m0, size_t mr, size_t t0, size_t taps,
+                             size_t *src) {
+    sdq__pixel p;
+    size_t t, i;
+    if (g->kh * g->kw == 1 && g->stride == 1) {
+        for (i = 0; i < mr; i++) src[i] = m0 + i;
+        return;
+    }
+    p = sdq__gemm_pixel(g, m0);
+    for (i = 0; i < mr; i++, sdq__gemm_next(g, &p)) {
+        size_t ky = t0 / g->kw, kx = t0 % g->kw;
+        for (t = 0; t < taps; t++) {
+            src[t * mr + i] = sdq__gemm_src(g, &p, ky, kx);
+            if (++kx == g->kw) { kx = 0; ky++; }
+        }
+    }
+}
+
+#define SDQ__MAX_TAPS 9         /* 3x3 is the largest kernel */
+#define SDQ__GEMM_MB 96         /* rows of a block: 8 tiles, 240 kB at 640 channels */
+#define SDQ__GEMM_KB 1536       /* k of a piece of a panel: 192 kB */
+
+/* The work of one product, shared by its tasks. */
+typedef struct sdq__gemm {
+    const struct sdq__kernels *k;
+    sdq__geom g;
+    const float *x, *zero;      /* rows of ldx floats; at least kc zeros */
+    const float *b;             /* packed panels */
+    const float *bias, *res;
+    float *y;
+    size_t *rows;               /* source rows of a block, SDQ__GEMM_MB * taps per thread */
+    size_t m, n, kc, ldx, ldr, ldy, groups, panels_per_group;
+    int more;
+} sdq__gemm;
+
+static size_t sdq__gemm_panels(size_t n) { return sdq__u_div_up(n, SDQ__NR); }
+static size_t sdq__gemm_packed_count(size_t n, size_t k) { return sdq__gemm_panels(n) * SDQ__NR * k; }
+
+/* Panels from b[n][k] (transposing): dst[panel][k][32], the last panel padded with zeros. */
+static void sdq__gemm_pack_t(float *dst, const float *b, size_t ldb, size_t n, size_t k) {
+    size_t p, i, j;
+    for (p = 0; p < n; p += SDQ__NR) {
+        const size_t nr = sdq__u_min(SDQ__NR, n - p);
+        for (i = 0; i < k; i++, dst += SDQ__NR) {
+            for (j = 0; j < nr; j++) dst[j] = b[(p + j) * ldb + i];
+            for (; j < SDQ__NR; j++) dst[j] = 0.0f;
+        }
+    }
+}
+
+/* Panels from b[k][n]: dst[panel][k][32]. */
+static void sdq__gemm_pack(float *dst, const float *b, size_t ldb, size_t n, size_t k) {
+    size_t p, i, j;
+    for (p = 0; p < n; p += SDQ__NR) {
+        const size_t nr = sdq__u_min(SDQ__NR, n - p);
+        for (i = 0; i < k; i++, dst += SDQ__NR) {
+            for (j = 0; j < nr; j++) dst[j] = b[i * ldb + p + j];
+            for (; j < SDQ__NR; j++) dst[j] = 0.0f;
+        }
+    }
+}
+
+/* One piece (taps t0.., channels c0..) of a block of rows, for the panels of a group. src: source
+ * rows of the block's tiles, [tile][tap][row]. */
+static void sdq__gemm_piece(const sdq__gemm *w, const size_t *src, size_t m0, size_t m1, size_t p0,
+                            size_t p1, size_t t0, size_t taps, size_t c0, size_t cn, int first,
+                            int last) {
+    const size_t all = w->g.kh * w->g.kw;
+    size_t p, m, i;
+    for (p = p0; p < p1; p++) {
+        for (m = m0; m < m1; m += SDQ__MR) {
+            const float *a[SDQ__MAX_TAPS * SDQ__MR];
+            const size_t *s = src + (m - m0) / SDQ__MR * all * SDQ__MR;
+            sdq__ftile t;
+            t.mr = sdq__u_min(SDQ__MR, m1 - m);
+            t.nr = sdq__u_min(SDQ__NR, w->n - p * SDQ__NR);
+            t.taps = taps;
+            t.kc = cn;
+            for (i = 0; i < taps * t.mr; i++) {
+                const size_t row = s[t0 * t.mr + i];
+                a[i] = row == SIZE_MAX ? w->zero : w->x + row * w->ldx + c0;
+            }
+            t.a = a;
+            t.astep = 1;
+            t.b = w->b + ((p * all + t0) * w->kc + c0) * SDQ__NR;
+            t.bias = last && w->bias ? w->bias + p * SDQ__NR : NULL;
+            t.res = last && w->res ? w->res + m * w->ldr + p * SDQ__NR : NULL;
+            t.ldr = w->ldr;
+            t.y = w->y + m * w->ldy + p * SDQ__NR;
+            t.ldy = w->ldy;
+            t.more = w->more || !first;
+            w->k->gemm_f32(&t);
+        }
+    }
+}
+
+static void sdq__gemm_task(void *arg, size_t task, int thread) {
+    const sdq__gemm *w = (const sdq__gemm *)arg;
+    const size_t m0 = task / w->groups * SDQ__GEMM_MB, m1 = sdq__u_min(m0 + SDQ__GEMM_MB, w->m);
+    const size_t p0 = task % w->groups * w->panels_per_group;
+    const size_t p1 = sdq__u_min(p0 + w->panels_per_group, sdq__gemm_panels(w->n));
+    const size_t taps = w->g.kh * w->g.kw;
+    size_t *src = w->rows + (size_t)thread * SDQ__GEMM_MB * taps, t, c, m;
+    for (m = m0; m < m1; m += SDQ__MR)
+        sdq__gemm_gather(&w->g, m, sdq__u_min(SDQ__MR, m1 - m), 0, taps, src + (m - m0) * taps);
+    if (w->kc <= SDQ__GEMM_KB) {
+        const size_t step = sdq__u_max(1, SDQ__GEMM_KB / w->kc);
+        for (t = 0; t < taps; t += step)
+            sdq__gemm_piece(w, src, m0, m1, p0, p1, t, sdq__u_min(step, taps - t), 0, w->kc, t == 0,
+                            t + step >= taps);
+        return;
+    }
+    for (t = 0; t < taps; t++)
+        for (c = 0; c < w->kc; c += SDQ__GEMM_KB)
+            sdq__gemm_piece(w, src, m0, m1, p0, p1, t, 1, c, sdq__u_min(SDQ__GEMM_KB, w->kc - c),
+                            t == 0 && c == 0, t + 1 == taps && c + SDQ__GEMM_KB >= w->kc);
+}
+
+/* Cut the columns into groups of panels so that every thread has work even with few rows. */
+static size_t sdq__gemm_split(sdq_ctx *ctx, size_t m, size_t n, size_t *panels_per_group) {
+    const size_t panels = sdq__gemm_panels(n), blocks = sdq__u_div_up(m, SDQ__GEMM_MB);
+    const size_t want = sdq__u_div_up(4 * (size_t)ctx->threads, blocks);
+    *panels_per_group = sdq__u_div_up(panels, sdq__u_min(panels, want));
+    return sdq__u_div_up(panels, *panels_per_group);
+}
+
+static void sdq__gemm_run(sdq_ctx *ctx, sdq__gemm *w) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    w->k = ctx->k;
+    w->rows = SDQ__PUSH_N(ctx, size_t, (size_t)ctx->threads * SDQ__GEMM_MB * w->g.kh * w->g.kw);
+    w->groups = sdq__gemm_split(ctx, w->m, w->n, &w->panels_per_group);
+    if (w->rows)
+        sdq__par_for(ctx, sdq__u_div_up(w->m, SDQ__GEMM_MB) * w->groups, sdq__gemm_task, w);
+    sdq_arena_release(ctx, mark);
+}
+
+/* A product of small matrices inside a task: y[m][n] (+)= a[m][k] b, a strided, b one set of
+ * panels [n/32][bk][32] of which rows k0.. are used. */
+static void sdq__gemm_small(const struct sdq__kernels *kern, const float *a, size_t lda, size_t astep,
+                            const float *b, size_t bk, float *y, size_t ldy,
+                            size_t m, size_t n, size_t k, int more) {
+    size_t p, i, r;
+    for (p = 0; p * SDQ__NR < n; p++) {
+        for (i = 0; i < m; i += SDQ__MR) {
+            const float *row[SDQ__MR];
+            sdq__ftile t;
+            memset(&t, 0, sizeof t);
+            t.mr = sdq__u_min(SDQ__MR, m - i);
+            t.nr = sdq__u_min(SDQ__NR, n - p * SDQ__NR);
+            t.taps = 1;
+            t.kc = k;
+            for (r = 0; r < t.mr; r++) row[r] = a + (i + r) * lda;
+            t.a = row;
+            t.astep = astep;
+            t.b = b + p * bk * SDQ__NR;
+            t.y = y + i * ldy + p * SDQ__NR;
+            t.ldy = ldy;
+            t.more = more;
+            kern->gemm_f32(&t);
+        }
+    }
+}
+
+/* ---- weight gradient: dw[n][t][c] += sum over output pixels m of dy[m][n] x[src(m,t)][c] ----
+ * One task is one tap and one panel of input channels. The rows of x that the tap reads are
+ * packed, SDQ__DW_MB at a time; every output is one chain over m in order. If q is given the
+ * rows are (q - z) s instead: the input of a fake-quantized layer, kept as bytes. */
+
+#define SDQ__DW_MB 512
+
+typedef struct sdq__gemm_dw {
+    const struct sdq__kernels *k;
+    sdq__geom g;
+    const float *x;             /* [rows][ldx], or NULL: use q */
+    const uint8_t *q;           /* [rows][ldq] */
+    const float *qs;            /* scale and zero point of row r, block j: */
+    const int32_t *qz;          /*   [r / rows_per_scale * blocks + j] */
+    const float *dy;
+    float *dw, *scratch;        /* scratch: SDQ__DW_MB * 32 floats per thread */
+    size_t m, n, c, ldx, ldq, ldy, ldw, blocks, rows_per_scale;
+    size_t first;               /* channel of dw column 0 */
+} sdq__gemm_dw;
+
+static void sdq__gemm_dw_pack(const sdq__gemm_dw *w, float *dst, size_t m0, size_t rows, size_t tap,
+                              size_t c0, size_t cn) {
+    const size_t ky = tap / w->g.kw, kx = tap % w->g.kw;
+    const int flat = w->g.kh * w->g.kw == 1;
+    sdq__pixel p = sdq__gemm_pixel(&w->g, m0);
+    size_t i, j;
+    for (i = 0; i < rows; i++, dst += SDQ__NR, sdq__gemm_next(&w->g, &p)) {
+        const size_t s = flat ? m0 + i : sdq__gemm_src(&w->g, &p, ky, kx);
+        if (s == SIZE_MAX) { memset(dst, 0, SDQ__NR * sizeof *dst); continue; }
+        if (w->x && cn == SDQ__NR) { memcpy(dst, w->x + s * w->ldx + c0, sizeof *dst * SDQ__NR); continue; }
+        if (w->x) {
+            for (j = 0; j < cn; j++) dst[j] = w->x[s * w->ldx + c0 + j];
+        } else {
+            const size_t at = s / w->rows_per_scale * w->blocks + (w->blocks > 1 ? c0 / SDQ__NR : 0);
+            w->k->dequantize_u8(dst, w->q + s * w->ldq + c0, cn, w->qs[at], w->qz[at]);
+        }
+        for (j = cn; j < SDQ__NR; j++) dst[j] = 0.0f;
+    }
+}
+
+static void sdq__gemm_dw_task(void *arg, size_t task, int thread) {
+    const sdq__gemm_dw *w = (const sdq__gemm_dw *)arg;
+    const size_t panels = sdq__gemm_panels(w->c), tap = task / panels, c0 = task % panels * SDQ__NR;
+    const size_t cn = sdq__u_min(SDQ__NR, w->c - c0);
+    float *b = w->scratch + (size_t)thread * SDQ__DW_MB * SDQ__NR;
+    size_t m;
+    for (m = 0; m < w->m; m += SDQ__DW_MB) {
+        const size_t rows = sdq__u_min(SDQ__DW_MB, w->m - m);
+        sdq__gemm_dw_pack(w, b, m, rows, tap, c0, cn);
+        sdq__gemm_small(w->k, w->dy + m * w->ldy, 1, w->ldy, b, rows,
+                        w->dw + tap * w->ldw + w->first + c0, w->g.kh * w->g.kw * w->ldw,
+                        w->n, cn, rows, 1);
+    }
+}
+
+static void sdq__gemm_dw_run(sdq_ctx *ctx, sdq__gemm_dw *w) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    w->k = ctx->k;
+    w->scratch = SDQ__PUSH_N(ctx, float, (size_t)ctx->threads * SDQ__DW_MB * SDQ__NR);
+    if (w->scratch)
+        sdq__par_for(ctx, w->g.kh * w->g.kw * sdq__gemm_panels(w->c), sdq__gemm_dw_task, w);
+    sdq_arena_release(ctx, mark);
+}
+
+/* out[j] += sum over rows of x[r][j]: a chain per column; the bias gradient. */
+typedef struct sdq__colsum { const struct sdq__kernels *k; const float *x; float *out; size_t rows, n; } sdq__colsum;
+static void sdq__gemm_colsum_task(void *arg, size_t task, int thread) {
+    const sdq__colsum *w = (const sdq__colsum *)arg;
+    const size_t j = task * 64;
+    (void)thread;
+    w->k->colsum(w->out + j, w->x + j, w->rows, w->n, sdq__u_min(64, w->n - j));
+}
+static void sdq__gemm_colsum(sdq_ctx *ctx, float *out, const float *x, size_t rows, size_t n) {
+    sdq__colsum w;
+    w.k = ctx->k; w.x = x; w.out = out; w.rows = rows; w.n = n;
+    sdq__par_for(ctx, sdq__u_div_up(n, 64), sdq__gemm_colsum_task, &w);
+}
+/* ---- the int8 product -----------------------------------------------------------------------
+ * Same loops, bytes instead of floats. A quantized input has rows of ldq bytes and scales either
+ * per entry of the batch (one range for a picture, or a static one) or per row and block of
+ * channels. With scales per entry one int32 sum runs over all taps, and the padding is filled
+ * with the zero point; with scales per row each tap (and block) is a segment of its own. */
+
+typedef struct sdq__qinput {    /* a quantized tensor */
+    uint8_t *q;                 /* [rows][ld] */
+    float *s;                   /* [entries] or [rows*blocks] */
+    int32_t *z;
+    uint8_t *pad;               /* per entry: [entries][ld] filled with z; per row: [ld] zeros */
+    size_t rows, entries, ld, blocks;
+    int per_row;
+} sdq__qinput;
+
+typedef struct sdq__qweight {   /* packed for the kernels */
+    int8_t *b;                  /* [panel][tap][quad][32][4] */
+    int32_t *sum;               /* [panel][segment][32]: sums of the weights of a segment */
+    size_t n, taps, quads, seg, segs;
+} sdq__qweight;
+
+typedef struct sdq__qgemm {
+    const struct sdq__kernels *k;
+    sdq__geom g;
+    const sdq__qinput *x;
+    const sdq__qweight *w;
+    const float *sw, *bias, *res;
+    float *y;
+    void *scratch;
+    size_t m, ldy, groups, panels_per_group;
+    int more;
+} sdq__qgemm;
+
+/* What a task finds out once for its block of rows and uses for every panel: for each tile of 12
+ * rows the row pointers [taps][mr], scales and zero points [segs][mr]. */
+#define SDQ__GEMM_TILES (SDQ__GEMM_MB / SDQ__MR)
+
+typedef struct sdq__qrows { const uint8_t **a; float *s; int32_t *z; } sdq__qrows;
+
+static size_t sdq__qgemm_scratch(const sdq__qweight *w) {       /* bytes per thread */
+    return SDQ__GEMM_MB * sdq__u_round_up(w->taps * sizeof(uint8_t *) + w->segs * 8, SDQ__ALIGN);
+}
+static sdq__qrows sdq__qgemm_tile_rows(const sdq__qgemm *w, int thread, size_t tile) {
+    const size_t taps = w->w->taps * SDQ__MR, segs = w->w->segs * SDQ__MR;
+    char *at = (char *)w->scratch + (size_t)thread * sdq__qgemm_scratch(w->w);
+    sdq__qrows r;
+    r.a = (const uint8_t **)(void *)at + tile * taps;
+    at += SDQ__GEMM_TILES * taps * sizeof(uint8_t *);
+    r.s = (float *)(void *)at + tile * segs;
+    at += SDQ__GEMM_TILES * segs * sizeof(float);
+    r.z = (int32_t *)(void *)at + tile * segs;
+    return r;
+}
+
+/* One range per entry: padding reads the entry's zero point. */
+static void sdq__qgemm_entry_rows(const sdq__qgemm *w, size_t m, size_t mr, const size_t *src,
+                                  const sdq__qrows *r) {
+    const sdq__qinput *x = w->x;
+    const size_t per_entry = w->m / x->entries, taps = w->w->taps;
+    size_t i, t;
+    for (i = 0; i < mr; i++) {
+        const size_t e = (m + i) / per_entry;
+        r->s[i] = x->s[e];
+        r->z[i] = x->z[e];
+        for (t = 0; t < taps; t++) {
+            const size_t row = src[t * mr + i];
+            r->a[t * mr + i] = row == SIZE_MAX ? x->pad + e * x->ld : x->q + row * x->ld;
+        }
+    }
+}
+/* One range per row and block: padding reads zeros with scale 0. */
+static void sdq__qgemm_row_rows(const sdq__qgemm *w, size_t mr, const size_t *src, const sdq__qrows *r) {
+    const sdq__qinput *x = w->x;
+    size_t i, t, j;
+    for (t = 0; t < w->w->taps; t++)
+        for (i = 0; i < mr; i++) {
+            const size_t row = src[t * mr + i];
+            const int pad = row == SIZE_MAX;
+            r->a[t * mr + i] = pad ? x->pad : x->q + row * x->ld;
+            for (j = 0; j < x->blocks; j++) {
+                r->s[(t * x->blocks + j) * mr + i] = pad ? 0.0f : x->s[row * x->blocks + j];
+                r->z[(t * x->blocks + j) * mr + i] = pad ? 0 : x->z[row * x->blocks + j];
+            }
+        }
+}
+
+static void sdq__qgemm_task(void *arg, size_t task, int thread) {
+    const sdq__qgemm *w = (const sdq__qgemm *)arg;
+    const sdq__qweight *b = w->w;
+    const size_t m0 = task / w->groups * SDQ__GEMM_MB, m1 = sdq__u_min(m0 + SDQ__GEMM_MB, w->m);
+    const size_t p0 = task % w->groups * w->panels_per_group;
+    const size_t p1 = sdq__u_min(p0 + w->panels_per_group, sdq__gemm_panels(b->n));
+    size_t p, m, src[SDQ__MAX_TAPS * SDQ__MR];
+    for (m = m0; m < m1; m += SDQ__MR) {
+        const size_t mr = sdq__u_min(SDQ__MR, m1 - m);
+        const sdq__qrows r = sdq__qgemm_tile_rows(w, thread, (m - m0) / SDQ__MR);
+        sdq__gemm_gather(&w->g, m, mr, 0, b->taps, src);
+        if (w->x->per_row) sdq__qgemm_row_rows(w, mr, src, &r);
+        else sdq__qgemm_entry_rows(w, m, mr, src, &r);
+    }
+    for (p = p0; p < p1; p++) {
+        for (m = m0; m < m1; m += SDQ__MR) {
+            const sdq__qrows r = sdq__qgemm_tile_rows(w, thread, (m - m0) / SDQ__MR);
+            sdq__qtile t;
+            t.mr = sdq__u_min(SDQ__MR, m1 - m);
+            t.nr = sdq__u_min(SDQ__NR, b->n - p * SDQ__NR);
+            t.a = r.a;
+            t.b = b->b + p * b->taps * b->quads * SDQ__NR * 4;
+            t.taps = b->taps;
+            t.quads = b->quads;
+            t.seg = b->seg;
+            t.s = r.s;
+            t.z = r.z;
+            t.wsum = b->sum + p * b->segs * SDQ__NR;
+            t.sw = w->sw + p * SDQ__NR;
+            t.bias = w->bias ? w->bias + p * SDQ__NR : NULL;
+            t.res = w->res ? w->res + m * w->ldy + p * SDQ__NR : NULL;
+            t.ldr = t.ldy = w->ldy;
+            t.y = w->y + m * w->ldy + p * SDQ__NR;
+            t.more = w->more;
+            w->k->gemm_u8s8(&t);
+        }
+    }
+}
+
+static void sdq__qgemm_run(sdq_ctx *ctx, sdq__qgemm *w) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    w->k = ctx->k;
+    w->scratch = sdq__push(ctx, (size_t)ctx->threads * sdq__qgemm_scratch(w->w));
+    w->groups = sdq__gemm_split(ctx, w->m, w->w->n, &w->panels_per_group);
+    if (w->scratch)
+        sdq__par_for(ctx, sdq__u_div_up(w->m, SDQ__GEMM_MB) * w->groups, sdq__qgemm_task, w);
+    sdq_arena_release(ctx, mark);
+}
+
+/* Pack q[n][taps][ldq] channels c0..c0+c (int8, padded to quads*4 channels with zeros) into the
+ * panels of w, whose sizes and pointers are set, and sum the segments. */
+static void sdq__qgemm_pack(sdq__qweight *w, const int8_t *q, size_t ldq, size_t c0, size_t c) {
+    const size_t panels = sdq__gemm_panels(w->n), all = w->taps * w->quads;
+    size_t p, i, j, l;
+    int8_t *dst = w->b;
+    memset(w->sum, 0, panels * w->segs * SDQ__NR * sizeof *w->sum);
+    for (p = 0; p < panels; p++) {
+        for (i = 0; i < all; i++) {
+            int32_t *sum = w->sum + (p * w->segs + i / w->seg) * SDQ__NR;
+            const size_t tap = i / w->quads, ch = i % w->quads * 4;
+            for (j = 0; j < SDQ__NR; j++) {
+                const size_t oc = p * SDQ__NR + j;
+                for (l = 0; l < 4; l++) {
+                    const int in = oc < w->n && ch + l < c;
+                    const int8_t v = in ? q[(oc * w->taps + tap) * ldq + c0 + ch + l] : (int8_t)0;
+                    *dst++ = v;
+                    sum[j] += v;
+                }
+            }
+        }
+    }
+}
+
+/* ===========================================================================
+ * >>attention   softmax(q k^T / sqrt(d)) v without a score matrix
+ *
+ * Tiles of 48 queries and 64 keys with a running maximum and sum per query (Dao et al.,
+ * "FlashAttention", arXiv 2205.14135; Milakov and Gimelshein, arXiv 1805.02867). The tile sizes
+ * are part of the definition: they fix where the running maximum is taken. Backward computes
+ * the scores again from the stored log-sum-exp.
+ * ======================================================================== */
+
+#define SDQ__ATT_Q 48
+#define SDQ__ATT_K 64
+
+typedef struct sdq__att {
+    const struct sdq__kernels *k;
+    const float *q, *key, *v;           /* [n][t][heads*d] */
+    float *y, *lse;                     /* lse: [n][heads][tq] */
+    float *kp, *vp;                     /* packed: per (n, head) */
+    float *scratch;
+    size_t n, tq, tk, heads, d, kp_size, vp_size, scratch_size;
+    float scale;
+    int causal;
+    /* backward */
+    const float *dy;
+    float *dq, *dk, *dv, *delta;
+} sdq__att;
+
+static void sdq__att_pack_task(void *arg, size_t task, int thread) {
+    const sdq__att *w = (const sdq__att *)arg;
+    const size_t c = w->heads * w->d, at = task / w->heads * w->tk * c + task % w->heads * w->d;
+    (void)thread;
+    sdq__gemm_pack_t(w->kp + task * w->kp_size, w->key + at, c, w->tk, w->d);
+    sdq__gemm_pack(w->vp + task * w->vp_size, w->v + at, c, w->d, w->tk);
+}
+
+/* Scores of queries i0.. against keys j0..: s[i][0..nk), -inf where causality hides a key. */
+static void sdq__att_scores(const sdq__att *w, const float *q, const float *kp, size_t i0, size_t nq,
+                            size_t j0, size_t nk, float *s) {
+    const size_t c = w->heads * w->d;
+    size_t i, j;
+    sdq__gemm_small(w->k, q + i0 * c, c, 1, kp + j0 * w->d, w->d, s, SDQ__ATT_K, nq, nk, w->d, 0);
+    if (!w->causal || j0 + nk <= i0 + 1) return;
+    for (i = 0; i < nq; i++)
+        for (j = 0; j < nk; j++)
+            if (j0 + j > i0 + i) s[i * SDQ__ATT_K + j] = -INFINITY;
+}
+
+static void sdq__att_task(void *arg, size_t task, int thread) {
+    const sdq__att *w = (const sdq__att *)arg;
+    const size_t c = w->heads * w->d, blocks = sdq__u_div_up(w->tq, SDQ__ATT_Q);
+    const size_t head = task / blocks, i0 = task % blocks * SDQ__ATT_Q;
+    const size_t nq = sdq__u_min(SDQ__ATT_Q, w->tq - i0);
+    const size_t at = head / w->heads * w->tq * c + head % w->heads * w->d;
+    const size_t tk = w->causal ? sdq__u_min(w->tk, i0 + nq) : w->tk;
+    float *s = w->scratch + (size_t)thread * w->scratch_size;
+    float *y = w->y + at + i0 * c, m[SDQ__ATT_Q], l[SDQ__ATT_Q];
+    size_t i, j;
+    for (i = 0; i < nq; i++) { m[i] = -INFINITY; l[i] = 0.0f; }
+    for (j = 0; j < tk; j += SDQ__ATT_K) {
+        const size_t nk = sdq__u_min(SDQ__ATT_K, tk - j);
+        sdq__att_scores(w, w->q + at, w->kp + head * w->kp_size, i0, nq, j, nk, s);
+        for (i = 0; i < nq; i++) {
+            const float a = w->k->softmax_tile(s + i * SDQ__ATT_K, nk, w->scale, &m[i], &l[i]);
+            if (j > 0) w->k->scale(y + i * c, y + i * c, w->d, a);
+        }
+        sdq__gemm_small(w->k, s, SDQ__ATT_K, 1, w->vp + head * w->vp_size + j * SDQ__NR, w->tk,
+                        y, c, nq, w->d, nk, j > 0);
+    }
+    for (i = 0; i < nq; i++) {
+        w->k->scale(y + i * c, y + i * c, w->d, 1.0f / l[i]);
+        if (w->lse) w->lse[head * w->tq + i0 + i] = m[i] + (float)log((double)l[i]);
+    }
+}
+
+static int sdq__att_sizes(sdq_ctx *ctx, sdq__att *w) {
+    w->k = ctx->k;
+    w->kp_size = sdq__gemm_packed_count(w->tk, w->d);
+    w->vp_size = sdq__gemm_packed_count(w->d, w->tk);
+    w->scale = 1.0f / sqrtf((float)w->d);
+    w->kp = SDQ__PUSH_N(ctx, float, w->n * w->heads * w->kp_size);
+    w->vp = SDQ__PUSH_N(ctx, float, w->n * w->heads * w->vp_size);
+    w->scratch = SDQ__PUSH_N(ctx, float, (size_t)ctx->threads * w->scratch_size);
+    return w->kp && w->vp && w->scratch;
+}
+
+static void sdq__att_forward(sdq_ctx *ctx, sdq__att *w) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    w->scratch_size = SDQ__ATT_Q * SDQ__ATT_K;
+    if (sdq__att_sizes(ctx, w)) {
+        sdq__par_for(ctx, w->n * w->heads, sdq__att_pack_task, w);
+        sdq__par_for(ctx, w->n * w->heads * sdq__u_div_up(w->tq, SDQ__ATT_Q), sdq__att_task, w);
+    }
+    sdq_arena_release(ctx, mark);
+}
+
+/* Backward of one head, with P = exp(S scale - lse), D_i = sum(dy_i y_i), dP = dy V^T:
+ *   dV = P^T dy,  dS = P (dP - D) scale,  dQ = dS K,  dK = dS^T Q.
+ * Scratch: Q, dy, K as row panels, V as column panels (K's are packed), two tiles. */
+static void sdq__att_bwd_task(void *arg, size_t head, int thread) {
+    const sdq__att *w = (const sdq__att *)arg;
+    const size_t c = w->heads * w->d, d = w->d;
+    const size_t aq = head / w->heads * w->tq * c + head % w->heads * d;
+    const size_t ak = head / w->heads * w->tk * c + head % w->heads * d;
+    const size_t qn = sdq__gemm_packed_count(d, w->tq);
+    float *qp = w->scratch + (size_t)thread * w->scratch_size, *dyp = qp + qn, *kr = dyp + qn;
+    float *vt = kr + w->vp_size, *s = vt + w->kp_size, *dp = s + SDQ__ATT_Q * SDQ__ATT_K;
+    const float *lse = w->lse + head * w->tq;
+    const float *kp = w->kp + head * w->kp_size;
+    size_t i0, j0, i;
+    sdq__gemm_pack(qp, w->q + aq, c, d, w->tq);
+    sdq__gemm_pack(dyp, w->dy + aq, c, d, w->tq);
+    sdq__gemm_pack(kr, w->key + ak, c, d, w->tk);
+    sdq__gemm_pack_t(vt, w->v + ak, c, w->tk, d);
+    for (j0 = 0; j0 < w->tk; j0 += SDQ__ATT_K) {
+        const size_t nk = sdq__u_min(SDQ__ATT_K, w->tk - j0);
+        for (i0 = 0; i0 < w->tq; i0 += SDQ__ATT_Q) {
+            const size_t nq = sdq__u_min(SDQ__ATT_Q, w->tq - i0);
+            if (w->causal && j0 > i0 + nq - 1) continue;
+            sdq__att_scores(w, w->q + aq, kp, i0, nq, j0, nk, s);
+            sdq__gemm_small(w->k, w->dy + aq + i0 * c, c, 1, vt + j0 * d, d, dp, SDQ__ATT_K,
+                            nq, nk, d, 0);
+            for (i = 0; i < nq; i++)
+                w->k->softmax_tile_bwd(s + i * SDQ__ATT_K, dp + i * SDQ__ATT_K, nk, w->scale,
+                                       lse[i0 + i], w->delta[head * w->tq + i0 + i]);
+            if (w->dv)
+                sdq__gemm_small(w->k, s, 1, SDQ__ATT_K, dyp + i0 * SDQ__NR, w->tq,
+                                w->dv + ak + j0 * c, c, nk, d, nq, 1);
+            if (w->dk)
+                sdq__gemm_small(w->k, dp, 1, SDQ__ATT_K, qp + i0 * SDQ__NR, w->tq,
+                                w->dk + ak + j0 * c, c, nk, d, nq, 1);
+            if (w->dq)
+                sdq__gemm_small(w->k, dp, SDQ__ATT_K, 1, kr + j0 * SDQ__NR, w->tk,
+                                w->dq + aq + i0 * c, c, nq, d, nk, 1);
+        }
+    }
+}
+
+static void sdq__att_backward(sdq_ctx *ctx, sdq__att *w) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    const size_t c = w->heads * w->d;
+    size_t e, h, i;
+    w->scratch_size = 2 * sdq__gemm_packed_count(w->d, w->tq) + sdq__gemm_packed_count(w->d, w->tk)
+                    + sdq__gemm_packed_count(w->tk, w->d) + 2 * SDQ__ATT_Q * SDQ__ATT_K;
+    w->delta = SDQ__PUSH_N(ctx, float, w->n * w->heads * w->tq);
+    if (w->delta && sdq__att_sizes(ctx, w)) {
+        for (e = 0; e < w->n; e++)
+            for (h = 0; h < w->heads; h++)
+                for (i = 0; i < w->tq; i++) {
+                    const size_t at = (e * w->tq + i) * c + h * w->d;
+                    w->delta[(e * w->heads + h) * w->tq + i] = w->k->dot(w->dy + at, w->y + at, w->d);
+                }
+        sdq__par_for(ctx, w->n * w->heads, sdq__att_pack_task, w);
+        sdq__par_for(ctx, w->n * w->heads, sdq__att_bwd_task, w);
+    }
+    sdq_arena_release(ctx, mark);
+}
+/* ===========================================================================
+ * >>tape   what backward needs, newest first
+ *
+ * A node knows the result, the inputs and a function that adds the inputs' gradients. Nodes lie
+ * in the arena beside the tensors. sdq_backward walks the list once; a result without a gradient
+ * was not used by the loss and is skipped. The first run of a checkpoint records nothing, but its
+ * own node lies on the tape already, without a result: ops note there that a gradient is needed.
+ * ======================================================================== */
+
+typedef struct sdq__node {
+    struct sdq__node *prev;
+    void (*back)(sdq_ctx *ctx, struct sdq__node *n);
+    sdq_tensor *y, *x[4];
+    void *p[4];             /* saved: op-specific pointers, sizes, numbers */
+    size_t i[4];
+    float f[2];
+    sdq_block_fn fn;        /* of a checkpoint */
+} sdq__node;
+
+/* Note an op if it must be differentiated; NULL if not. The caller fills in what it saves. */
+static sdq__node *sdq__tape_push(sdq_ctx *ctx, void (*back)(sdq_ctx *, sdq__node *), sdq_tensor *y,
+                                 sdq_tensor *a, sdq_tensor *b, sdq_tensor *c, sdq_tensor *d) {
+    sdq__node *n;
+    if (!y) return NULL;
+    if (!((a && a->needs_grad) || (b && b->needs_grad) || (c && c->needs_grad) || (d && d->needs_grad)))
+        return NULL;
+    if (!ctx->recording) {
+        if (ctx->tape && !ctx->tape->y) ctx->tape->i[1] = 1;
+        return NULL;
+    }
+    n = SDQ__PUSH_N(ctx, sdq__node, 1);
+    if (!n) return NULL;
+    memset(n, 0, sizeof *n);
+    n->back = back;
+    n->y = y;
+    n->x[0] = a; n->x[1] = b; n->x[2] = c; n->x[3] = d;
+    n->prev = ctx->tape;
+    ctx->tape = n;
+    y->needs_grad = 1;
+    return n;
+}
+
+/* The gradient of t to add to, made of zeros at first use; NULL if t needs none. */
+static float *sdq__tape_grad(sdq_ctx *ctx, sdq_tensor *t) {
+    if (!t || !t->needs_grad) return NULL;
+    if (!t->grad) {
+        const size_t n = sdq_tensor_count(t);
+        t->grad = SDQ__PUSH_N(ctx, float, n);
+        if (t->grad) memset(t->grad, 0, n * sizeof(float));
+    }
+    return t->grad;
+}
+
+/* The same for a product that can write instead of adding: *more tells which. */
+static float *sdq__tape_grad_raw(sdq_ctx *ctx, sdq_tensor *t, int *more) {
+    if (!t || !t->needs_grad) return NULL;
+    *more = t->grad != NULL;
+    if (!t->grad) t->grad = SDQ__PUSH_N(ctx, float, sdq_tensor_count(t));
+    return t->grad;
+}
+
+static void sdq__tape_walk(sdq_ctx *ctx, sdq__node *n) {
+    const int recording = ctx->recording;
+    ctx->recording = 0;
+    for (; n && ctx->status == SDQ_OK; n = n->prev)
+        if (n->y->grad) n->back(ctx, n);
+    ctx->recording = recording;
+}
+
+SDQ_API void sdq_tape_begin(sdq_ctx *ctx) { ctx->recording = 1; ctx->tape = NULL; }
+SDQ_API void sdq_tape_end(sdq_ctx *ctx) { ctx->recording = 0; ctx->tape = NULL; }
+
+SDQ_API sdq_status sdq_backward(sdq_ctx *ctx, sdq_tensor *loss) {
+    if (ctx->status != SDQ_OK) return ctx->status;
+    if (!loss || sdq_tensor_count(loss) != 1)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "backward: the loss must be one number");
+    if (!loss->needs_grad)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "backward: nothing that was recorded leads to the loss");
+    loss->grad = SDQ__PUSH_N(ctx, float, 1);
+    if (!loss->grad) return ctx->status;
+    loss->grad[0] = 1.0f;
+    sdq__tape_walk(ctx, ctx->tape);
+    return ctx->status;
+}
+
+/* Whether every gradient that the tape of a checkpoint needs outlives it: made by the tape itself,
+ * an input of the block (which has one), or a leaf with memory of its own. */
+static int sdq__tape_closed(const sdq__node *tape) {
+    const sdq__node *n, *m;
+    int i;
+    for (n = tape; n; n = n->prev)
+        for (i = 0; i < 4; i++) {
+            const sdq_tensor *t = n->x[i];
+            if (!t || !t->needs_grad || t->grad) continue;
+            for (m = n->prev; m && m->y != t; m = m->prev) {}
+            if (!m) return 0;
+        }
+    return 1;
+}
+
+/* Backward of a checkpoint: run the block again, recorded, on stand-ins of the inputs that share
+ * their data and gradients, then walk that piece of tape and drop it. Gradients of the inputs
+ * are made before the mark, so that they survive it. */
+static void sdq__tape_checkpoint_back(sdq_ctx *ctx, sdq__node *n) {
+    sdq_tensor in[4], *ptr[4];
+    sdq__node *tape = ctx->tape;
+    sdq_tensor *y;
+    sdq_mark mark;
+    int i, count = (int)n->i[0];
+    for (i = 0; i < count; i++) {
+        ptr[i] = NULL;
+        if (!n->x[i]) continue;
+        (void)sdq__tape_grad(ctx, n->x[i]);
+        in[i] = *n->x[i];
+        ptr[i] = &in[i];
+    }
+    if (ctx->status != SDQ_OK) return;
+    mark = sdq_arena_mark(ctx);
+    ctx->recording = ctx->replay = 1;
+    ctx->tape = NULL;
+    y = n->fn(ctx, n->p[0], ptr, count);
+    ctx->replay = 0;
+    if (y && !sdq__tape_closed(ctx->tape)) {
+        sdq__fail(ctx, SDQ_ERR_ARGUMENT, "checkpoint: a block trains a tensor that is not one of its inputs"
+                  " and has no gradient memory; give the tensor to an optimizer first");
+    } else if (y) {
+        if (y->grad) ctx->k->add(y->grad, y->grad, n->y->grad, sdq_tensor_count(y));   /* y is an input */
+        else y->grad = n->y->grad;
+        sdq__tape_walk(ctx, ctx->tape);
+    }
+    ctx->recording = 0;
+    sdq_arena_release(ctx, mark);
+    ctx->tape = tape;
+}
+
+SDQ_API sdq_tensor *sdq_checkpoint(sdq_ctx *ctx, sdq_block_fn fn, void *user, sdq_tensor **in, int n) {
+    sdq_mark mark;
+    sdq_tensor *y;
+    sdq__node *node;
+    int i;
+    if (n < 1 || n > 4) {
+        sdq__fail(ctx, SDQ_ERR_ARGUMENT, "checkpoint: %d inputs, 1 to 4 are possible", n);
+        return NULL;
+    }
+    if (!ctx->recording) return fn(ctx, user, in, n);
+    node = SDQ__PUSH_N(ctx, sdq__node, 1);
+    if (!node) return NULL;
+    memset(node, 0, sizeof *node);
+    node->back = sdq__tape_checkpoint_back;
+    node->fn = fn;
+    node->p[0] = user;
+    node->i[0] = (size_t)n;
+    for (i = 0; i < n; i++) node->x[i] = in[i];
+    node->prev = ctx->tape;
+    ctx->tape = node;
+    ctx->recording = 0;
+    mark = sdq_arena_mark(ctx);
+    y = sdq__keep(ctx, mark, fn(ctx, user, in, n));
+    ctx->recording = 1;
+    if (y) y->needs_grad = y->needs_grad || node->i[1] != 0;     /* fn may return its input */
+    if (y && y->needs_grad) node->y = y;
+    else ctx->tape = node->prev;
+    return y;
+}
+
+/* ===========================================================================
+ * >>ops   each op: shapes, forward, backward
+ *
+ * Long rows are cut into pieces of SDQ__PIECE elements, one task each; a sum over a tensor is the
+ * sum of its pieces in order, in double.
+ * ======================================================================== */
+
+#define SDQ__PIECE 16384
+
+static int sdq__op_same(sdq_ctx *ctx, const char *op, const sdq_tensor *a, const sdq_tensor *b) {
+    char sa[96], sb[96];
+    if (!a || !b) return 0;
+    if (sdq__t_same(a, b)) return 1;
+    sdq__fail(ctx, SDQ_ERR_SHAPE, "%s: %s and %s differ", op, sdq__t_shape(a, sa), sdq__t_shape(b, sb));
+    return 0;
+}
+
+/* An element-wise loop: y = f(a, b) or y += ..., cut into pieces. */
+typedef struct sdq__ew {
+    const struct sdq__kernels *k;
+    void (*unary)(float *, const float *, size_t);
+    void (*binary)(float *, const float *, const float *, size_t);
+    void (*scaled)(float *, const float *, size_t, float);
+    float *y;
+    const float *a, *b;
+    float s;
+    size_t n;
+} sdq__ew;
+
+static void sdq__op_ew_task(void *arg, size_t task, int thread) {
+    const sdq__ew *w = (const sdq__ew *)arg;
+    const size_t i = task * SDQ__PIECE, n = sdq__u_min(SDQ__PIECE, w->n - i);
+    (void)thread;
+    if (w->unary) w->unary(w->y + i, w->a + i, n);
+    else if (w->binary) w->binary(w->y + i, w->a + i, w->b + i, n);
+    else w->scaled(w->y + i, w->a + i, n, w->s);
+}
+static void sdq__op_ew(sdq_ctx *ctx, sdq__ew *w) {
+    sdq__par_for(ctx, sdq__u_div_up(w->n, SDQ__PIECE), sdq__op_ew_task, w);
+}
+static void sdq__op_unary(sdq_ctx *ctx, void (*f)(float *, const float *, size_t), float *y,
+                          const float *x, size_t n) {
+    sdq__ew w;
+    memset(&w, 0, sizeof w);
+    w.unary = f; w.y = y; w.a = x; w.n = n;
+    sdq__op_ew(ctx, &w);
+}
+static void sdq__op_binary(sdq_ctx *ctx, void (*f)(float *, const float *, const float *, size_t),
+                           float *y, const float *a, const float *b, size_t n) {
+    sdq__ew w;
+    memset(&w, 0, sizeof w);
+    w.binary = f; w.y = y; w.a = a; w.b = b; w.n = n;
+    sdq__op_ew(ctx, &w);
+}
+static void sdq__op_scaled(sdq_ctx *ctx, void (*f)(float *, const float *, size_t, float), float *y,
+                           const float *x, size_t n, float s) {
+    sdq__ew w;
+    memset(&w, 0, sizeof w);
+    w.scaled = f; w.y = y; w.a = x; w.s = s; w.n = n;
+    sdq__op_ew(ctx, &w);
+}
+
+/* ---- y = a + b;  da += dy, db += dy ---- */
+static void sdq__op_add_back(sdq_ctx *ctx, sdq__node *n) {
+    int i;
+    for (i = 0; i < 2; i++) {
+        float *d = sdq__tape_grad(ctx, n->x[i]);
+        if (d) sdq__op_binary(ctx, ctx->k->add, d, d, n->y->grad, sdq_tensor_count(n->y));
+    }
+}
+SDQ_API sdq_tensor *sdq_add(sdq_ctx *ctx, sdq_tensor *a, sdq_tensor *b) {
+    sdq_tensor *y;
+    if (!sdq__op_same(ctx, "add", a, b)) return NULL;
+    y = sdq__t_like(ctx, a);
+    if (!y) return NULL;
+    sdq__op_binary(ctx, ctx->k->add, sdq_f32(y), sdq_f32(a), sdq_f32(b), sdq_tensor_count(y));
+    (void)sdq__tape_push(ctx, sdq__op_add_back, y, a, b, NULL, NULL);
+    return y;
+}
+
+/* ---- y = s x;  dx += s dy ---- */
+static void sdq__op_scale_back(sdq_ctx *ctx, sdq__node *n) {
+    float *d = sdq__tape_grad(ctx, n->x[0]);
+    if (d) sdq__op_scaled(ctx, ctx->k->axpy, d, n->y->grad, sdq_tensor_count(n->y), n->f[0]);
+}
+SDQ_API sdq_tensor *sdq_scale(sdq_ctx *ctx, sdq_tensor *x, float s) {
+    sdq_tensor *y = x ? sdq__t_like(ctx, x) : NULL;
+    sdq__node *n;
+    if (!y) return NULL;
+    sdq__op_scaled(ctx, ctx->k->scale, sdq_f32(y), sdq_f32(x), sdq_tensor_count(x), s);
+    n = sdq__tape_push(ctx, sdq__op_scale_back, y, x, NULL, NULL, NULL);
+    if (n) n->f[0] = s;
+    return y;
+}
+
+/* ---- y[e][p][c] = x[e][p][c] + v[e][c];  dx += dy, dv[e] += sum over p of dy ---- */
+static void sdq__op_add_vector_back(sdq_ctx *ctx, sdq__node *n) {
+    const size_t e = n->y->dim[0], c = sdq__t_chan(n->y), rows = sdq__t_rows(n->y) / e;
+    float *dx = sdq__tape_grad(ctx, n->x[0]), *dv = sdq__tape_grad(ctx, n->x[1]);
+    size_t i;
+    if (dx) sdq__op_binary(ctx, ctx->k->add, dx, dx, n->y->grad, sdq_tensor_count(n->y));
+    for (i = 0; dv && i < e; i++)
+        sdq__gemm_colsum(ctx, dv + i * c, n->y->grad + i * rows * c, rows, c);
+}
+SDQ_API sdq_tensor *sdq_add_vector(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *v) {
+    sdq_tensor *y;
+    size_t e, r, rows, c;
+    if (!x || !v) return NULL;
+    c = sdq__t_chan(x);
+    if (x->rank < 2 || v->rank != 2 || v->dim[0] != x->dim[0] || v->dim[1] != c) {
+        char a[96], b[96];
+        sdq__fail(ctx, SDQ_ERR_SHAPE, "add_vector: %s does not fit %s", sdq__t_shape(v, a), sdq__t_shape(x, b));
+        return NULL;
+    }
+    y = sdq__t_like(ctx, x);
+    if (!y) return NULL;
+    rows = sdq__t_rows(x) / x->dim[0];
+    for (e = 0; e < x->dim[0]; e++)
+        for (r = 0; r < rows; r++)
+            ctx->k->add(sdq_f32(y) + (e * rows + r) * c, sdq_f32(x) + (e * rows + r) * c,
+                        sdq_f32(v) + e * c, c);
+    (void)sdq__tape_push(ctx, sdq__op_add_vector_back, y, x, v, NULL, NULL);
+    return y;
+}
+
+/* ---- y[e][t] = x[e][t] + p[t];  dx += dy, dp[t] += sum over e of dy ---- */
+static void sdq__op_add_rows_back(sdq_ctx *ctx, sdq__node *n) {
+    const size_t size = sdq_tensor_count(n->y) / n->y->dim[0];
+    float *dx = sdq__tape_grad(ctx, n->x[0]), *dp = sdq__tape_grad(ctx, n->x[1]);
+    size_t e;
+    if (dx) sdq__op_binary(ctx, ctx->k->add, dx, dx, n->y->grad, sdq_tensor_count(n->y));
+    for (e = 0; dp && e < n->y->dim[0]; e++)
+        sdq__op_binary(ctx, ctx->k->add, dp, dp, n->y->grad + e * size, size);
+}
+SDQ_API sdq_tensor *sdq_add_rows(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *p) {
+    sdq_tensor *y;
+    size_t e, size;
+    if (!x || !p) return NULL;
+    if (x->rank != 3 || p->rank != 2 || p->dim[0] < x->dim[1] || p->dim[1] != x->dim[2]) {
+        char a[96], b[96];
+        sdq__fail(ctx, SDQ_ERR_SHAPE, "add_rows: table %s does not fit %s", sdq__t_shape(p, a), sdq__t_shape(x, b));
+        return NULL;
+    }
+    y = sdq__t_like(ctx, x);
+    if (!y) return NULL;
+    size = x->dim[1] * x->dim[2];
+    for (e = 0; e < x->dim[0]; e++)
+        sdq__op_binary(ctx, ctx->k->add, sdq_f32(y) + e * size, sdq_f32(x) + e * size, sdq_f32(p), size);
+    (void)sdq__tape_push(ctx, sdq__op_add_rows_back, y, x, p, NULL, NULL);
+    return y;
+}
+
+/* ---- activations: y = f(x);  dx += dy f'(x) ---- */
+static void sdq__op_silu_back(sdq_ctx *ctx, sdq__node *n) {
+    float *d = sdq__tape_grad(ctx, n->x[0]);
+    if (d) sdq__op_binary(ctx, ctx->k->silu_bwd, d, n->y->grad, sdq_f32(n->x[0]), sdq_tensor_count(n->y));
+}
+static void sdq__op_gelu_back(sdq_ctx *ctx, sdq__node *n) {
+    float *d = sdq__tape_grad(ctx, n->x[0]);
+    if (d) sdq__op_binary(ctx, ctx->k->gelu_bwd, d, n->y->grad, sdq_f32(n->x[0]), sdq_tensor_count(n->y));
+}
+static void sdq__op_quick_gelu_back(sdq_ctx *ctx, sdq__node *n) {
+    float *d = sdq__tape_grad(ctx, n->x[0]);
+    if (d) sdq__op_binary(ctx, ctx->k->quick_gelu_bwd, d, n->y->grad, sdq_f32(n->x[0]), sdq_tensor_count(n->y));
+}
+static sdq_tensor *sdq__op_activation(sdq_ctx *ctx, sdq_tensor *x,
+                                      void (*f)(float *, const float *, size_t),
+                                      void (*back)(sdq_ctx *, sdq__node *)) {
+    sdq_tensor *y = x ? sdq__t_like(ctx, x) : NULL;
+    if (!y) return NULL;
+    sdq__op_unary(ctx, f, sdq_f32(y), sdq_f32(x), sdq_tensor_count(x));
+    (void)sdq__tape_push(ctx, back, y, x, NULL, NULL, NULL);
+    return y;
+}
+SDQ_API sdq_tensor *sdq_silu(sdq_ctx *ctx, sdq_tensor *x) {
+    return sdq__op_activation(ctx, x, ctx->k->silu, sdq__op_silu_back);
+}
+SDQ_API sdq_tensor *sdq_gelu(sdq_ctx *ctx, sdq_tensor *x) {
+    return sdq__op_activation(ctx, x, ctx->k->gelu, sdq__op_gelu_back);
+}
+SDQ_API sdq_tensor *sdq_quick_gelu(sdq_ctx *ctx, sdq_tensor *x) {
+    return sdq__op_activation(ctx, x, ctx->k->quick_gelu, sdq__op_quick_gelu_back);
+}
+
+/* ---- y = h gelu(g), x = [h | g];  dh += dy gelu(g), dg += dy h gelu'(g) ---- */
+static void sdq__op_geglu_back(sdq_ctx *ctx, sdq__node *n) {
+    const size_t d = sdq__t_chan(n->y), rows = sdq__t_rows(n->y);
+    float *dx = sdq__tape_grad(ctx, n->x[0]);
+    const float *x = sdq_f32(n->x[0]);
+    size_t r;
+    for (r = 0; dx && r < rows; r++)
+        ctx->k->geglu_bwd(dx + r * 2 * d, dx + r * 2 * d + d, n->y->grad + r * d, x + r * 2 * d,
+                          x + r * 2 * d + d, d);
+}
+typedef struct sdq__geglu { const struct sdq__kernels *k; float *y; const float *x; size_t d, rows; } sdq__geglu;
+static void sdq__op_geglu_task(void *arg, size_t task, int thread) {
+    const sdq__geglu *w = (const sdq__geglu *)arg;
+    size_t r = task * 16;
+    const size_t end = sdq__u_min(r + 16, w->rows);
+    (void)thread;
+    for (; r < end; r++)
+        w->k->geglu(w->y + r * w->d, w->x + r * 2 * w->d, w->x + r * 2 * w->d + w->d, w->d);
+}
+SDQ_API sdq_tensor *sdq_geglu(sdq_ctx *ctx, sdq_tensor *x) {
+    sdq_tensor *y;
+    sdq__geglu w;
+    if (!x) return NULL;
+    if (sdq__t_chan(x) % 2) {
+        sdq__fail(ctx, SDQ_ERR_SHAPE, "geglu: %zu channels are not even", sdq__t_chan(x));
+        return NULL;
+    }
+    y = sdq__t_chans(ctx, x, sdq__t_chan(x) / 2);
+    if (!y) return NULL;
+    w.k = ctx->k; w.y = sdq_f32(y); w.x = sdq_f32(x); w.d = sdq__t_chan(y); w.rows = sdq__t_rows(y);
+    sdq__par_for(ctx, sdq__u_div_up(w.rows, 16), sdq__op_geglu_task, &w);
+    (void)sdq__tape_push(ctx, sdq__op_geglu_back, y, x, NULL, NULL, NULL);
+    return y;
+}
+
+/* ---- softmax over the last dim;  dx += y (dy - sum(dy y)) ---- */
+static void sdq__op_softmax_back(sdq_ctx *ctx, sdq__node *n) {
+    const size_t c = sdq__t_chan(n->y), rows = sdq__t_rows(n->y);
+    float *dx = sdq__tape_grad(ctx, n->x[0]);
+    size_t r, j;
+    for (r = 0; dx && r < rows; r++) {
+        const float *y = sdq_f32(n->y) + r * c, *dy = n->y->grad + r * c;
+        const float d = ctx->k->dot(dy, y, c);
+        for (j = 0; j < c; j++) dx[r * c + j] += y[j] * (dy[j] - d);
+    }
+}
+SDQ_API sdq_tensor *sdq_softmax(sdq_ctx *ctx, sdq_tensor *x) {
+    sdq_tensor *y = x ? sdq__t_like(ctx, x) : NULL;
+    size_t r, c, rows;
+    if (!y) return NULL;
+    c = sdq__t_chan(x);
+    rows = sdq__t_rows(x);
+    memcpy(y->data, x->data, rows * c * sizeof(float));
+    for (r = 0; r < rows; r++) {
+        float m = -INFINITY, l = 0.0f, *row = sdq_f32(y) + r * c;
+        (void)ctx->k->softmax_tile(row, c, 1.0f, &m, &l);
+        ctx->k->scale(row, row, c, 1.0f / l);
+    }
+    (void)sdq__tape_push(ctx, sdq__op_softmax_back, y, x, NULL, NULL, NULL);
+    return y;
+}
+
+/* ---- group norm (Wu and He, arXiv 1803.08494) -------------------------------------------------
+ * With the statistics of an entry and group, y = a[c] x + b[c]:
+ *   a = gamma rstd,  b = beta - mean a,  rstd = 1 / sqrt(var + eps), var over N = pixels * c/groups
+ * Sums run over chunks of SDQ__GN_ROWS pixels in float, over chunks and channels in double.
+ * Backward, with dz the gradient before the affine (through SiLU first), h = (x - mean) rstd:
+ *   dgamma = sum dz h,  dbeta = sum dz
+ *   dx = a dz + p x + q,  p = -rstd^2 S2 / N,  q = -rstd S1 / N - mean p,
+ *   S1 = sum gamma dz,  S2 = sum gamma dz h over the group                                      */
+
+#define SDQ__GN_ROWS 64
+
+typedef struct sdq__gn {
+    const struct sdq__kernels *k;
+    const float *x, *dy, *mean, *a, *b;     /* mean, a, b: [entries][c] */
+    float *y, *part, *part2;                /* partial sums: [entries][chunks][c] */
+    const float *p, *q;
+    size_t entries, rows, c, chunks;
+    int stage, silu;
+} sdq__gn;
+
+enum { SDQ__GN_SUM, SDQ__GN_DEV, SDQ__GN_APPLY, SDQ__GN_DZ, SDQ__GN_SUM2, SDQ__GN_DX };
+
+static void sdq__op_gn_task(void *arg, size_t task, int thread) {
+    const sdq__gn *w = (const sdq__gn *)arg;
+    const size_t e = task / w->chunks, r0 = task % w->chunks * SDQ__GN_ROWS, c = w->c;
+    const size_t rows = sdq__u_min(SDQ__GN_ROWS, w->rows - r0), at = (e * w->rows + r0) * c;
+    const float *x = w->x + at, *a = w->a + e * c, *b = w->b + e * c;
+    float *part = w->part + task * c;
+    size_t r;
+    (void)thread;
+    switch (w->stage) {
+    case SDQ__GN_SUM:
+        memset(part, 0, c * sizeof(float));
+        w->k->colsum(part, x, rows, c, c);
+        break;
+    case SDQ__GN_DEV:
+        memset(part, 0, c * sizeof(float));
+        w->k->colsqdev(part, x, w->mean + e * c, rows, c, c);
+        break;
+    case SDQ__GN_APPLY:
+        for (r = 0; r < rows; r++) {
+            if (w->silu) w->k->affine_silu(w->y + at + r * c, x + r * c, a, b, c);
+            else w->k->affine(w->y + at + r * c, x + r * c, a, b, c);
+        }
+        break;
+    case SDQ__GN_DZ:
+        for (r = 0; r < rows; r++)
+            w->k->affine_silu_bwd(w->y + at + r * c, w->dy + at + r * c, x + r * c, a, b, c);
+        break;
+    case SDQ__GN_SUM2:
+        memset(part, 0, c * sizeof(float));
+        memset(w->part2 + task * c, 0, c * sizeof(float));
+        w->k->colsum2(part, w->part2 + task * c, w->dy + at, x, rows, c, c);
+        break;
+    default:
+        for (r = 0; r < rows; r++)
+            w->k->norm_bwd(w->y + at + r * c, w->dy + at + r * c, x + r * c, a, w->p + e * c,
+                           w->q + e * c, c);
+    }
+}
+static void sdq__op_gn_run(sdq_ctx *ctx, sdq__gn *w, int stage) {
+    w->stage = stage;
+    sdq__par_for(ctx, w->entries * w->chunks, sdq__op_gn_task, w);
+}
+
+/* Sum of the partial sums of channels c0..c0+n of entry e. */
+static double sdq__op_gn_total(const sdq__gn *w, const float *part, size_t e, size_t c0, size_t n) {
+    double sum = 0.0;
+    size_t i, j;
+    for (i = 0; i < w->chunks; i++)
+        for (j = 0; j < n; j++) sum += (double)part[(e * w->chunks + i) * w->c + c0 + j];
+    return sum;
+}
+
+static void sdq__op_gn_back(sdq_ctx *ctx, sdq__node *n) {
+    sdq_tensor *x = n->x[0], *gamma = n->x[1], *beta = n->x[2];
+    const float *mean = (const float *)n->p[0], *rstd = (const float *)n->p[1];
+    const size_t groups = n->i[0], c = sdq__t_chan(x), cg = c / groups;
+    float *dx = sdq__tape_grad(ctx, x), *dg = sdq__tape_grad(ctx, gamma), *db = sdq__tape_grad(ctx, beta);
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    float *p, *q;
+    sdq__gn w;
+    size_t e, g, j;
+    memset(&w, 0, sizeof w);
+    w.k = ctx->k; w.x = sdq_f32(x); w.dy = n->y->grad; w.c = c; w.entries = sdq__t_entries(x);
+    w.rows = sdq__t_rows(x) / w.entries;
+    w.chunks = sdq__u_div_up(w.rows, SDQ__GN_ROWS);
+    w.a = (const float *)n->p[2]; w.b = (const float *)n->p[3];
+    w.part = SDQ__PUSH_N(ctx, float, w.entries * w.chunks * c);
+    w.part2 = SDQ__PUSH_N(ctx, float, w.entries * w.chunks * c);
+    p = SDQ__PUSH_N(ctx, float, w.entries * c);
+    q = SDQ__PUSH_N(ctx, float, w.entries * c);
+    if (n->i[1]) w.y = SDQ__PUSH_N(ctx, float, sdq_tensor_count(x));
+    if (ctx->status != SDQ_OK) return;
+    if (n->i[1]) {
+        sdq__op_gn_run(ctx, &w, SDQ__GN_DZ);
+        w.dy = w.y;
+    }
+    sdq__op_gn_run(ctx, &w, SDQ__GN_SUM2);
+    for (e = 0; e < w.entries; e++) {
+        for (g = 0; g < groups; g++) {
+            const double m = (double)mean[e * groups + g], r = (double)rstd[e * groups + g];
+            double s1 = 0.0, s2 = 0.0, pv;
+            const double count = (double)(w.rows * cg);
+            for (j = g * cg; j < (g + 1) * cg; j++) {
+                const double a1 = sdq__op_gn_total(&w, w.part, e, j, 1);
+                const double a2 = (sdq__op_gn_total(&w, w.part2, e, j, 1) - m * a1) * r;
+                s1 += (double)sdq_f32(gamma)[j] * a1;
+                s2 += (double)sdq_f32(gamma)[j] * a2;
+                if (dg) dg[j] += (float)a2;
+                if (db) db[j] += (float)a1;
+            }
+            pv = -r * r * s2 / count;
+            for (j = g * cg; j < (g + 1) * cg; j++) {
+                p[e * c + j] = (float)pv;
+                q[e * c + j] = (float)(-r * s1 / count - m * pv);
+            }
+        }
+    }
+    if (dx) {
+        w.p = p; w.q = q; w.y = dx;
+        sdq__op_gn_run(ctx, &w, SDQ__GN_DX);
+    }
+    sdq_arena_release(ctx, mark);
+}
+
+SDQ_API sdq_tensor *sdq_group_norm(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *gamma, sdq_tensor *beta,
+                                   int groups, float eps, int silu) {
+    sdq_tensor *y;
+    float *mean, *rstd, *mc, *a, *b;
+    size_t c, cg, ng, e, g, j;
+    sdq_mark mark;
+    sdq__node *node;
+    sdq__gn w;
+    if (!x || !gamma || !beta) return NULL;
+    c = sdq__t_chan(x);
+    ng = groups > 0 ? (size_t)groups : 0;
+    if (ng == 0 || c % ng || sdq_tensor_count(gamma) != c || sdq_tensor_count(beta) != c) {
+        sdq__fail(ctx, SDQ_ERR_SHAPE, "group_norm: %zu channels, %d groups, %zu weights, %zu biases",
+                  c, groups, sdq_tensor_count(gamma), sdq_tensor_count(beta));
+        return NULL;
+    }
+    cg = c / ng;
+    y = sdq__t_like(ctx, x);
+    if (!y) return NULL;
+    memset(&w, 0, sizeof w);
+    w.k = ctx->k; w.x = sdq_f32(x); w.y = sdq_f32(y); w.c = c; w.entries = sdq__t_entries(x);
+    w.rows = sdq__t_rows(x) / w.entries;
+    w.chunks = sdq__u_div_up(w.rows, SDQ__GN_ROWS);
+    w.silu = silu;
+    mark = sdq_arena_mark(ctx);
+    mean = SDQ__PUSH_N(ctx, float, w.entries * ng);
+    rstd = SDQ__PUSH_N(ctx, float, w.entries * ng);
+    a = SDQ__PUSH_N(ctx, float, w.entries * c);
+    b = SDQ__PUSH_N(ctx, float, w.entries * c);
+    node = sdq__tape_push(ctx, sdq__op_gn_back, y, x, gamma, beta, NULL);
+    if (node) {     /* statistics stay for backward */
+        node->p[0] = mean; node->p[1] = rstd; node->p[2] = a; node->p[3] = b;
+        node->i[0] = ng; node->i[1] = (size_t)silu;
+        mark = sdq_arena_mark(ctx);
+    }
+    mc = SDQ__PUSH_N(ctx, float, w.entries * c);
+    w.part = SDQ__PUSH_N(ctx, float, w.entries * w.chunks * c);
+    if (!mean || !rstd || !a || !b || !mc || !w.part) return NULL;
+    w.a = a; w.b = b; w.mean = mc;
+    sdq__op_gn_run(ctx, &w, SDQ__GN_SUM);
+    for (e = 0; e < w.entries; e++)
+        for (g = 0; g < ng; g++) {
+            const float m = (float)(sdq__op_gn_total(&w, w.part, e, g * cg, cg) / (double)(w.rows * cg));
+            mean[e * ng + g] = m;
+            for (j = g * cg; j < (g + 1) * cg; j++) mc[e * c + j] = m;
+        }
+    sdq__op_gn_run(ctx, &w, SDQ__GN_DEV);
+    for (e = 0; e < w.entries; e++)
+        for (g = 0; g < ng; g++) {
+            const double var = sdq__op_gn_total(&w, w.part, e, g * cg, cg) / (double)(w.rows * cg);
+            const float r = (float)(1.0 / sqrt(var + (double)eps));
+            rstd[e * ng + g] = r;
+            for (j = g * cg; j < (g + 1) * cg; j++) {
+                a[e * c + j] = sdq_f32(gamma)[j] * r;
+                b[e * c + j] = sdq_f32(beta)[j] - mean[e * ng + g] * a[e * c + j];
+            }
+        }
+    sdq__op_gn_run(ctx, &w, SDQ__GN_APPLY);
+    sdq_arena_release(ctx, mark);
+    return y;
+}
+
+/* ---- layer norm (Ba et al., arXiv 1607.06450): every row by itself ---------------------------
+ * dgamma and dbeta are sums over rows: chunks of SDQ__GN_ROWS rows, then over chunks in order. */
+typedef struct sdq__ln {
+    const struct sdq__kernels *k;
+    const float *x, *gamma, *beta, *dy;
+    float *y, *stat, *part;     /* stat: mean, rstd per row */
+    size_t rows, c;
+    float eps;
+} sdq__ln;
+
+static void sdq__op_ln_task(void *arg, size_t task, int thread) {
+    const sdq__ln *w = (const sdq__ln *)arg;
+    const size_t c = w->c, end = sdq__u_min((task + 1) * SDQ__GN_ROWS, w->rows);
+    size_t r;
+    (void)thread;
+    for (r = task * SDQ__GN_ROWS; r < end; r++) {
+        const float *x = w->x + r * c;
+        const float mean = w->k->sum(x, c) / (float)c, var = w->k->sqdev(x, c, mean) / (float)c;
+        const float rstd = 1.0f / sqrtf(var + w->eps);
+        if (w->stat) { w->stat[2 * r] = mean; w->stat[2 * r + 1] = rstd; }
+        w->k->layernorm(w->y + r * c, x, w->gamma, w->beta, c, mean, rstd);
+    }
+}
+static void sdq__op_ln_back_task(void *arg, size_t task, int thread) {
+    const sdq__ln *w = (const sdq__ln *)arg;
+    const size_t c = w->c, end = sdq__u_min((task + 1) * SDQ__GN_ROWS, w->rows);
+    float *part = w->part + task * 2 * c;
+    size_t r;
+    (void)thread;
+    memset(part, 0, 2 * c * sizeof(float));
+    for (r = task * SDQ__GN_ROWS; r < end; r++)
+        w->k->layernorm_bwd(w->y + r * c, part, part + c, w->dy + r * c, w->x + r * c, w->gamma, c,
+                            w->stat[2 * r], w->stat[2 * r + 1]);
+}
+static void sdq__op_ln_back(sdq_ctx *ctx, sdq__node *n) {
+    sdq_tensor *x = n->x[0];
+    float *dg = sdq__tape_grad(ctx, n->x[1]), *db = sdq__tape_grad(ctx, n->x[2]);
+    float *dx = sdq__tape_grad(ctx, x);
+    const size_t chunks = sdq__u_div_up(sdq__t_rows(x), SDQ__GN_ROWS), c = sdq__t_chan(x);
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    size_t i;
+    sdq__ln w;
+    memset(&w, 0, sizeof w);
+    w.k = ctx->k; w.x = sdq_f32(x); w.dy = n->y->grad; w.gamma = sdq_f32(n->x[1]); w.c = c;
+    w.rows = sdq__t_rows(x);
+    w.stat = (float *)n->p[0];
+    w.part = SDQ__PUSH_N(ctx, float, chunks * 2 * c);
+    w.y = dx ? dx : SDQ__PUSH_N(ctx, float, sdq_tensor_count(x));
+    if (!w.part || !w.y) return;
+    if (!dx) memset(w.y, 0, sdq_tensor_count(x) * sizeof(float));
+    sdq__par_for(ctx, chunks, sdq__op_ln_back_task, &w);
+    for (i = 0; i < chunks; i++) {
+        if (dg) ctx->k->add(dg, dg, w.part + i * 2 * c, c);
+        if (db) ctx->k->add(db, db, w.part + i * 2 * c + c, c);
+    }
+    sdq_arena_release(ctx, mark);
+}
+SDQ_API sdq_tensor *sdq_layer_norm(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *gamma, sdq_tensor *beta,
+                                   float eps) {
+    sdq_tensor *y;
+    sdq__node *n;
+    sdq__ln w;
+    if (!x || !gamma || !beta) return NULL;
+    memset(&w, 0, sizeof w);
+    w.c = sdq__t_chan(x);
+    if (sdq_tensor_count(gamma) != w.c || sdq_tensor_count(beta) != w.c) {
+        sdq__fail(ctx, SDQ_ERR_SHAPE, "layer_norm: %zu channels, %zu weights, %zu biases", w.c,
+                  sdq_tensor_count(gamma), sdq_tensor_count(beta));
+        return NULL;
+    }
+    y = sdq__t_like(ctx, x);
+    if (!y) return NULL;
+    w.k = ctx->k; w.x = sdq_f32(x); w.gamma = sdq_f32(gamma); w.beta = sdq_f32(beta);
+    w.y = sdq_f32(y); w.rows = sdq__t_rows(x); w.eps = eps;
+    n = sdq__tape_push(ctx, sdq__op_ln_back, y, x, gamma, beta, NULL);
+    if (n) {
+        w.stat = SDQ__PUSH_N(ctx, float, 2 * w.rows);
+        if (!w.stat) return NULL;
+        n->p[0] = w.stat;
+    }
+    sdq__par_for(ctx, sdq__u_div_up(w.rows, SDQ__GN_ROWS), sdq__op_ln_task, &w);
+    return y;
+}
+
+/* ---- attention ---- */
+static void sdq__op_att_setup(sdq__att *w, sdq_tensor *q, sdq_tensor *k, sdq_tensor *v, size_t heads,
+                              int causal) {
+    memset(w, 0, sizeof *w);
+    w->q = sdq_f32(q); w->key = sdq_f32(k); w->v = sdq_f32(v);
+    w->n = q->dim[0]; w->tq = q->dim[1]; w->tk = k->dim[1];
+    w->heads = heads; w->d = q->dim[2] / heads;
+    w->causal = causal;
+}
+static void sdq__op_att_back(sdq_ctx *ctx, sdq__node *n) {
+    sdq__att w;
+    sdq__op_att_setup(&w, n->x[0], n->x[1], n->x[2], n->i[0], (int)n->i[1]);
+    w.y = sdq_f32(n->y);
+    w.lse = (float *)n->p[0];
+    w.dy = n->y->grad;
+    w.dq = sdq__tape_grad(ctx, n->x[0]);
+    w.dk = sdq__tape_grad(ctx, n->x[1]);
+    w.dv = sdq__tape_grad(ctx, n->x[2]);
+    sdq__att_backward(ctx, &w);
+}
+SDQ_API sdq_tensor *sdq_attention(sdq_ctx *ctx, sdq_tensor *q, sdq_tensor *k, sdq_tensor *v,
+                                  int heads, int causal) {
+    sdq_tensor *y;
+    sdq__node *n;
+    sdq__att w;
+    if (!q || !k || !v) return NULL;
+    if (q->rank != 3 || !sdq__t_same(k, v) || k->rank != 3 || q->dim[0] != k->dim[0]
+        || q->dim[2] != k->dim[2] || heads < 1 || q->dim[2] % (size_t)heads
+        || (causal && q->dim[1] != k->dim[1])) {
+        char a[96], b[96], c[96];
+        sdq__fail(ctx, SDQ_ERR_SHAPE, "attention: q %s, k %s, v %s with %d heads do not fit",
+                  sdq__t_shape(q, a), sdq__t_shape(k, b), sdq__t_shape(v, c), heads);
+        return NULL;
+    }
+    y = sdq__t_like(ctx, q);
+    if (!y) return NULL;
+    sdq__op_att_setup(&w, q, k, v, (size_t)heads, causal);
+    w.y = sdq_f32(y);
+    n = sdq__tape_push(ctx, sdq__op_att_back, y, q, k, v, NULL);
+    if (n) {
+        n->i[0] = (size_t)heads;
+        n->i[1] = (size_t)causal;
+        n->p[0] = w.lse = SDQ__PUSH_N(ctx, float, w.n * w.heads * w.tq);
+        if (!w.lse) return NULL;
+    }
+    sdq__att_forward(ctx, &w);
+    return y;
+}
+
+/* ---- nearest upsampling: y[i][j] = x[i h/H][j w/W];  dx[..] += dy ---- */
+static size_t sdq__op_up_src(size_t i, size_t from, size_t to) { return i * from / to; }
+static void sdq__op_upsample_back(sdq_ctx *ctx, sdq__node *n) {
+    float *dx = sdq__tape_grad(ctx, n->x[0]);
+    const sdq_tensor *x = n->x[0], *y = n->y;
+    size_t e, i, j, c = x->dim[3];
+    for (e = 0; dx && e < y->dim[0]; e++)
+        for (i = 0; i < y->dim[1]; i++)
+            for (j = 0; j < y->dim[2]; j++) {
+                const size_t si = sdq__op_up_src(i, x->dim[1], y->dim[1]);
+                const size_t sj = sdq__op_up_src(j, x->dim[2], y->dim[2]);
+                float *d = dx + ((e * x->dim[1] + si) * x->dim[2] + sj) * c;
+                ctx->k->add(d, d, y->grad + ((e * y->dim[1] + i) * y->dim[2] + j) * c, c);
+            }
+}
+SDQ_API sdq_tensor *sdq_upsample(sdq_ctx *ctx, sdq_tensor *x, size_t h, size_t w) {
+    size_t dim[4], e, i, j, c;
+    sdq_tensor *y;
+    if (!x) return NULL;
+    if (x->rank != 4 || h < x->dim[1] || w < x->dim[2]) {
+        char s[96];
+        sdq__fail(ctx, SDQ_ERR_SHAPE, "upsample: %s to %zu x %zu", sdq__t_shape(x, s), h, w);
+        return NULL;
+    }
+    memcpy(dim, x->dim, sizeof dim);
+    dim[1] = h;
+    dim[2] = w;
+    c = dim[3];
+    y = sdq__t_raw(ctx, SDQ_F32, 4, dim);
+    if (!y) return NULL;
+    for (e = 0; e < dim[0]; e++)
+        for (i = 0; i < h; i++)
+            for (j = 0; j < w; j++)
+                memcpy(sdq_f32(y) + ((e * h + i) * w + j) * c,
+                       sdq_f32(x) + ((e * x->dim[1] + sdq__op_up_src(i, x->dim[1], h)) * x->dim[2]
+                                     + sdq__op_up_src(j, x->dim[2], w)) * c, c * sizeof(float));
+    (void)sdq__tape_push(ctx, sdq__op_upsample_back, y, x, NULL, NULL, NULL);
+    return y;
+}
+
+/* ---- concat and slice of channels ---- */
+static void sdq__op_concat_back(sdq_ctx *ctx, sdq__node *n) {
+    const size_t c = sdq__t_chan(n->y), rows = sdq__t_rows(n->y);
+    size_t part, at = 0, r;
+    for (part = 0; part < 2; part++) {
+        const size_t pc = sdq__t_chan(n->x[part]);
+        float *d = sdq__tape_grad(ctx, n->x[part]);
+        for (r = 0; d && r < rows; r++) ctx->k->add(d + r * pc, d + r * pc, n->y->grad + r * c + at, pc);
+        at += pc;
+    }
+}
+SDQ_API sdq_tensor *sdq_concat(sdq_ctx *ctx, sdq_tensor *a, sdq_tensor *b) {
+    sdq_tensor *y;
+    size_t ca, cb, r, rows;
+    int fits, i;
+    if (!a || !b) return NULL;
+    ca = sdq__t_chan(a);
+    cb = sdq__t_chan(b);
+    rows = sdq__t_rows(a);
+    fits = a->rank == b->rank;
+    for (i = 0; i + 1 < a->rank; i++) fits = fits && a->dim[i] == b->dim[i];
+    if (!fits) {
+        char sa[96], sb[96];
+        sdq__fail(ctx, SDQ_ERR_SHAPE, "concat: %s and %s", sdq__t_shape(a, sa), sdq__t_shape(b, sb));
+        return NULL;
+    }
+    y = sdq__t_chans(ctx, a, ca + cb);
+    if (!y) return NULL;
+    for (r = 0; r < rows; r++) {
+        memcpy(sdq_f32(y) + r * (ca + cb), sdq_f32(a) + r * ca, ca * sizeof(float));
+        memcpy(sdq_f32(y) + r * (ca + cb) + ca, sdq_f32(b) + r * cb, cb * sizeof(float));
+    }
+    (void)sdq__tape_push(ctx, sdq__op_concat_back, y, a, b, NULL, NULL);
+    return y;
+}
+static void sdq__op_slice_back(sdq_ctx *ctx, sdq__node *n) {
+    const size_t c = sdq__t_chan(n->x[0]), pc = sdq__t_chan(n->y), rows = sdq__t_rows(n->y);
+    float *d = sdq__tape_grad(ctx, n->x[0]);
+    size_t r;
+    for (r = 0; d && r < rows; r++)
+        ctx->k->add(d + r * c + n->i[0], d + r * c + n->i[0], n->y->grad + r * pc, pc);
+}
+SDQ_API sdq_tensor *sdq_slice(sdq_ctx *ctx, sdq_tensor *x, size_t first, size_t count) {
+    sdq_tensor *y;
+    sdq__node *n;
+    size_t c, r, rows;
+    if (!x) return NULL;
+    c = sdq__t_chan(x);
+    if (first > c || count > c - first || count == 0) {
+        sdq__fail(ctx, SDQ_ERR_SHAPE, "slice: channels %zu + %zu of %zu", first, count, c);
+        return NULL;
+    }
+    y = sdq__t_chans(ctx, x, count);
+    if (!y) return NULL;
+    rows = sdq__t_rows(x);
+    for (r = 0; r < rows; r++)
+        memcpy(sdq_f32(y) + r * count, sdq_f32(x) + r * c + first, count * sizeof(float));
+    n = sdq__tape_push(ctx, sdq__op_slice_back, y, x, NULL, NULL, NULL);
+    if (n) n->i[0] = first;
+    return y;
+}
+
+/* ---- rows of a table;  dtable[id] += dy, in order of the tokens ---- */
+static void sdq__op_embedding_back(sdq_ctx *ctx, sdq__node *n) {
+    const int32_t *ids = (const int32_t *)n->x[1]->data;
+    const size_t count = sdq_tensor_count(n->x[1]), c = sdq__t_chan(n->y);
+    float *d = sdq__tape_grad(ctx, n->x[0]);
+    size_t i;
+    for (i = 0; d && i < count; i++) {
+        float *row = d + (size_t)ids[i] * c;
+        ctx->k->add(row, row, n->y->grad + i * c, c);
+    }
+}
+SDQ_API sdq_tensor *sdq_embedding(sdq_ctx *ctx, sdq_tensor *ids, sdq_tensor *table) {
+    size_t dim[3], i, c, count;
+    const int32_t *id;
+    sdq_tensor *y;
+    if (!ids || !table) return NULL;
+    if (ids->dtype != SDQ_I32 || ids->rank != 2 || table->rank != 2) {
+        sdq__fail(ctx, SDQ_ERR_SHAPE, "embedding: ids must be I32 [n,t], the table [rows,c]");
+        return NULL;
+    }
+    dim[0] = ids->dim[0]; dim[1] = ids->dim[1]; dim[2] = c = table->dim[1];
+    y = sdq__t_raw(ctx, SDQ_F32, 3, dim);
+    if (!y) return NULL;
+    id = (const int32_t *)ids->data;
+    count = sdq_tensor_count(ids);
+    for (i = 0; i < count; i++) {
+        if (id[i] < 0 || (size_t)id[i] >= table->dim[0]) {
+            sdq__fail(ctx, SDQ_ERR_ARGUMENT, "embedding: token %ld is not in a table of %zu rows",
+                      (long)id[i], table->dim[0]);
+            return NULL;
+        }
+        memcpy(sdq_f32(y) + i * c, sdq_f32(table) + (size_t)id[i] * c, c * sizeof(float));
+    }
+    (void)sdq__tape_push(ctx, sdq__op_embedding_back, y, table, ids, NULL, NULL);
+    return y;
+}
+
+/* ---- the same data under another shape ---- */
+static void sdq__op_reshape_back(sdq_ctx *ctx, sdq__node *n) {
+    float *d = sdq__tape_grad(ctx, n->x[0]);
+    if (d) sdq__op_binary(ctx, ctx->k->add, d, d, n->y->grad, sdq_tensor_count(n->y));
+}
+SDQ_API sdq_tensor *sdq_reshape(sdq_ctx *ctx, sdq_tensor *x, int rank, const size_t *dim) {
+    sdq_tensor *y;
+    size_t count = 1;
+    int i;
+    if (!x) return NULL;
+    for (i = 0; i < rank && i < 4; i++) count *= dim[i];
+    if (rank < 1 || rank > 4 || count != sdq_tensor_count(x)) {
+        char s[96];
+        sdq__fail(ctx, SDQ_ERR_SHAPE, "reshape: %s to %zu elements", sdq__t_shape(x, s), count);
+        return NULL;
+    }
+    y = SDQ__PUSH_N(ctx, sdq_tensor, 1);
+    if (!y) return NULL;
+    *y = *x;
+    y->grad = NULL;
+    y->needs_grad = 0;
+    y->rank = rank;
+    for (i = 0; i < 4; i++) y->dim[i] = i < rank ? dim[i] : 1;
+    (void)sdq__tape_push(ctx, sdq__op_reshape_back, y, x, NULL, NULL, NULL);
+    return y;
+}
+
+/* ---- losses ---------------------------------------------------------------------------------- */
+
+/* Sum over a tensor by pieces: kind 0 squared, 1 absolute differences. */
+static double sdq__op_distance(sdq_ctx *ctx, const float *a, const float *b, size_t n, int absolute) {
+    double sum = 0.0;
+    size_t i;
+    for (i = 0; i < n; i += SDQ__PIECE) {
+        const size_t m = sdq__u_min(SDQ__PIECE, n - i);
+        sum += (double)(absolute ? ctx->k->absdist(a + i, b + i, m) : ctx->k->sqdist(a + i, b + i, m));
+    }
+    return sum;
+}
+
+static sdq_tensor *sdq__op_scalar(sdq_ctx *ctx, double v) {
+    sdq_tensor *y = sdq_tensor_1d(ctx, 1);
+    if (y) sdq_f32(y)[0] = (float)v;
+    return y;
+}
+
+/* mse = mean over e of weight[e] mean((x - t)^2);  dx += 2 weight[e] (x - t) / count dy, dt -= the same */
+static void sdq__op_mse_back(sdq_ctx *ctx, sdq__node *n) {
+    const size_t size = sdq_tensor_count(n->x[0]) / n->x[0]->dim[0];
+    const float *weight = (const float *)n->p[0], *x = sdq_f32(n->x[0]), *t = sdq_f32(n->x[1]);
+    float *dx = sdq__tape_grad(ctx, n->x[0]), *dt = sdq__tape_grad(ctx, n->x[1]);
+    size_t e, i;
+    for (e = 0; e < n->x[0]->dim[0]; e++) {
+        const float s = n->y->grad[0] * 2.0f * (weight ? weight[e] : 1.0f) / (float)sdq_tensor_count(n->x[0]);
+        for (i = e * size; dx && i < (e + 1) * size; i++) dx[i] += s * (x[i] - t[i]);
+        for (i = e * size; dt && i < (e + 1) * size; i++) dt[i] -= s * (x[i] - t[i]);
+    }
+}
+SDQ_API sdq_tensor *sdq_mse(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *t, const float *weight) {
+    sdq_tensor *y;
+    sdq__node *n;
+    double sum = 0.0;
+    size_t e, size;
+    if (!sdq__op_same(ctx, "mse", x, t)) return NULL;
+    size = sdq_tensor_count(x) / x->dim[0];
+    for (e = 0; e < x->dim[0]; e++)
+        sum += (weight ? (double)weight[e] : 1.0)
+             * sdq__op_distance(ctx, sdq_f32(x) + e * size, sdq_f32(t) + e * size, size, 0);
+    y = sdq__op_scalar(ctx, sum / (double)sdq_tensor_count(x));
+    n = sdq__tape_push(ctx, sdq__op_mse_back, y, x, t, NULL, NULL);
+    if (n && weight) {
+        float *w = SDQ__PUSH_N(ctx, float, x->dim[0]);
+        if (!w) return NULL;
+        memcpy(w, weight, x->dim[0] * sizeof(float));
+        n->p[0] = w;
+    }
+    return y;
+}
+
+static float sdq__op_sign(float x) { return x > 0.0f ? 1.0f : x < 0.0f ? -1.0f : 0.0f; }
+
+static void sdq__op_l1_back(sdq_ctx *ctx, sdq__node *n) {
+    const size_t count = sdq_tensor_count(n->x[0]);
+    const float s = n->y->grad[0] / (float)count, *x = sdq_f32(n->x[0]), *t = sdq_f32(n->x[1]);
+    float *dx = sdq__tape_grad(ctx, n->x[0]), *dt = sdq__tape_grad(ctx, n->x[1]);
+    size_t i;
+    for (i = 0; dx && i < count; i++) dx[i] += s * sdq__op_sign(x[i] - t[i]);
+    for (i = 0; dt && i < count; i++) dt[i] -= s * sdq__op_sign(x[i] - t[i]);
+}
+SDQ_API sdq_tensor *sdq_l1(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *t) {
+    sdq_tensor *y;
+    size_t count;
+    if (!sdq__op_same(ctx, "l1", x, t)) return NULL;
+    count = sdq_tensor_count(x);
+    y = sdq__op_scalar(ctx, sdq__op_distance(ctx, sdq_f32(x), sdq_f32(t), count, 1) / (double)count);
+    (void)sdq__tape_push(ctx, sdq__op_l1_back, y, x, t, NULL, NULL);
+    return y;
+}
+
+/* Mean |e[i][j+1] - e[i][j]| + mean |e[i+1][j] - e[i][j]|, e = x - t; the sign is the gradient. */
+static double sdq__op_edges(const sdq_tensor *x, const sdq_tensor *t, size_t dy, size_t dx, float *grad, float g) {
+    const size_t h = x->dim[1], w = x->dim[2], c = x->dim[3];
+    const size_t count = x->dim[0] * (h - dy) * (w - dx) * c, step = (dy * w + dx) * c;
+    const float *a = sdq_f32(x), *b = sdq_f32(t), s = g / (float)count;
+    double sum = 0.0;
+    size_t e, i, j;
+    for (e = 0; e < x->dim[0]; e++)
+        for (i = 0; i + dy < h; i++) {
+            const size_t at = (e * h + i) * w * c;
+            float row = 0.0f;
+            for (j = at; j < at + (w - dx) * c; j++) {
+                const float d = (a[j + step] - b[j + step]) - (a[j] - b[j]);
+                row += d < 0.0f ? -d : d;
+                if (grad) {
+                    grad[j + step] += s * sdq__op_sign(d);
+                    grad[j] -= s * sdq__op_sign(d);
+                }
+            }
+            sum += (double)row;
+        }
+    return sum / (double)count;
+}
+static void sdq__op_edges_back(sdq_ctx *ctx, sdq__node *n) {
+    int i;
+    for (i = 0; i < 2; i++) {
+        float *d = sdq__tape_grad(ctx, n->x[i]);
+        const float g = i ? -n->y->grad[0] : n->y->grad[0];
+        if (!d) continue;
+        (void)sdq__op_edges(n->x[0], n->x[1], 0, 1, d, g);
+        (void)sdq__op_edges(n->x[0], n->x[1], 1, 0, d, g);
+    }
+}
+SDQ_API sdq_tensor *sdq_l1_edges(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *t) {
+    sdq_tensor *y;
+    if (!sdq__op_same(ctx, "l1_edges", x, t)) return NULL;
+    if (x->rank != 4 || x->dim[1] < 2 || x->dim[2] < 2) {
+        sdq__fail(ctx, SDQ_ERR_SHAPE, "l1_edges: needs [n,h,w,c] with h, w of at least 2");
+        return NULL;
+    }
+    y = sdq__op_scalar(ctx, sdq__op_edges(x, t, 0, 1, NULL, 0.0f) + sdq__op_edges(x, t, 1, 0, NULL, 0.0f));
+    (void)sdq__tape_push(ctx, sdq__op_edges_back, y, x, t, NULL, NULL);
+    return y;
+}
+
+/* kl = mean of (mu^2 + exp(lv) - 1 - lv) / 2;  dmu += mu / count, dlv += (exp(lv) - 1) / 2 / count.
+ * logvar is clamped to [-30,20]; outside, its gradient is 0. */
+static float sdq__op_logvar(float lv, int *inside) {
+    *inside = lv >= -30.0f && lv <= 20.0f;
+    return lv < -30.0f ? -30.0f : lv > 20.0f ? 20.0f : lv;
+}
+static void sdq__op_kl_back(sdq_ctx *ctx, sdq__node *n) {
+    const size_t c = sdq__t_chan(n->x[0]) / 2, rows = sdq__t_rows(n->x[0]);
+    const float s = n->y->grad[0] / (float)(rows * c), *x = sdq_f32(n->x[0]);
+    float *d = sdq__tape_grad(ctx, n->x[0]);
+    size_t r, j;
+    int in;
+    for (r = 0; d && r < rows; r++)
+        for (j = 0; j < c; j++) {
+            const size_t at = r * 2 * c + j;
+            const float lv = sdq__op_logvar(x[at + c], &in);
+            d[at] += s * x[at];
+            if (in) d[at + c] += s * 0.5f * ((float)exp((double)lv) - 1.0f);
+        }
+}
+SDQ_API sdq_tensor *sdq_kl(sdq_ctx *ctx, sdq_tensor *moments) {
+    sdq_tensor *y;
+    double sum = 0.0;
+    size_t r, j, c, rows;
+    int in;
+    if (!moments) return NULL;
+    c = sdq__t_chan(moments) / 2;
+    rows = sdq__t_rows(moments);
+    if (sdq__t_chan(moments) % 2) {
+        sdq__fail(ctx, SDQ_ERR_SHAPE, "kl: %zu channels are not even", sdq__t_chan(moments));
+        return NULL;
+    }
+    for (r = 0; r < rows; r++)
+        for (j = 0; j < c; j++) {
+            const float *x = sdq_f32(moments) + r * 2 * c + j;
+            const double lv = (double)sdq__op_logvar(x[c], &in), mu = (double)x[0];
+            sum += 0.5 * (mu * mu + exp(lv) - 1.0 - lv);
+        }
+    y = sdq__op_scalar(ctx, sum / (double)(rows * c));
+    (void)sdq__tape_push(ctx, sdq__op_kl_back, y, moments, NULL, NULL, NULL);
+    return y;
+}
+
+/* z = mu + exp(lv/2) noise;  dmu += dz, dlv += dz noise exp(lv/2) / 2 */
+static void sdq__op_gaussian_back(sdq_ctx *ctx, sdq__node *n) {
+    const size_t c = sdq__t_chan(n->y), rows = sdq__t_rows(n->y);
+    const float *x = sdq_f32(n->x[0]), *noise = sdq_f32(n->x[1]), *dz = n->y->grad;
+    float *d = sdq__tape_grad(ctx, n->x[0]);
+    size_t r, j;
+    int in;
+    for (r = 0; d && r < rows; r++)
+        for (j = 0; j < c; j++) {
+            const size_t at = r * 2 * c + j, i = r * c + j;
+            const float lv = sdq__op_logvar(x[at + c], &in);
+            d[at] += dz[i];
+            if (in) d[at + c] += dz[i] * noise[i] * 0.5f * (float)exp(0.5 * (double)lv);
+        }
+}
+SDQ_API sdq_tensor *sdq_sample_gaussian(sdq_ctx *ctx, sdq_tensor *moments, sdq_tensor *noise) {
+    sdq_tensor *y;
+    size_t r, j, c, rows;
+    int in;
+    if (!moments || !noise) return NULL;
+    c = sdq__t_chan(moments) / 2;
+    rows = sdq__t_rows(moments);
+    if (sdq__t_chan(moments) % 2 || sdq_tensor_count(noise) != rows * c || sdq__t_chan(noise) != c) {
+        char a[96], b[96];
+        sdq__fail(ctx, SDQ_ERR_SHAPE, "sample_gaussian: moments %s, noise %s",
+                  sdq__t_shape(moments, a), sdq__t_shape(noise, b));
+        return NULL;
+    }
+    y = sdq__t_chans(ctx, moments, c);
+    if (!y) return NULL;
+    for (r = 0; r < rows; r++)
+        for (j = 0; j < c; j++) {
+            const float *x = sdq_f32(moments) + r * 2 * c + j;
+            const float sd = (float)exp(0.5 * (double)sdq__op_logvar(x[c], &in));
+            sdq_f32(y)[r * c + j] = x[0] + sd * sdq_f32(noise)[r * c + j];
+        }
+    (void)sdq__tape_push(ctx, sdq__op_gaussian_back, y, moments, noise, NULL, NULL);
+    return y;
+}
+/* ===========================================================================
+ * >>layer   convolution and linear layers: one geometry, three modes
+ *
+ *   FLOAT  y = conv(x, w) + b
+ *   FAKE   the INT8 forward on weights quantized now; the float weights stay and get gradients
+ *   INT8   y = sum over segments s_x (acc - z sum(q_w)) times s_w, + b
+ *
+ * FAKE runs the int8 kernels, so what is trained is what ships, to the bit. Its backward is the
+ * straight-through estimator (Bengio et al., arXiv 1308.3432): with xh = (q - z) s and wh = q s_w,
+ *   dxh = dy wh^T,  dx = dxh where x is inside its range, else 0  (dynamic ranges: everywhere)
+ *   dwh = dy^T xh,  dw = dwh where rint(w / s_w) is in [-128,127], else 0
+ * and for learned scales (LSQ, arXiv 1902.08153; LSQ+, 2004.09576), N elements sharing s:
+ *   ds = sum dxh (rint(v) - v | inside, -z below, 255 - z above) / sqrt(255 N),  v = x / s
+ *
+ * A part is a range of input channels with its own activation ranges: one, or two when the input
+ * is a concatenation whose halves differ (Q-Diffusion, arXiv 2302.04304). The second part's
+ * product adds to the first's.
+ * ======================================================================== */
+
+typedef struct sdq__qpart {
+    size_t c0, c;               /* channels */
+    float mn, mx;               /* observed range */
+    int seen;
+    sdq_tensor s;               /* static scale [1]; a leaf when learned */
+    int32_t z;
+    sdq__qweight w;             /* INT8: packed weights, on the heap */
+} sdq__qpart;
+
+struct sdq_layer {
+    char *name;
+    size_t in, out, kh, kw, stride, pad[4];
+    size_t concat;              /* channels of the first half of a concatenated input; 0: none */
+    sdq_tensor w, b;            /* [out,kh,kw,in], [out]; data NULL when absent */
+    float *wp;                  /* FLOAT: packed once, when w is not there to change */
+    sdq_quant quant;
+    sdq__qpart part[2];
+    size_t parts;
+    sdq_tensor sw;              /* weight scales [out] */
+    float *w_mn, *w_mx;         /* moving ranges of the weights */
+    float out_mn, out_mx;
+    int out_seen, observe;
+    double *bias_sum;           /* bias correction: sum of FLOAT - FAKE per channel, and rows */
+    double bias_rows;
+};
+
+static size_t sdq__ly_taps(const sdq_layer *l) { return l->kh * l->kw; }
+static size_t sdq__ly_k(const sdq_layer *l) { return sdq__ly_taps(l) * l->in; }
+
+SDQ_API sdq_tensor *sdq_layer_weight(sdq_layer *l) { return l->w.data ? &l->w : NULL; }
+SDQ_API sdq_tensor *sdq_layer_bias(sdq_layer *l) { return l->b.data ? &l->b : NULL; }
+SDQ_API const char *sdq_layer_name(const sdq_layer *l) { return l->name; }
+SDQ_API void sdq_layer_observe(sdq_layer *l, int on) { l->observe = on; }
+
+static void sdq__ly_free_weight(sdq_ctx *ctx, sdq__qweight *w) {
+    sdq__free(ctx, w->b);
+    sdq__free(ctx, w->sum);
+    w->b = NULL;
+    w->sum = NULL;
+}
+
+SDQ_API void sdq_layer_free(sdq_ctx *ctx, sdq_layer *l) {
+    size_t i;
+    if (!l) return;
+    for (i = 0; i < 2; i++) {
+        sdq__ly_free_weight(ctx, &l->part[i].w);
+        sdq__t_free(ctx, &l->part[i].s);
+    }
+    sdq__t_free(ctx, &l->w);
+    sdq__t_free(ctx, &l->b);
+    sdq__t_free(ctx, &l->sw);
+    sdq__free(ctx, l->wp);
+    sdq__free(ctx, l->w_mn);
+    sdq__free(ctx, l->w_mx);
+    sdq__free(ctx, l->bias_sum);
+    sdq__free(ctx, l->name);
+    sdq__free(ctx, l);
+}
+
+static sdq_range sdq__ly_range(const sdq_layer *l) {
+    if (l->quant.range != SDQ_RANGE_DEFAULT) return l->quant.range;
+    return sdq__ly_taps(l) == 1 ? SDQ_RANGE_POSITION : SDQ_RANGE_STATIC;
+}
+
+/* Cut the input channels into parts and size the packed weights of each. */
+static void sdq__ly_set_parts(sdq_layer *l) {
+    const size_t taps = sdq__ly_taps(l);
+    const sdq_range range = sdq__ly_range(l);
+    size_t i;
+    l->parts = l->quant.split > 0 && l->quant.split < l->in ? 2 : 1;
+    for (i = 0; i < l->parts; i++) {
+        sdq__qpart *p = &l->part[i];
+        p->c0 = i ? l->quant.split : 0;
+        p->c = l->parts == 2 ? (i ? l->in - l->quant.split : l->quant.split) : l->in;
+        p->seen = 0;
+        p->w.n = l->out;
+        p->w.taps = taps;
+        p->w.quads = sdq__u_round_up(p->c, range == SDQ_RANGE_BLOCK ? SDQ__NR : 4) / 4;
+        p->w.seg = range == SDQ_RANGE_BLOCK ? SDQ__NR / 4
+                 : range == SDQ_RANGE_POSITION ? p->w.quads : taps * p->w.quads;
+        p->w.segs = taps * p->w.quads / p->w.seg;
+    }
+}
+
+SDQ_API sdq_status sdq_layer_create(sdq_ctx *ctx, const sdq_layer_desc *desc, sdq_layer **out) {
+    const size_t one = 1;
+    sdq_layer *l;
+    size_t dim[4], i;
+    *out = NULL;
+    if (ctx->status != SDQ_OK) return ctx->status;
+    if (desc->in == 0 || desc->out == 0 || desc->kernel < 0 || desc->kernel > 3 || desc->stride < 0
+        || (desc->kernel <= 1 && desc->stride > 1))
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: %zu -> %zu channels, kernel %d, stride %d is not"
+                         " possible", desc->name ? desc->name : "", desc->in, desc->out, desc->kernel, desc->stride);
+    l = SDQ__NEW(ctx, sdq_layer);
+    if (!l) return ctx->status;
+    l->name = sdq__strdup(ctx, desc->name ? desc->name : "");
+    l->in = desc->in;
+    l->out = desc->out;
+    l->kh = l->kw = desc->kernel > 1 ? (size_t)desc->kernel : 1;
+    l->stride = desc->stride ? (size_t)desc->stride : 1;
+    for (i = 0; i < 4; i++) l->pad[i] = desc->pad[i] > 0 ? (size_t)desc->pad[i] : 0;
+    dim[0] = l->out; dim[1] = l->kh; dim[2] = l->kw; dim[3] = l->in;
+    if (l->name && sdq__t_init(ctx, &l->w, 4, dim) == SDQ_OK
+        && sdq__t_init(ctx, &l->sw, 1, dim) == SDQ_OK
+        && sdq__t_init(ctx, &l->part[0].s, 1, &one) == SDQ_OK
+        && sdq__t_init(ctx, &l->part[1].s, 1, &one) == SDQ_OK
+        && (desc->no_bias || sdq__t_init(ctx, &l->b, 1, dim) == SDQ_OK)) {
+        l->quant.enabled = 1;
+        sdq__ly_set_parts(l);
+        *out = l;
+        return SDQ_OK;
+    }
+    sdq_layer_free(ctx, l);
+    return ctx->status;
+}
+
+SDQ_API sdq_quant sdq_layer_quant(const sdq_layer *l) { return l->quant; }
+SDQ_API sdq_status sdq_layer_set_quant(sdq_ctx *ctx, sdq_layer *l, const sdq_quant *quant) {
+    if (!l->w.data)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: has no float weights any more", l->name);
+    if ((unsigned)quant->range >= SDQ_RANGE_COUNT)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: range %d", l->name, (int)quant->range);
+    l->quant = *quant;
+    l->out_seen = 0;
+    sdq__free(ctx, l->w_mn);
+    sdq__free(ctx, l->w_mx);
+    l->w_mn = l->w_mx = NULL;
+    sdq__ly_set_parts(l);
+    return SDQ_OK;
+}
+static void sdq__ly_set_split(sdq_layer *l, size_t hidden) {    /* input = concat(hidden, skip) */
+    l->quant.split = l->concat = hidden;
+    sdq__ly_set_parts(l);
+}
+SDQ_API int sdq_layer_input_range(const sdq_layer *l, int part, float *scale, int32_t *zero) {
+    const sdq__qpart *p = &l->part[part > 0];
+    if (!p->seen) return 0;
+    *scale = sdq_f32(&p->s)[0];
+    *zero = p->z;
+    return (int)l->parts;
+}
+
+/* ---- geometry ---- */
+
+static sdq__geom sdq__ly_geom(const sdq_layer *l, const sdq_tensor *x) {
+    sdq__geom g;
+    if (sdq__ly_taps(l) == 1) return sdq__gemm_rows_geom(sdq__t_rows(x));
+    memset(&g, 0, sizeof g);
+    g.n = x->dim[0]; g.h = x->dim[1]; g.w = x->dim[2];
+    g.kh = l->kh; g.kw = l->kw; g.stride = l->stride;
+    g.top = l->pad[0]; g.left = l->pad[1];
+    g.oh = (g.h + l->pad[0] + l->pad[2] - l->kh) / l->stride + 1;
+    g.ow = (g.w + l->pad[1] + l->pad[3] - l->kw) / l->stride + 1;
+    return g;
+}
+
+static sdq__geom sdq__ly_geom_back(sdq__geom g) {
+    sdq__geom t = g;
+    t.h = g.oh; t.w = g.ow; t.oh = g.h; t.ow = g.w;
+    t.transposed = 1;
+    return t;
+}
+
+/* The result tensor, or NULL when x does not fit. */
+static sdq_tensor *sdq__ly_result(sdq_ctx *ctx, const sdq_layer *l, sdq_tensor *x, sdq_tensor *res) {
+    char sx[96], sr[96];
+    sdq_tensor *y;
+    int fits = x->dtype == SDQ_F32 && sdq__t_chan(x) == l->in;
+    if (sdq__ly_taps(l) > 1)
+        fits = fits && x->rank == 4 && x->dim[1] + l->pad[0] + l->pad[2] >= l->kh
+            && x->dim[2] + l->pad[1] + l->pad[3] >= l->kw;
+    if (!fits) {
+        sdq__fail(ctx, SDQ_ERR_SHAPE, "layer %s: input %s, expected %zu channels%s", l->name,
+                  sdq__t_shape(x, sx), l->in, sdq__ly_taps(l) > 1 ? " in [n,h,w,c]" : "");
+        return NULL;
+    }
+    if (sdq__ly_taps(l) > 1) {
+        const sdq__geom g = sdq__ly_geom(l, x);
+        size_t dim[4];
+        dim[0] = g.n; dim[1] = g.oh; dim[2] = g.ow; dim[3] = l->out;
+        y = sdq__t_raw(ctx, SDQ_F32, 4, dim);
+    } else {
+        y = sdq__t_chans(ctx, x, l->out);
+    }
+    if (y && res && !sdq__t_same(y, res)) {
+        sdq__fail(ctx, SDQ_ERR_SHAPE, "layer %s: result %s, residual %s", l->name, sdq__t_shape(y, sx),
+                  sdq__t_shape(res, sr));
+        return NULL;
+    }
+    return y;
+}
+
+/* ---- the float product and its gradients ---- */
+
+typedef struct sdq__pack {
+    float *dst;
+    const float *w;
+    const int8_t *q;
+    const float *s;
+    size_t out, taps, in;
+} sdq__pack;
+
+/* Panels of output channels: dst[panel][tap][in][32]. */
+static void sdq__ly_pack_task(void *arg, size_t p, int thread) {
+    const sdq__pack *w = (const sdq__pack *)arg;
+    const size_t k = w->taps * w->in, n = sdq__u_min(SDQ__NR, w->out - p * SDQ__NR);
+    (void)thread;
+    sdq__gemm_pack_t(w->dst + p * SDQ__NR * k, w->w + p * SDQ__NR * k, k, n, k);
+}
+/* Panels of input channels for the input gradient: dst[panel][tap][out][32]; from the float
+ * weights or, if q is given, from q s. */
+static void sdq__ly_pack_back_task(void *arg, size_t p, int thread) {
+    const sdq__pack *w = (const sdq__pack *)arg;
+    const size_t n = sdq__u_min(SDQ__NR, w->in - p * SDQ__NR);
+    float *dst = w->dst + p * SDQ__NR * w->taps * w->out;
+    size_t t, o, j;
+    (void)thread;
+    for (t = 0; t < w->taps; t++)
+        for (o = 0; o < w->out; o++, dst += SDQ__NR) {
+            const size_t at = (o * w->taps + t) * w->in + p * SDQ__NR;
+            for (j = 0; j < n; j++)
+                dst[j] = w->q ? (float)w->q[at + j] * w->s[o] : w->w[at + j];
+            for (; j < SDQ__NR; j++) dst[j] = 0.0f;
+        }
+}
+
+/* INT8 weights as float panels: the FLOAT mode of a layer that has no float weights. */
+static void sdq__ly_unpack_int8(const sdq_layer *l, float *dst) {
+    const size_t taps = sdq__ly_taps(l);
+    size_t i, o, t, c;
+    for (i = 0; i < l->parts; i++) {
+        const sdq__qpart *p = &l->part[i];
+        for (o = 0; o < l->out; o++)
+            for (t = 0; t < taps; t++)
+                for (c = 0; c < p->c; c++) {
+                    const size_t panel = o / SDQ__NR, j = o % SDQ__NR;
+                    const size_t quad = (panel * taps + t) * p->w.quads + c / 4;
+                    const int8_t q = p->w.b[(quad * SDQ__NR + j) * 4 + c % 4];
+                    dst[((panel * taps + t) * l->in + p->c0 + c) * SDQ__NR + j]
+                        = (float)q * sdq_f32(&l->sw)[o];
+                }
+    }
+}
+
+static const float *sdq__ly_panels(sdq_ctx *ctx, const sdq_layer *l) {
+    float *dst;
+    sdq__pack w;
+    if (l->wp) return l->wp;
+    dst = SDQ__PUSH_N(ctx, float, sdq__gemm_packed_count(l->out, sdq__ly_k(l)));
+    if (!dst) return NULL;
+    memset(&w, 0, sizeof w);
+    w.dst = dst; w.w = sdq_f32(&l->w); w.out = l->out; w.taps = sdq__ly_taps(l); w.in = l->in;
+    if (l->w.data) {
+        sdq__par_for(ctx, sdq__gemm_panels(l->out), sdq__ly_pack_task, &w);
+    } else {
+        memset(dst, 0, sdq__gemm_packed_count(l->out, sdq__ly_k(l)) * sizeof(float));
+        sdq__ly_unpack_int8(l, dst);
+    }
+    return dst;
+}
+
+static float *sdq__ly_zeros(sdq_ctx *ctx, size_t n) {
+    float *z = SDQ__PUSH_N(ctx, float, n);
+    if (z) memset(z, 0, n * sizeof(float));
+    return z;
+}
+
+static void sdq__ly_forward_float(sdq_ctx *ctx, const sdq_layer *l, const sdq_tensor *x,
+                                  const sdq_tensor *res, sdq_tensor *y) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    sdq__gemm w;
+    memset(&w, 0, sizeof w);
+    w.g = sdq__ly_geom(l, x);
+    w.x = sdq_f32(x);
+    w.b = sdq__ly_panels(ctx, l);
+    w.zero = sdq__ly_zeros(ctx, l->in);
+    w.bias = l->b.data ? sdq_f32(&l->b) : NULL;
+    w.res = res ? sdq_f32(res) : NULL;
+    w.y = sdq_f32(y);
+    w.m = sdq__t_rows(y);
+    w.n = w.ldr = w.ldy = l->out;
+    w.kc = w.ldx = l->in;
+    if (w.b && w.zero) sdq__gemm_run(ctx, &w);
+    sdq_arena_release(ctx, mark);
+}
+
+/* dx (+)= dy wh^T for all input channels; wh the float weights, or q s when q is given. */
+static void sdq__ly_input_gradient(sdq_ctx *ctx, const sdq_layer *l, const sdq_tensor *x,
+                                   const sdq_tensor *y, const float *dy, const int8_t *q, float *dx,
+                                   int more) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    sdq__pack p;
+    sdq__gemm w;
+    memset(&p, 0, sizeof p);
+    p.dst = SDQ__PUSH_N(ctx, float, sdq__gemm_packed_count(l->in, sdq__ly_taps(l) * l->out));
+    p.w = sdq_f32(&l->w); p.q = q; p.s = sdq_f32(&l->sw);
+    p.out = l->out; p.taps = sdq__ly_taps(l); p.in = l->in;
+    memset(&w, 0, sizeof w);
+    w.g = sdq__ly_geom(l, x);
+    if (p.taps > 1) w.g = sdq__ly_geom_back(w.g);
+    w.x = dy;
+    w.b = p.dst;
+    w.zero = sdq__ly_zeros(ctx, l->out);
+    w.y = dx;
+    w.m = sdq__t_rows(x);
+    w.n = w.ldy = l->in;
+    w.kc = w.ldx = sdq__t_chan(y);
+    w.more = more;
+    if (p.dst && w.zero) {
+        sdq__par_for(ctx, sdq__gemm_panels(l->in), sdq__ly_pack_back_task, &p);
+        sdq__gemm_run(ctx, &w);
+    }
+    sdq_arena_release(ctx, mark);
+}
+
+static void sdq__ly_float_back(sdq_ctx *ctx, sdq__node *n) {
+    sdq_layer *l = (sdq_layer *)n->p[0];
+    sdq_tensor *x = n->x[0], *res = n->x[1];
+    const float *dy = n->y->grad;
+    int more = 0;
+    float *dx = sdq__tape_grad_raw(ctx, x, &more);
+    float *dw = sdq__tape_grad(ctx, &l->w), *db = sdq__tape_grad(ctx, l->b.data ? &l->b : NULL);
+    float *dres = sdq__tape_grad(ctx, res);
+    if (ctx->status != SDQ_OK) return;
+    if (dx) sdq__ly_input_gradient(ctx, l, x, n->y, dy, NULL, dx, more);
+    if (dw) {
+        sdq__gemm_dw w;
+        memset(&w, 0, sizeof w);
+        w.g = sdq__ly_geom(l, x);
+        w.x = sdq_f32(x); w.dy = dy; w.dw = dw;
+        w.m = sdq__t_rows(n->y); w.n = w.ldy = l->out;
+        w.c = w.ldx = w.ldw = l->in;
+        sdq__gemm_dw_run(ctx, &w);
+    }
+    if (db) sdq__gemm_colsum(ctx, db, dy, sdq__t_rows(n->y), l->out);
+    if (dres) sdq__op_binary(ctx, ctx->k->add, dres, dres, dy, sdq_tensor_count(n->y));
+}
+
+/* ---- observers ---- */
+
+static void sdq__ly_range_rows(sdq_ctx *ctx, const sdq_tensor *x, size_t c0, size_t c, size_t r0,
+                               size_t r1, float *mn, float *mx) {
+    const size_t ld = sdq__t_chan(x);
+    size_t r;
+    if (c == ld) { ctx->k->minmax(sdq_f32(x) + r0 * ld, (r1 - r0) * ld, mn, mx); return; }
+    for (r = r0; r < r1; r++) ctx->k->minmax(sdq_f32(x) + r * ld + c0, c, mn, mx);
+}
+
+/* New range from the old one and that of a batch: true min/max, or m += moving (now - m). */
+static void sdq__ly_track(const sdq_layer *l, int seen, float now_mn, float now_mx, float *mn, float *mx) {
+    if (!seen) { *mn = now_mn; *mx = now_mx; return; }
+    if (l->quant.moving > 0.0f) {
+        *mn += l->quant.moving * (now_mn - *mn);
+        *mx += l->quant.moving * (now_mx - *mx);
+        return;
+    }
+    if (now_mn < *mn) *mn = now_mn;
+    if (now_mx > *mx) *mx = now_mx;
+}
+
+static void sdq__ly_observe_input(sdq_ctx *ctx, sdq_layer *l, const sdq_tensor *x) {
+    size_t i;
+    for (i = 0; i < l->parts; i++) {
+        sdq__qpart *p = &l->part[i];
+        float mn = INFINITY, mx = -INFINITY;
+        sdq__qparam q;
+        sdq__ly_range_rows(ctx, x, p->c0, p->c, 0, sdq__t_rows(x), &mn, &mx);
+        sdq__ly_track(l, p->seen, mn, mx, &p->mn, &p->mx);
+        p->seen = 1;
+        q = sdq__q_from_range(p->mn, p->mx);
+        sdq_f32(&p->s)[0] = q.s;
+        p->z = q.z;
+    }
+}
+
+static sdq_status sdq__ly_observe_weights(sdq_ctx *ctx, sdq_layer *l) {
+    const size_t k = sdq__ly_k(l);
+    const int seen = l->w_mn != NULL;
+    size_t o;
+    if (!seen) {
+        float *mn = SDQ__NEW_N(ctx, float, l->out), *mx = SDQ__NEW_N(ctx, float, l->out);
+        if (!mn || !mx) {
+            sdq__free(ctx, mn);
+            sdq__free(ctx, mx);
+            return ctx->status;
+        }
+        l->w_mn = mn;
+        l->w_mx = mx;
+    }
+    for (o = 0; o < l->out; o++) {
+        float mn = INFINITY, mx = -INFINITY;
+        ctx->k->minmax(sdq_f32(&l->w) + o * k, k, &mn, &mx);
+        sdq__ly_track(l, seen, mn, mx, &l->w_mn[o], &l->w_mx[o]);
+    }
+    return SDQ_OK;
+}
+
+/* Weight scales as the settings say; FIXED ones are made once. */
+static sdq_status sdq__ly_weight_scales(sdq_ctx *ctx, sdq_layer *l) {
+    const size_t k = sdq__ly_k(l);
+    float *s = sdq_f32(&l->sw);
+    size_t o;
+    if (l->quant.weight_scale == SDQ_WEIGHT_FIXED && s[0] > 0.0f) return SDQ_OK;
+    if (l->quant.weight_scale == SDQ_WEIGHT_MOVING && !l->w_mn) SDQ__TRY(sdq__ly_observe_weights(ctx, l));
+    for (o = 0; o < l->out; o++) {
+        float mn = INFINITY, mx = -INFINITY;
+        if (l->quant.weight_scale == SDQ_WEIGHT_MOVING) { mn = l->w_mn[o]; mx = l->w_mx[o]; }
+        else ctx->k->minmax(sdq_f32(&l->w) + o * k, k, &mn, &mx);
+        s[o] = sdq__q_weight_scale(mn, mx);
+    }
+    return SDQ_OK;
+}
+
+/* What training must remember of the observers: ranges of both parts and of the output as
+ * (min, max, seen), then the moving ranges of the weights when there are any. */
+static size_t sdq__ly_state_count(const sdq_layer *l) { return 9 + (l->w_mn ? 2 * l->out : 0); }
+static void sdq__ly_state(void *user, float *v, int load) {
+    sdq_layer *l = (sdq_layer *)user;
+    float *range[6];
+    int *seen[3], i;
+    for (i = 0; i < 2; i++) {
+        range[2 * i] = &l->part[i].mn;
+        range[2 * i + 1] = &l->part[i].mx;
+        seen[i] = &l->part[i].seen;
+    }
+    range[4] = &l->out_mn;
+    range[5] = &l->out_mx;
+    seen[2] = &l->out_seen;
+    for (i = 0; i < 3; i++, v += 3) {
+        if (load) { *range[2 * i] = v[0]; *range[2 * i + 1] = v[1]; *seen[i] = v[2] != 0.0f; }
+        else { v[0] = *range[2 * i]; v[1] = *range[2 * i + 1]; v[2] = *seen[i] ? 1.0f : 0.0f; }
+    }
+    if (!l->w_mn) return;
+    memcpy(load ? l->w_mn : v, load ? v : l->w_mn, l->out * sizeof(float));
+    memcpy(load ? l->w_mx : v + l->out, load ? v + l->out : l->w_mx, l->out * sizeof(float));
+}
+
+/* ---- quantizing input and weights ---- */
+
+typedef struct sdq__qrun {
+    const struct sdq__kernels *k;
+    const sdq_layer *l;
+    const sdq__qpart *part;
+    const float *x;
+    sdq__qinput *out;
+    int8_t *q;
+    float *mn, *mx;             /* per entry and chunk, for ranges per picture */
+    size_t ldx, chunks;
+    sdq_range range;
+} sdq__qrun;
+
+#define SDQ__Q_ROWS 16          /* rows of a task */
+
+/* Ranges of one chunk of rows of one entry. */
+static void sdq__ly_minmax_task(void *arg, size_t task, int thread) {
+    const sdq__qrun *w = (const sdq__qrun *)arg;
+    const size_t rows = w->out->rows / w->out->entries, e = task / w->chunks;
+    size_t r = task % w->chunks * SDQ__Q_ROWS;
+    const size_t end = sdq__u_min(r + SDQ__Q_ROWS, rows);
+    (void)thread;
+    w->mn[task] = INFINITY;
+    w->mx[task] = -INFINITY;
+    for (; r < end; r++)
+        w->k->minmax(w->x + (e * rows + r) * w->ldx + w->part->c0, w->part->c, &w->mn[task], &w->mx[task]);
+}
+
+static void sdq__ly_quantize_row(const sdq__qrun *w, size_t r) {
+    sdq__qinput *o = w->out;
+    const float *x = w->x + r * w->ldx + w->part->c0;
+    uint8_t *q = o->q + r * o->ld;
+    const size_t c = w->part->c, step = o->blocks > 1 || w->range == SDQ_RANGE_BLOCK ? SDQ__NR : c;
+    size_t j, b;
+    for (b = 0, j = 0; j < c; b++, j += step) {
+        const size_t n = sdq__u_min(step, c - j);
+        sdq__qparam p;
+        if (o->per_row) {
+            float mn = INFINITY, mx = -INFINITY;
+            w->k->minmax(x + j, n, &mn, &mx);
+            p = sdq__q_from_range(mn, mx);
+            o->s[r * o->blocks + b] = p.s;
+            o->z[r * o->blocks + b] = p.z;
+        } else {
+            const size_t e = r / (o->rows / o->entries);
+            p = sdq__q_from_scale(o->s[e], o->z[e]);
+        }
+        w->k->quantize_u8(q + j, x + j, n, p.inv, p.z);
+    }
+    for (j = c; j < o->ld; j++) q[j] = 0;
+}
+static void sdq__ly_quantize_task(void *arg, size_t task, int thread) {
+    const sdq__qrun *w = (const sdq__qrun *)arg;
+    size_t r = task * SDQ__Q_ROWS;
+    const size_t end = sdq__u_min(r + SDQ__Q_ROWS, w->out->rows);
+    (void)thread;
+    for (; r < end; r++) sdq__ly_quantize_row(w, r);
+}
+
+/* Scales per entry: the static one, or that of each picture. */
+static sdq_status sdq__ly_entry_scales(sdq_ctx *ctx, sdq__qrun *w) {
+    sdq__qinput *o = w->out;
+    size_t e, i;
+    if (w->range == SDQ_RANGE_STATIC) {
+        if (!w->part->seen)
+            return sdq__fail(ctx, SDQ_ERR_NOT_CALIBRATED, "layer %s: its input range was never observed;"
+                             " calibrate first", w->l->name);
+        for (e = 0; e < o->entries; e++) { o->s[e] = sdq_f32(&w->part->s)[0]; o->z[e] = w->part->z; }
+    } else {
+        const sdq_mark mark = sdq_arena_mark(ctx);
+        w->chunks = sdq__u_div_up(o->rows / o->entries, SDQ__Q_ROWS);
+        w->mn = SDQ__PUSH_N(ctx, float, o->entries * w->chunks);
+        w->mx = SDQ__PUSH_N(ctx, float, o->entries * w->chunks);
+        if (!w->mn || !w->mx) return ctx->status;
+        sdq__par_for(ctx, o->entries * w->chunks, sdq__ly_minmax_task, w);
+        for (e = 0; e < o->entries; e++) {
+            float mn = INFINITY, mx = -INFINITY;
+            sdq__qparam p;
+            for (i = e * w->chunks; i < (e + 1) * w->chunks; i++) {
+                mn = w->mn[i] < mn ? w->mn[i] : mn;
+                mx = w->mx[i] > mx ? w->mx[i] : mx;
+            }
+            p = sdq__q_from_range(mn, mx);
+            o->s[e] = p.s;
+            o->z[e] = p.z;
+        }
+        sdq_arena_release(ctx, mark);
+    }
+    for (e = 0; e < o->entries; e++) memset(o->pad + e * o->ld, o->z[e], o->ld);
+    return SDQ_OK;
+}
+
+/* Quantize the channels of a part of x; all memory from the arena. */
+static sdq_status sdq__ly_quantize_input(sdq_ctx *ctx, const sdq_layer *l, const sdq__qpart *part,
+                                         const sdq_tensor *x, sdq__qinput *out) {
+    sdq__qrun w;
+    size_t scales;
+    memset(&w, 0, sizeof w);
+    memset(out, 0, sizeof *out);
+    w.k = ctx->k; w.l = l; w.part = part; w.x = sdq_f32(x); w.out = out;
+    w.ldx = sdq__t_chan(x);
+    w.range = sdq__ly_range(l);
+    out->rows = sdq__t_rows(x);
+    out->entries = sdq__t_entries(x);
+    out->ld = part->w.quads * 4;
+    out->blocks = w.range == SDQ_RANGE_BLOCK ? out->ld / SDQ__NR : 1;
+    out->per_row = w.range == SDQ_RANGE_POSITION || w.range == SDQ_RANGE_BLOCK;
+    scales = out->per_row ? out->rows * out->blocks : out->entries;
+    out->q = SDQ__PUSH_N(ctx, uint8_t, out->rows * out->ld);
+    out->s = SDQ__PUSH_N(ctx, float, scales);
+    out->z = SDQ__PUSH_N(ctx, int32_t, scales);
+    out->pad = SDQ__PUSH_N(ctx, uint8_t, out->entries * out->ld);
+    if (!out->q || !out->s || !out->z || !out->pad) return ctx->status;
+    if (out->per_row) memset(out->pad, 0, out->ld);
+    else SDQ__TRY(sdq__ly_entry_scales(ctx, &w));
+    sdq__par_for(ctx, sdq__u_div_up(out->rows, SDQ__Q_ROWS), sdq__ly_quantize_task, &w);
+    return SDQ_OK;
+}
+
+static void sdq__ly_quantize_weight_task(void *arg, size_t o, int thread) {
+    const sdq__qrun *w = (const sdq__qrun *)arg;
+    const size_t k = sdq__ly_k(w->l);
+    (void)thread;
+    w->k->quantize_s8(w->q + o * k, sdq_f32(&w->l->w) + o * k, k, 1.0f / sdq_f32(&w->l->sw)[o]);
+}
+/* The weights as int8 [out,kh,kw,in] by the scales in sw. */
+static int8_t *sdq__ly_quantize_weights(sdq_ctx *ctx, const sdq_layer *l) {
+    sdq__qrun w;
+    memset(&w, 0, sizeof w);
+    w.k = ctx->k;
+    w.l = l;
+    w.q = SDQ__PUSH_N(ctx, int8_t, l->out * sdq__ly_k(l));
+    if (w.q) sdq__par_for(ctx, l->out, sdq__ly_quantize_weight_task, &w);
+    return w.q;
+}
+
+/* ---- INT8 and FAKE forward ---- */
+
+static void sdq__ly_product(sdq_ctx *ctx, const sdq_layer *l, const sdq_tensor *x, size_t part,
+                            const sdq__qinput *in, const sdq__qweight *weight,
+                            const sdq_tensor *res, sdq_tensor *y) {
+    sdq__qgemm w;
+    memset(&w, 0, sizeof w);
+    w.g = sdq__ly_geom(l, x);
+    w.x = in;
+    w.w = weight;
+    w.sw = sdq_f32(&l->sw);
+    w.bias = part == 0 && l->b.data ? sdq_f32(&l->b) : NULL;
+    w.res = part == 0 && res ? sdq_f32(res) : NULL;
+    w.y = sdq_f32(y);
+    w.ldy = l->out;
+    w.m = sdq__t_rows(y);
+    w.more = part > 0;
+    sdq__qgemm_run(ctx, &w);
+}
+
+static sdq_status sdq__ly_alloc_weight(sdq_ctx *ctx, sdq__qweight *w, int heap) {
+    const size_t panels = sdq__gemm_panels(w->n);
+    const size_t bytes = panels * w->taps * w->quads * SDQ__NR * 4, sums = panels * w->segs * SDQ__NR;
+    w->b = heap ? SDQ__NEW_N(ctx, int8_t, bytes) : SDQ__PUSH_N(ctx, int8_t, bytes);
+    w->sum = heap ? SDQ__NEW_N(ctx, int32_t, sums) : SDQ__PUSH_N(ctx, int32_t, sums);
+    return w->b && w->sum ? SDQ_OK : ctx->status;
+}
+
+/* The published recipe quantizes results: y = (clamp(rint(y/s) + z) - z) s, in place. While the
+ * tape records, mask[i] tells where the gradient passes. */
+static sdq_status sdq__ly_quantize_output(sdq_ctx *ctx, const sdq_layer *l, sdq_tensor *y, uint8_t *mask) {
+    const size_t n = sdq_tensor_count(y);
+    const sdq__qparam p = sdq__q_from_range(l->out_mn, l->out_mx);
+    float *v = sdq_f32(y);
+    size_t i;
+    if (!l->out_seen)
+        return sdq__fail(ctx, SDQ_ERR_NOT_CALIBRATED, "layer %s: its output range was never observed;"
+                         " calibrate first", l->name);
+    for (i = 0; i < n; i++) {
+        const float q = sdq__q_rint(v[i] * p.inv) + (float)p.z;
+        const float c = q < 0.0f ? 0.0f : q > 255.0f ? 255.0f : q;
+        if (mask) mask[i] = (uint8_t)(q >= 0.0f && q <= 255.0f);
+        v[i] = (c - (float)p.z) * p.s;
+    }
+    return SDQ_OK;
+}
+
+static void sdq__ly_observe_output(sdq_ctx *ctx, sdq_layer *l, const sdq_tensor *y) {
+    float mn = INFINITY, mx = -INFINITY;
+    ctx->k->minmax(sdq_f32(y), sdq_tensor_count(y), &mn, &mx);
+    sdq__ly_track(l, l->out_seen, mn, mx, &l->out_mn, &l->out_mx);
+    l->out_seen = 1;
+}
+
+/* What a FAKE forward leaves for its backward. */
+typedef struct sdq__fake { sdq__qinput in[2]; uint8_t *mask; } sdq__fake;
+
+static sdq_status sdq__ly_forward_quant(sdq_ctx *ctx, sdq_layer *l, const sdq_tensor *x,
+                                        const sdq_tensor *res, sdq_tensor *y, int fake, sdq__fake *keep) {
+    const int late = l->quant.quantize_output && res;   /* the residual is added afterwards */
+    sdq__qinput in[2];
+    size_t i;
+    const int8_t *q = NULL;
+    sdq_mark mark;
+    for (i = 0; i < l->parts; i++) {
+        SDQ__TRY(sdq__ly_quantize_input(ctx, l, &l->part[i], x, &in[i]));
+        if (keep) keep->in[i] = in[i];
+    }
+    mark = sdq_arena_mark(ctx);     /* packed weights are dropped again, also while recording */
+    if (fake) {
+        SDQ__TRY(sdq__ly_weight_scales(ctx, l));
+        q = sdq__ly_quantize_weights(ctx, l);
+        if (!q) return ctx->status;
+    }
+    for (i = 0; i < l->parts; i++) {
+        sdq__qweight w = l->part[i].w;
+        if (fake) {
+            SDQ__TRY(sdq__ly_alloc_weight(ctx, &w, 0));
+            sdq__qgemm_pack(&w, q, l->in, l->part[i].c0, l->part[i].c);
+        }
+        sdq__ly_product(ctx, l, x, i, &in[i], &w, late ? NULL : res, y);
+    }
+    sdq_arena_release(ctx, mark);
+    if (l->quant.quantize_output) {
+        if (l->observe && fake && !ctx->replay) sdq__ly_observe_output(ctx, l, y);
+        SDQ__TRY(sdq__ly_quantize_output(ctx, l, y, keep ? keep->mask : NULL));
+        if (late) sdq__op_binary(ctx, ctx->k->add, sdq_f32(y), sdq_f32(y), sdq_f32(res), sdq_tensor_count(y));
+    }
+    return ctx->status;
+}
+
+/* ---- FAKE backward ---- */
+
+/* Straight-through through the input quantizer of a static range, with the scale of the forward
+ * pass (an observer may have moved on): g = gradient of xh. */
+static void sdq__ly_ste_input(sdq_ctx *ctx, sdq__qpart *p, const sdq__qinput *in8, const sdq_tensor *x,
+                              const float *g, float *dx) {
+    const size_t ld = sdq__t_chan(x), rows = sdq__t_rows(x);
+    const float inv = 1.0f / in8->s[0], z = (float)in8->z[0];
+    float *ds = sdq__tape_grad(ctx, &p->s);
+    double sum = 0.0;
+    size_t r, j;
+    for (r = 0; r < rows; r++) {
+        float row = 0.0f;
+        for (j = r * ld + p->c0; j < r * ld + p->c0 + p->c; j++) {
+            const float v = sdq_f32(x)[j] * inv, t = sdq__q_rint(v), q = t + z;
+            const int in = q >= 0.0f && q <= 255.0f;
+            if (in && dx) dx[j] += g[j];
+            row += g[j] * (in ? t - v : (q < 0.0f ? 0.0f : 255.0f) - z);
+        }
+        sum += (double)row;
+    }
+    if (ds) ds[0] += (float)(sum / sqrt(255.0 * (double)(rows / sdq__t_entries(x) * p->c)));
+}
+
+/* The same for the weights: g = gradient of wh. */
+static void sdq__ly_ste_weight(sdq_ctx *ctx, sdq_layer *l, const float *g) {
+    const size_t k = sdq__ly_k(l);
+    const float *w = sdq_f32(&l->w);
+    float *dw = sdq__tape_grad(ctx, &l->w), *ds = sdq__tape_grad(ctx, &l->sw);
+    size_t o, j;
+    for (o = 0; o < l->out; o++) {
+        const float inv = 1.0f / sdq_f32(&l->sw)[o];
+        double sum = 0.0;
+        for (j = o * k; j < (o + 1) * k; j++) {
+            const float v = w[j] * inv, t = sdq__q_rint(v);
+            const int in = t >= -128.0f && t <= 127.0f;
+            if (in && dw) dw[j] += g[j];
+            sum += (double)(g[j] * (in ? t - v : t < 0.0f ? -128.0f : 127.0f));
+        }
+        if (ds) ds[o] += (float)(sum / sqrt(127.0 * (double)k));
+    }
+}
+
+static void sdq__ly_fake_weight_gradient(sdq_ctx *ctx, sdq_layer *l, const sdq_tensor *x,
+                                         const sdq_tensor *y, const float *dy, const sdq__fake *keep) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    float *g = sdq__ly_zeros(ctx, l->out * sdq__ly_k(l));
+    size_t i;
+    for (i = 0; g && i < l->parts; i++) {
+        const sdq__qinput *in = &keep->in[i];
+        const sdq__qpart *p = &l->part[i];
+        sdq__gemm_dw w;
+        memset(&w, 0, sizeof w);
+        w.g = sdq__ly_geom(l, x);
+        w.q = in->q; w.ldq = in->ld; w.qs = in->s; w.qz = in->z;
+        w.blocks = in->blocks;
+        w.rows_per_scale = in->per_row ? 1 : in->rows / in->entries;
+        w.dy = dy; w.dw = g;
+        w.m = sdq__t_rows(y); w.n = w.ldy = l->out;
+        w.c = p->c; w.first = p->c0; w.ldw = l->in;
+        sdq__gemm_dw_run(ctx, &w);
+    }
+    if (g) sdq__ly_ste_weight(ctx, l, g);
+    sdq_arena_release(ctx, mark);
+}
+
+static void sdq__ly_fake_back(sdq_ctx *ctx, sdq__node *n) {
+    sdq_layer *l = (sdq_layer *)n->p[0];
+    const sdq__fake *keep = (const sdq__fake *)n->p[1];
+    sdq_tensor *x = n->x[0], *res = n->x[1];
+    const int fixed = sdq__ly_range(l) == SDQ_RANGE_STATIC;
+    float *dx = sdq__tape_grad(ctx, x), *db = sdq__tape_grad(ctx, l->b.data ? &l->b : NULL);
+    float *dres = sdq__tape_grad(ctx, res), *dy = n->y->grad;
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    const size_t count = sdq_tensor_count(n->y);
+    size_t i;
+    if (ctx->status != SDQ_OK) return;
+    if (dres) sdq__op_binary(ctx, ctx->k->add, dres, dres, dy, count);
+    if (keep->mask) {
+        float *m = SDQ__PUSH_N(ctx, float, count);
+        if (!m) return;
+        for (i = 0; i < count; i++) m[i] = keep->mask[i] ? dy[i] : 0.0f;
+        dy = m;
+    }
+    if (dx || (fixed && l->part[0].s.needs_grad)) {
+        const int8_t *q = sdq__ly_quantize_weights(ctx, l);
+        float *g = fixed ? SDQ__PUSH_N(ctx, float, sdq_tensor_count(x)) : dx;
+        if (!q || !g) return;
+        sdq__ly_input_gradient(ctx, l, x, n->y, dy, q, g, !fixed);
+        for (i = 0; fixed && i < l->parts; i++) sdq__ly_ste_input(ctx, &l->part[i], &keep->in[i], x, g, dx);
+    }
+    if (l->w.needs_grad || l->sw.needs_grad) sdq__ly_fake_weight_gradient(ctx, l, x, n->y, dy, keep);
+    if (db) sdq__gemm_colsum(ctx, db, dy, sdq__t_rows(n->y), l->out);
+    sdq_arena_release(ctx, mark);
+}
+
+/* ---- forward ---- */
+
+/* Bias correction (Nagel et al., "Data-Free Quantization", arXiv 1906.04721, section 4.2): collect
+ * the mean of FLOAT - FAKE per output channel on the same input. */
+static void sdq__ly_collect_bias(sdq_ctx *ctx, sdq_layer *l, const sdq_tensor *x, const sdq_tensor *res,
+                                 const sdq_tensor *y) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    sdq_tensor *f = sdq__t_like(ctx, y);
+    size_t r, o;
+    if (f) {
+        sdq__ly_forward_float(ctx, l, x, res, f);
+        for (r = 0; r < sdq__t_rows(y); r++)
+            for (o = 0; o < l->out; o++)
+                l->bias_sum[o] += (double)sdq_f32(f)[r * l->out + o] - (double)sdq_f32(y)[r * l->out + o];
+        l->bias_rows += (double)sdq__t_rows(y);
+    }
+    sdq_arena_release(ctx, mark);
+}
+
+static sdq_tensor *sdq__ly_forward_fake(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *x, sdq_tensor *res,
+                                        sdq_tensor *y) {
+    sdq__node *n = NULL;
+    sdq__fake *keep = NULL;
+    sdq_tensor *leaf = l->w.needs_grad ? &l->w : l->sw.needs_grad ? &l->sw : &l->part[0].s;
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    n = sdq__tape_push(ctx, sdq__ly_fake_back, y, x, res, leaf, l->b.data ? &l->b : NULL);
+    if (n) {
+        keep = SDQ__PUSH_N(ctx, sdq__fake, 1);
+        if (!keep) return NULL;
+        memset(keep, 0, sizeof *keep);
+        n->p[0] = l;
+        n->p[1] = keep;
+        if (l->quant.quantize_output) {
+            keep->mask = SDQ__PUSH_N(ctx, uint8_t, sdq_tensor_count(y));
+            if (!keep->mask) return NULL;
+        }
+    }
+    if (l->observe && !ctx->replay) {
+        sdq__ly_observe_input(ctx, l, x);
+        if (l->quant.weight_scale == SDQ_WEIGHT_MOVING && sdq__ly_observe_weights(ctx, l) != SDQ_OK)
+            return NULL;
+    }
+    if (sdq__ly_forward_quant(ctx, l, x, res, y, 1, keep) != SDQ_OK) return NULL;
+    if (l->bias_sum) sdq__ly_collect_bias(ctx, l, x, res, y);
+    if (!n) sdq_arena_release(ctx, mark);
+    return y;
+}
+
+static sdq_tensor *sdq__ly_forward(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *x, sdq_tensor *res,
+                                   sdq_mode mode) {
+    sdq_tensor *y;
+    sdq_mark mark;
+    if (!x || ctx->status != SDQ_OK) return NULL;
+    y = sdq__ly_result(ctx, l, x, res);
+    if (!y) return NULL;
+    if (mode == SDQ_FLOAT || !l->quant.enabled) {
+        sdq__node *n = sdq__tape_push(ctx, sdq__ly_float_back, y, x, res, &l->w, l->b.data ? &l->b : NULL);
+        if (n) n->p[0] = l;
+        if (n && !l->w.data && x->needs_grad) {
+            sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: gradients need float weights", l->name);
+            return NULL;
+        }
+        if (l->observe && !ctx->replay && l->quant.enabled) sdq__ly_observe_input(ctx, l, x);
+        sdq__ly_forward_float(ctx, l, x, res, y);
+        return ctx->status == SDQ_OK ? y : NULL;
+    }
+    if (mode == SDQ_FAKE) {
+        if (l->w.data) return sdq__ly_forward_fake(ctx, l, x, res, y);
+        sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: FAKE mode needs float weights", l->name);
+        return NULL;
+    }
+    if (!l->part[0].w.b) {
+        sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: has no int8 weights; convert the model first", l->name);
+        return NULL;
+    }
+    mark = sdq_arena_mark(ctx);
+    if (sdq__ly_forward_quant(ctx, l, x, res, y, 0, NULL) != SDQ_OK) return NULL;
+    sdq_arena_release(ctx, mark);
+    return y;
+}
+
+/* Outputs of named layers that somebody wants to see: distillation of inner layers. */
+typedef struct sdq__tap { const char *name; sdq_tensor *y; } sdq__tap;
+typedef struct sdq__taps { sdq__tap *tap; size_t n; } sdq__taps;
+
+SDQ_API sdq_tensor *sdq_layer_forward(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *x, sdq_tensor *res,
+                                      sdq_mode mode) {
+    sdq_tensor *y = sdq__ly_forward(ctx, l, x, res, mode);
+    size_t i;
+    for (i = 0; ctx->taps && i < ctx->taps->n; i++) {
+        sdq__tap *t = &ctx->taps->tap[i];
+        if (!y || strcmp(t->name, l->name) != 0) continue;
+        t->y = y;
+    }
+    return y;
+}
+
+/* Pack the int8 weights q [out,kh,kw,in] into the parts; all of them or none. */
+static sdq_status sdq__ly_set_int8(sdq_ctx *ctx, sdq_layer *l, const int8_t *q) {
+    sdq_status st = SDQ_OK;
+    size_t i;
+    for (i = 0; i < l->parts && st == SDQ_OK; i++) {
+        sdq__ly_free_weight(ctx, &l->part[i].w);
+        st = sdq__ly_alloc_weight(ctx, &l->part[i].w, 1);
+        if (st == SDQ_OK) sdq__qgemm_pack(&l->part[i].w, q, l->in, l->part[i].c0, l->part[i].c);
+    }
+    if (st != SDQ_OK) {
+        for (i = 0; i < l->parts; i++) sdq__ly_free_weight(ctx, &l->part[i].w);
+        return st;
+    }
+    sdq__free(ctx, l->w.data);
+    l->w.data = NULL;
+    l->w.needs_grad = 0;
+    return SDQ_OK;
+}
+
+SDQ_API sdq_status sdq_layer_convert(sdq_ctx *ctx, sdq_layer *l) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    const int8_t *q;
+    sdq_status st;
+    if (!l->quant.enabled || !l->w.data) return SDQ_OK;
+    if (sdq__ly_range(l) == SDQ_RANGE_STATIC && !l->part[0].seen)
+        return sdq__fail(ctx, SDQ_ERR_NOT_CALIBRATED, "layer %s: its input range was never observed;"
+                         " calibrate first", l->name);
+    st = sdq__ly_weight_scales(ctx, l);
+    q = st == SDQ_OK ? sdq__ly_quantize_weights(ctx, l) : NULL;
+    if (q) st = sdq__ly_set_int8(ctx, l, q);
+    sdq_arena_release(ctx, mark);
+    return st == SDQ_OK ? ctx->status : st;
+}
+
+/* ===========================================================================
+ * >>io   whole files in, whole files out
+ *
+ * Reading takes a file at once, up to a limit. Writing goes to path + ".tmp", is flushed to the
+ * disk where the platform has fsync, and replaces `path` by a rename only when everything
+ * succeeded: a reader sees the old file or the new one, never half of one.
+ * ======================================================================== */
+
+#if SDQ__MMAP
+#include <dirent.h>
+/* -std=c99 hides fsync unless POSIX is asked for; fflush and fclose still see a full disk */
+#if defined(_DEFAULT_SOURCE) || defined(__APPLE__) || \
+    (defined(_POSIX_C_SOURCE) && _POSIX_C_SOURCE >= 200112L)
+#define SDQ__FSYNC(file) fsync(fileno(file))
+#endif
+#endif
+#ifndef SDQ__FSYNC
+#define SDQ__FSYNC(file) 0
+#endif
+
+static int sdq__io_exists(const char *path) {
+    FILE *f = fopen(path, "rb");
+    if (f) fclose(f);
+    return f != NULL;
+}
+
+/* a + b + c as a new string. */
+static char *sdq__io_join(sdq_ctx *ctx, const char *a, const char *b, const char *c) {
+    const size_t na = strlen(a), nb = strlen(b), nc = strlen(c);
+    char *s = SDQ__NEW_N(ctx, char, na + nb + nc + 1);
+    if (!s) return NULL;
+    memcpy(s, a, na);
+    memcpy(s + na, b, nb);
+    memcpy(s + na + nb, c, nc);
+    return s;
+}
+
+static int sdq__io_ends(const char *s, const char *end) {
+    const size_t n = strlen(s), m = strlen(end);
+    return n >= m && memcmp(s + n - m, end, m) == 0;
+}
+
+/* A name from a file that stays inside its folder: relative, no "..", no drive, no backslash. */
+static int sdq__io_safe_name(const char *name, int allow_folders) {
+    const char *p;
+    if (!*name || *name == '/' || strchr(name, '\\') || strchr(name, ':')) return 0;
+    if (!allow_folders && strchr(name, '/')) return 0;
+    for (p = name; (p = strstr(p, "..")) != NULL; p += 2) {
+        const int starts = p == name || p[-1] == '/', ends = p[2] == 0 || p[2] == '/';
+        if ((starts && ends) || !allow_folders) return 0;
+    }
+    return 1;
+}
+
+/* Everything f holds, growing as it comes, so that a lying file size cannot hurt. */
+static sdq_status sdq__io_slurp(sdq_ctx *ctx, FILE *f, const char *path, size_t limit,
+                                char **out, size_t *len) {
+    char *buf = NULL;
+    size_t cap = 0, n = 0, got;
+    sdq_status st = SDQ_OK;
+    do {
+        if (!sdq__grow(ctx, (void **)(void *)&buf, &cap, n + 65536, 1)) {
+            st = SDQ_ERR_OOM;
+            goto done;
+        }
+        got = fread(buf + n, 1, cap - n - 1, f);
+        n += got;
+        if (n > limit) {
+            st = sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s: larger than the limit of %zu bytes",
+                           path, limit);
+            goto done;
+        }
+    } while (got);
+    if (ferror(f)) st = sdq__fail(ctx, SDQ_ERR_IO, "%s: read error", path);
+done:
+    if (st != SDQ_OK) { sdq__free(ctx, buf); return st; }
+    buf[n] = 0;
+    *out = buf;
+    *len = n;
+    return SDQ_OK;
+}
+
+/* The file as a new buffer with a 0 behind its last byte. */
+static sdq_status sdq__io_read(sdq_ctx *ctx, const char *path, size_t limit,
+                               char **out, size_t *len) {
+    FILE *f = fopen(path, "rb");
+    sdq_status st;
+    *out = NULL;
+    *len = 0;
+    if (!f) return sdq__fail(ctx, SDQ_ERR_IO, "%s: cannot be opened for reading", path);
+    st = sdq__io_slurp(ctx, f, path, limit, out, len);
+    fclose(f);
+    return st;
+}
+
+/* A file that is being written. `bad` is sticky: check once, in sdq__io_finish. */
+typedef struct sdq__io_out { FILE *f; const char *path; char *tmp; int bad; } sdq__io_out;
+
+static sdq_status sdq__io_create(sdq_ctx *ctx, const char *path, sdq__io_out *o) {
+    memset(o, 0, sizeof *o);
+    o->path = path;
+    o->tmp = sdq__io_join(ctx, path, ".tmp", "");
+    if (!o->tmp) return SDQ_ERR_OOM;
+    o->f = fopen(o->tmp, "wb");
+    if (o->f) return SDQ_OK;
+    sdq__fail(ctx, SDQ_ERR_IO, "%s: cannot be created (folder missing or not writable?)", o->tmp);
+    sdq__free(ctx, o->tmp);
+    o->tmp = NULL;
+    return SDQ_ERR_IO;
+}
+
+static void sdq__io_put(sdq__io_out *o, const void *data, size_t bytes) {
+    if (bytes && !o->bad && fwrite(data, 1, bytes, o->f) != bytes) o->bad = 1;
+}
+
+/* Close; rename when st and every write were fine, remove the temporary file otherwise. */
+static sdq_status sdq__io_finish(sdq_ctx *ctx, sdq__io_out *o, sdq_status st) {
+    if (!o->f) return st;
+    if (st == SDQ_OK && !o->bad && (fflush(o->f) != 0 || SDQ__FSYNC(o->f) != 0)) o->bad = 1;
+    if (fclose(o->f) != 0) o->bad = 1;
+    if (st == SDQ_OK && o->bad)
+        st = sdq__fail(ctx, SDQ_ERR_IO, "%s: write error; is the disk full?", o->path);
+#ifdef _WIN32
+    if (st == SDQ_OK) (void)remove(o->path);    /* rename does not replace there */
+#endif
+    if (st == SDQ_OK && rename(o->tmp, o->path) != 0)
+        st = sdq__fail(ctx, SDQ_ERR_IO, "%s: cannot be renamed from %s", o->path, o->tmp);
+    if (st != SDQ_OK) (void)remove(o->tmp);
+    sdq__free(ctx, o->tmp);
+    memset(o, 0, sizeof *o);
+    return st;
+}
+
+/* Write a finished buffer. */
+static sdq_status sdq__io_write(sdq_ctx *ctx, const char *path, const void *data, size_t bytes) {
+    sdq__io_out o;
+    SDQ__TRY(sdq__io_create(ctx, path, &o));
+    sdq__io_put(&o, data, bytes);
+    return sdq__io_finish(ctx, &o, SDQ_OK);
+}
+
+/* ===========================================================================
+ * >>json   a strict reader and a string builder
+ *
+ * Reads RFC 8259 and nothing more: no comments, no trailing commas, no NaN. Text must be valid
+ * UTF-8, \u surrogates must pair, equal keys in one object are an error. Values are nodes of a
+ * tree in one allocation: a first pass counts them, so that the size is known. Depth is limited
+ * to 64, the number of values to 2^22. Numbers are doubles: integers are exact up to 2^53.
+ * ======================================================================== */
+
+#define SDQ__JSON_DEPTH 64
+#define SDQ__JSON_NODES ((size_t)1 << 22)
+
+enum { SDQ__JS_NULL = 0, SDQ__JS_BOOL, SDQ__JS_NUMBER, SDQ__JS_STRING, SDQ__JS_ARRAY,
+       SDQ__JS_OBJECT };
+
+typedef struct sdq__json {
+    int kind;
+    double num;                 /* NUMBER; BOOL: 0 or 1 */
+    const char *str;            /* STRING: UTF-8 with a 0 behind it; else NULL */
+    size_t len;                 /* bytes of str */
+    const char *key;            /* name inside an object; else NULL */
+    struct sdq__json *child, *next, *parent;
+    size_t count;               /* ARRAY, OBJECT: number of children */
+} sdq__json;
+
+typedef struct sdq__js_reader {
+    sdq_ctx *ctx;
+    const char *text, *p, *end, *what;
+    sdq__json *node;            /* next unused node */
+    char *str;                  /* next unused byte for strings */
+    const sdq__json **seen;     /* hash set of (parent, key) */
+    size_t seen_mask;
+} sdq__js_reader;
+
+static sdq_status sdq__js_fail(sdq__js_reader *r, const char *why) {
+    size_t line = 1;
+    const char *c;
+    for (c = r->text; c < r->p && c < r->end; c++) line += *c == '\n';
+    return sdq__fail(r->ctx, SDQ_ERR_FORMAT, "%s: not valid JSON: %s in line %zu (byte %zu)",
+                     r->what, why, line, (size_t)(r->p - r->text));
+}
+
+static void sdq__js_space(sdq__js_reader *r) {
+    while (r->p < r->end && *r->p && strchr(" \n\r\t", *r->p)) r->p++;
+}
+
+static int sdq__js_accept(sdq__js_reader *r, char c) {
+    if (r->p == r->end || *r->p != c) return 0;
+    r->p++;
+    return 1;
+}
+
+/* Values in the text, at most: every value but the first follows one of [ { , outside strings. */
+static size_t sdq__js_count(const char *text, size_t len) {
+    size_t i, n = 1;
+    int quoted = 0;
+    for (i = 0; i < len; i++) {
+        const char c = text[i];
+        if (quoted && c == '\\') i++;
+        else if (c == '"') quoted = !quoted;
+        else if (!quoted) n += c == ',' || c == '[' || c == '{';
+    }
+    return n;
+}
+
+/* Length of the valid UTF-8 sequence at p (Unicode table 3-7), 0 when there is none. */
+static size_t sdq__js_utf8(const char *p, const char *end, uint32_t *code) {
+    const unsigned char *s = (const unsigned char *)p;
+    const size_t left = (size_t)(end - p);
+    size_t n, i;
+    uint32_t c, low;
+    if (left == 0) return 0;
+    c = s[0];
+    if (c < 0x80) { *code = c; return 1; }
+    if (c < 0xc2 || c > 0xf4) return 0;
+    n = c < 0xe0 ? 2 : c < 0xf0 ? 3 : 4;
+    low = n == 2 ? 0x80u : n == 3 ? 0x800u : 0x10000u;
+    if (left < n) return 0;
+    c &= n == 2 ? 0x1fu : n == 3 ? 0x0fu : 0x07u;
+    for (i = 1; i < n; i++) {
+        if ((s[i] & 0xc0u) != 0x80u) return 0;
+        c = (c << 6) | (s[i] & 0x3fu);
+    }
+    if (c < low || c > 0x10ffffu || (c >= 0xd800u && c < 0xe000u)) return 0;
+    *code = c;
+    return n;
+}
+
+static int sdq__js_is_utf8(const char *s) {
+    const char *end = s + strlen(s);
+    uint32_t code;
+    while (s < end) {
+        const size_t n = sdq__js_utf8(s, end, &code);
+        if (!n) return 0;
+        s += n;
+    }
+    return 1;
+}
+
+/* Write a code point, return its bytes (1..4). */
+static size_t sdq__js_put_utf8(char *out, uint32_t c) {
+    unsigned char *o = (unsigned char *)out;
+    if (c < 0x80) { o[0] = (unsigned char)c; return 1; }
+    if (c < 0x800) {
+        o[0] = (unsigned char)(0xc0u | (c >> 6));
+        o[1] = (unsigned char)(0x80u | (c & 0x3fu));
+        return 2;
+    }
+    if (c < 0x10000) {
+        o[0] = (unsigned char)(0xe0u | (c >> 12));
+        o[1] = (unsigned char)(0x80u | ((c >> 6) & 0x3fu));
+        o[2] = (unsigned char)(0x80u | (c & 0x3fu));
+        return 3;
+    }
+    o[0] = (unsigned char)(0xf0u | (c >> 18));
+    o[1] = (unsigned char)(0x80u | ((c >> 12) & 0x3fu));
+    o[2] = (unsigned char)(0x80u | ((c >> 6) & 0x3fu));
+    o[3] = (unsigned char)(0x80u | (c & 0x3fu));
+    return 4;
+}
+
+static int sdq__js_hex4(sdq__js_reader *r, uint32_t *out) {
+    int i;
+    uint32_t v = 0;
+    if (r->end - r->p < 4) return 0;
+    for (i = 0; i < 4; i++) {
+        const char c = *r->p++;
+        if (c >= '0' && c <= '9') v = v * 16 + (uint32_t)(c - '0');
+        else if (c >= 'a' && c <= 'f') v = v * 16 + (uint32_t)(c - 'a' + 10);
+        else if (c >= 'A' && c <= 'F') v = v * 16 + (uint32_t)(c - 'A' + 10);
+        else return 0;
+    }
+    *out = v;
+    return 1;
+}
+
+/* The escape behind a backslash. */
+static sdq_status sdq__js_escape(sdq__js_reader *r) {
+    static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
+    uint32_t c, low;
+    const char *at;
+    if (r->p == r->end) return sdq__js_fail(r, "the text ends inside a string");
+    if (*r->p != 'u') {
+        at = *r->p ? strchr(from, *r->p) : NULL;
+        if (!at) return sdq__js_fail(r, "unknown escape");
+        *r->str++ = to[at - from];
+        r->p++;
+        return SDQ_OK;
+    }
+    r->p++;
+    if (!sdq__js_hex4(r, &c)) return sdq__js_fail(r, "\\u needs four hexadecimal digits");
+    if (c >= 0xd800u && c < 0xe000u) {
+        if (c >= 0xdc00u || r->end - r->p < 2 || r->p[0] != '\\' || r->p[1] != 'u')
+            return sdq__js_fail(r, "half of a surrogate pair");
+        r->p += 2;
+        if (!sdq__js_hex4(r, &low) || low < 0xdc00u || low > 0xdfffu)
+            return sdq__js_fail(r, "half of a surrogate pair");
+        c = 0x10000u + ((c - 0xd800u) << 10) + (low - 0xdc00u);
+    }
+    r->str += sdq__js_put_utf8(r->str, c);
+    return SDQ_OK;
+}
+
+/* A string whose opening quote has been read. Decoding never makes it longer. */
+static sdq_status sdq__js_read_string(sdq__js_reader *r, const char **str, size_t *len) {
+    char *const start = r->str;
+    uint32_t code;
+    for (;;) {
+        size_t n;
+        if (r->p == r->end) return sdq__js_fail(r, "the text ends inside a string");
+        if (*r->p == '"') break;
+        if (*r->p == '\\') {
+            r->p++;
+            SDQ__TRY(sdq__js_escape(r));
+            continue;
+        }
+        n = sdq__js_utf8(r->p, r->end, &code);
+        if (n == 0) return sdq__js_fail(r, "a byte that is not UTF-8");
+        if (code < 0x20) return sdq__js_fail(r, "a control character inside a string");
+        memcpy(r->str, r->p, n);
+        r->str += n;
+        r->p += n;
+    }
+    r->p++;
+    *str = start;
+    *len = (size_t)(r->str - start);
+    *r->str++ = 0;
+    return SDQ_OK;
+}
+
+/* Convert digits that are known to be a JSON number. strtod wants the locale's decimal point. */
+static sdq_status sdq__js_convert(sdq__js_reader *r, const char *from, double *out) {
+    char buf[512], half[16];
+    size_t n = 0, point;
+    (void)snprintf(half, sizeof half, "%.1f", 0.5);
+    point = strlen(half) - 2;                               /* "0.5": what stands between */
+    if ((size_t)(r->p - from) > sizeof buf - sizeof half)
+        return sdq__js_fail(r, "a number of more than 490 characters");
+    for (; from < r->p; from++) {
+        if (*from != '.') { buf[n++] = *from; continue; }
+        memcpy(buf + n, half + 1, point);
+        n += point;
+    }
+    buf[n] = 0;
+    *out = strtod(buf, NULL);
+    return SDQ_OK;
+}
+
+static size_t sdq__js_digits(sdq__js_reader *r) {
+    const char *from = r->p;
+    while (r->p < r->end && *r->p >= '0' && *r->p <= '9') r->p++;
+    return (size_t)(r->p - from);
+}
+
+static sdq_status sdq__js_read_number(sdq__js_reader *r, double *out) {
+    const char *from = r->p, *digits;
+    (void)sdq__js_accept(r, '-');
+    digits = r->p;
+    if (sdq__js_digits(r) == 0) return sdq__js_fail(r, "a value is missing");
+    if (*digits == '0' && r->p - digits > 1) return sdq__js_fail(r, "a number with leading zeros");
+    if (sdq__js_accept(r, '.') && sdq__js_digits(r) == 0)
+        return sdq__js_fail(r, "no digit behind a decimal point");
+    if (sdq__js_accept(r, 'e') || sdq__js_accept(r, 'E')) {
+        if (!sdq__js_accept(r, '+')) (void)sdq__js_accept(r, '-');
+        if (sdq__js_digits(r) == 0) return sdq__js_fail(r, "no digit in an exponent");
+    }
+    return sdq__js_convert(r, from, out);
+}
+
+static int sdq__js_word(sdq__js_reader *r, const char *word) {
+    const size_t n = strlen(word);
+    if ((size_t)(r->end - r->p) < n || memcmp(r->p, word, n) != 0) return 0;
+    r->p += n;
+    return 1;
+}
+
+/* FNV-1a, the usual 64-bit constants, with its high half mixed down. */
+static uint64_t sdq__js_hash(const void *data, size_t n, uint64_t seed) {
+    const unsigned char *p = (const unsigned char *)data;
+    uint64_t h = UINT64_C(14695981039346656037) ^ seed;
+    size_t i;
+    for (i = 0; i < n; i++) h = (h ^ p[i]) * UINT64_C(1099511628211);
+    return h ^ (h >> 29);
+}
+
+/* Enter a member's key; 0 if its object has that key already. */
+static int sdq__js_enter_key(sdq__js_reader *r, const sdq__json *v) {
+    uint64_t h = sdq__js_hash(v->key, strlen(v->key), (uint64_t)(uintptr_t)v->parent);
+    for (;; h++) {
+        const sdq__json **slot = &r->seen[(size_t)h & r->seen_mask];
+        if (!*slot) { *slot = v; return 1; }
+        if ((*slot)->parent == v->parent && strcmp((*slot)->key, v->key) == 0) return 0;
+    }
+}
+
+static sdq_status sdq__js_read_key(sdq__js_reader *r, sdq__json *v) {
+    size_t len;
+    sdq__js_space(r);
+    if (!sdq__js_accept(r, '"')) return sdq__js_fail(r, "a key in quotes is missing");
+    SDQ__TRY(sdq__js_read_string(r, &v->key, &len));
+    if (strlen(v->key) != len) return sdq__js_fail(r, "a zero byte in a key");
+    if (!sdq__js_enter_key(r, v)) return sdq__js_fail(r, "the same key twice in one object");
+    sdq__js_space(r);
+    if (!sdq__js_accept(r, ':')) return sdq__js_fail(r, "a ':' is missing behind a key");
+    return SDQ_OK;
+}
+
+/* The value at r->p; an array or object is only opened. */
+static sdq_status sdq__js_read_value(sdq__js_reader *r, sdq__json *v) {
+    sdq__js_space(r);
+    if (sdq__js_accept(r, '{')) { v->kind = SDQ__JS_OBJECT; return SDQ_OK; }
+    if (sdq__js_accept(r, '[')) { v->kind = SDQ__JS_ARRAY; return SDQ_OK; }
+    if (sdq__js_accept(r, '"')) {
+        v->kind = SDQ__JS_STRING;
+        return sdq__js_read_string(r, &v->str, &v->len);
+    }
+    if (sdq__js_word(r, "null")) return SDQ_OK;
+    v->kind = SDQ__JS_BOOL;
+    if (sdq__js_word(r, "false")) return SDQ_OK;
+    v->num = 1;
+    if (sdq__js_word(r, "true")) return SDQ_OK;
+    v->kind = SDQ__JS_NUMBER;
+    return sdq__js_read_number(r, &v->num);
+}
+
+/* Read all values in order; `open` is the innermost array or object that is not closed yet. */
+static sdq_status sdq__js_read_tree(sdq__js_reader *r) {
+    sdq__json *open = NULL, *last = NULL;       /* last: the newest child of open */
+    size_t depth = 0;
+    do {
+        sdq__json *v;
+        int closes;
+        sdq__js_space(r);
+        closes = open && sdq__js_accept(r, open->kind == SDQ__JS_OBJECT ? '}' : ']');
+        if (closes) {
+            last = open;
+            open = open->parent;
+            depth--;
+            continue;
+        }
+        if (last && !sdq__js_accept(r, ','))
+            return sdq__js_fail(r, "a ',' or a bracket is missing");
+        v = r->node++;
+        v->parent = open;
+        if (open && open->kind == SDQ__JS_OBJECT) SDQ__TRY(sdq__js_read_key(r, v));
+        SDQ__TRY(sdq__js_read_value(r, v));
+        if (last) last->next = v;
+        else if (open) open->child = v;
+        if (open) open->count++;
+        last = v;
+        if (v->kind >= SDQ__JS_ARRAY) {
+            if (++depth > SDQ__JSON_DEPTH) return sdq__js_fail(r, "more than 64 levels");
+            open = v;
+            last = NULL;
+        }
+    } while (open);
+    sdq__js_space(r);
+    return r->p == r->end ? SDQ_OK : sdq__js_fail(r, "text behind the value");
+}
+
+static void sdq__js_free(sdq_ctx *ctx, sdq__json *root) { sdq__free(ctx, root); }
+
+/* Parse len bytes; `what` names the text in error sentences. Free the tree with sdq__js_free. */
+static sdq_status sdq__js_parse(sdq_ctx *ctx, const char *text, size_t len, const char *what,
+                                sdq__json **out) {
+    const size_t nodes = sdq__js_count(text, len);
+    size_t slots = 16, bytes;
+    sdq__js_reader r;
+    sdq__json *root = NULL;
+    sdq_status st = SDQ_ERR_OOM;
+    *out = NULL;
+    memset(&r, 0, sizeof r);
+    r.ctx = ctx;
+    r.text = r.p = text;
+    r.end = text + len;
+    r.what = what;
+    if (nodes > SDQ__JSON_NODES) return sdq__js_fail(&r, "more than 4194304 values");
+    while (slots < 2 * nodes) slots *= 2;
+    r.seen_mask = slots - 1;
+    bytes = nodes * sizeof(sdq__json);
+    if (len > SIZE_MAX / 2) return sdq__js_fail(&r, "a text too long");
+    root = (sdq__json *)sdq__alloc(ctx, bytes + len + 1, 1);    /* nodes, then all strings */
+    r.seen = SDQ__NEW_N(ctx, const sdq__json *, slots);
+    if (!root || !r.seen) goto done;
+    r.node = root;
+    r.str = (char *)root + bytes;
+    st = sdq__js_read_tree(&r);
+done:
+    sdq__free(ctx, (void *)r.seen);
+    if (st == SDQ_OK) *out = root;
+    else sdq__js_free(ctx, root);
+    return st;
+}
+
+/* Read and parse a file of at most 2^27 bytes. */
+static sdq_status sdq__js_load(sdq_ctx *ctx, const char *path, sdq__json **out) {
+    char *text;
+    size_t len;
+    sdq_status st;
+    *out = NULL;
+    SDQ__TRY(sdq__io_read(ctx, path, (size_t)1 << 27, &text, &len));
+    st = sdq__js_parse(ctx, text, len, path, out);
+    sdq__free(ctx, text);
+    return st;
+}
+
+/* The member of that key; NULL when there is none or obj is no object (or NULL). */
+static const sdq__json *sdq__js_get(const sdq__json *obj, const char *key) {
+    const sdq__json *v;
+    if (!obj || obj->kind != SDQ__JS_OBJECT) return NULL;
+    for (v = obj->child; v; v = v->next) if (strcmp(v->key, key) == 0) return v;
+    return NULL;
+}
+
+/* Members by type; def when missing or of another type. */
+static double sdq__js_double(const sdq__json *obj, const char *key, double def) {
+    const sdq__json *v = sdq__js_get(obj, key);
+    return v && v->kind == SDQ__JS_NUMBER ? v->num : def;
+}
+static int sdq__js_int(const sdq__json *obj, const char *key, int def) {
+    const double v = sdq__js_double(obj, key, def);
+    return v >= INT_MIN && v <= INT_MAX && v == floor(v) ? (int)v : def;
+}
+static int sdq__js_bool(const sdq__json *obj, const char *key, int def) {
+    const sdq__json *v = sdq__js_get(obj, key);
+    return v && v->kind == SDQ__JS_BOOL ? v->num != 0 : def;
+}
+static const char *sdq__js_string(const sdq__json *obj, const char *key, const char *def) {
+    const sdq__json *v = sdq__js_get(obj, key);
+    return v && v->kind == SDQ__JS_STRING ? v->str : def;
+}
+/* v as a size up to 2^53; 0 and *out untouched when it is none. */
+static int sdq__js_size(const sdq__json *v, size_t *out) {
+    if (!v || v->kind != SDQ__JS_NUMBER) return 0;
+    if (!(v->num >= 0) || v->num > 9007199254740992.0 || v->num != floor(v->num)) return 0;
+    if (v->num >= (double)SIZE_MAX) return 0;
+    *out = (size_t)v->num;
+    return 1;
+}
+
+/* A growing string, always ending in 0 once something was added (s is NULL before).
+ * When memory is short the context holds the error and `bad` is set. */
+typedef struct sdq__str { char *s; size_t len, cap; int bad; } sdq__str;
+
+static void sdq__str_add(sdq_ctx *ctx, sdq__str *b, const char *data, size_t n) {
+    if (b->bad) return;
+    if (n > SIZE_MAX / 4 || !sdq__grow(ctx, (void **)(void *)&b->s, &b->cap, b->len + n + 1, 1)) {
+        b->bad = 1;
+        return;
+    }
+    if (n) memcpy(b->s + b->len, data, n);
+    b->len += n;
+    b->s[b->len] = 0;
+}
+
+SDQ__PRINTF(3, 4)
+static void sdq__str_format(sdq_ctx *ctx, sdq__str *b, const char *format, ...) {
+    va_list args;
+    int n;
+    va_start(args, format);
+    n = vsnprintf(NULL, 0, format, args);
+    va_end(args);
+    if (n < 0 || b->bad) { b->bad = 1; return; }
+    if (!sdq__grow(ctx, (void **)(void *)&b->s, &b->cap, b->len + (size_t)n + 1, 1)) {
+        b->bad = 1;
+        return;
+    }
+    va_start(args, format);
+    (void)vsnprintf(b->s + b->len, (size_t)n + 1, format, args);
+    va_end(args);
+    b->len += (size_t)n;
+}
+
+/* A number with `digits` significant digits (17: a double comes back equal, 9: a float) and a
+ * decimal point in every locale; null when it is not finite. */
+static void sdq__str_number(sdq_ctx *ctx, sdq__str *b, double x, int digits) {
+    char buf[64];
+    size_t i, n = 0;
+    if (!(x - x == 0)) { sdq__str_add(ctx, b, "null", 4); return; }
+    (void)snprintf(buf, sizeof buf, "%.*g", digits, x);
+    for (i = 0; buf[i]; i++) {
+        if (strchr("0123456789+-e", buf[i])) buf[n++] = buf[i];
+        else if (n == 0 || buf[n - 1] != '.') buf[n++] = '.';   /* may have several bytes */
+    }
+    sdq__str_add(ctx, b, buf, n);
+}
+
+/* A JSON string in quotes. Bytes that are not UTF-8 become U+FFFD. */
+static void sdq__str_json(sdq_ctx *ctx, sdq__str *b, const char *s) {
+    const char *end = s + strlen(s), *from = s;
+    uint32_t code;
+    sdq__str_add(ctx, b, "\"", 1);
+    while (s < end) {
+        const size_t n = sdq__js_utf8(s, end, &code);
+        if (n && code >= 0x20 && code != '"' && code != '\\') { s += n; continue; }
+        sdq__str_add(ctx, b, from, (size_t)(s - from));
+        if (n == 0) sdq__str_add(ctx, b, "\xef\xbf\xbd", 3);
+        else if (code >= 0x20) sdq__str_format(ctx, b, "\\%c", (int)code);
+        else if (code == '\n') sdq__str_add(ctx, b, "\\n", 2);
+        else sdq__str_format(ctx, b, "\\u%04x", (unsigned)code);
+        s += n ? n : 1;
+        from = s;
+    }
+    sdq__str_add(ctx, b, from, (size_t)(s - from));
+    sdq__str_add(ctx, b, "\"", 1);
+}
+
+static void sdq__str_free(sdq_ctx *ctx, sdq__str *b) {
+    sdq__free(ctx, b->s);
+    memset(b, 0, sizeof *b);
+}
+
+/* ===========================================================================
+ * >>safetensors   named arrays in a file
+ *
+ * Format (safetensors tensor.rs): u64 length of a JSON header, the header (it may end in spaces),
+ * the data. The header maps a name to {"dtype", "shape", "data_offsets": [begin, end]} and
+ * "__metadata__" to strings. The arrays must fill the data without holes or overlap, and each
+ * must have exactly the bytes of its shape. All of that is checked before an entry is given out;
+ * the sentences use the error names of the reference implementation.
+ * ======================================================================== */
+
+#define SDQ__ST_HEADER_MAX ((size_t)100000000)
+
+struct sdq_file {
+    char *path;
+    char *bytes;                /* the mapping or the heap copy */
+    size_t size;
+    int mapped;
+    sdq__json *header;
+    sdq_entry *entries;         /* by name */
+    size_t count;
+};
+
+/* Bits per element, sdq's dtype (SDQ_DTYPE_COUNT: none) and the place in the reference's enum,
+ * whose descending order is the order of the data in files that it writes. */
+typedef struct sdq__st_kind { const char *name; unsigned bits; sdq_dtype dtype; int order; }
+    sdq__st_kind;
+
+static const sdq__st_kind sdq__st_kinds[] = {
+    {"BOOL", 8, SDQ_BOOL, 0},           {"F4", 4, SDQ_DTYPE_COUNT, 1},
+    {"F6_E2M3", 6, SDQ_DTYPE_COUNT, 2}, {"F6_E3M2", 6, SDQ_DTYPE_COUNT, 3},
+    {"U8", 8, SDQ_U8, 4},               {"I8", 8, SDQ_I8, 5},
+    {"F8_E5M2", 8, SDQ_DTYPE_COUNT, 6}, {"F8_E4M3", 8, SDQ_DTYPE_COUNT, 7},
+    {"F8_E8M0", 8, SDQ_DTYPE_COUNT, 8}, {"F8_E4M3FNUZ", 8, SDQ_DTYPE_COUNT, 8},
+    {"F8_E5M2FNUZ", 8, SDQ_DTYPE_COUNT, 8},
+    {"I16", 16, SDQ_I16, 9},            {"U16", 16, SDQ_U16, 10},
+    {"F16", 16, SDQ_F16, 11},           {"BF16", 16, SDQ_BF16, 12},
+    {"I32", 32, SDQ_I32, 13},           {"U32", 32, SDQ_U32, 14},
+    {"F32", 32, SDQ_F32, 15},           {"C64", 64, SDQ_DTYPE_COUNT, 16},
+    {"F64", 64, SDQ_F64, 17},           {"I64", 64, SDQ_I64, 18},
+    {"U64", 64, SDQ_U64, 19}
+};
+
+static const sdq__st_kind *sdq__st_kind_named(const char *name) {
+    size_t i;
+    for (i = 0; i < SDQ__COUNT(sdq__st_kinds); i++)
+        if (strcmp(sdq__st_kinds[i].name, name) == 0) return &sdq__st_kinds[i];
+    return NULL;
+}
+
+static const sdq__st_kind *sdq__st_kind_of(sdq_dtype dtype) {
+    size_t i;
+    for (i = 0; i < SDQ__COUNT(sdq__st_kinds) && dtype != SDQ_DTYPE_COUNT; i++)
+        if (sdq__st_kinds[i].dtype == dtype) return &sdq__st_kinds[i];
+    return NULL;
+}
+
+SDQ_API const char *sdq_dtype_name(sdq_dtype dtype) {
+    const sdq__st_kind *k = sdq__st_kind_of(dtype);
+    return k ? k->name : "?";
+}
+
+SDQ_API size_t sdq_entry_count(const sdq_entry *entry) {
+    size_t n = 1;
+    int i;
+    for (i = 0; i < entry->rank; i++) n *= entry->dim[i];
+    return n;
+}
+
+/* Map or read the file; f owns the bytes. */
+static sdq_status sdq__st_bytes(sdq_ctx *ctx, sdq_file *f) {
+#if SDQ__MMAP
+    struct stat info;
+    void *p = MAP_FAILED;
+    const int fd = open(f->path, O_RDONLY);
+    if (fd < 0) return sdq__fail(ctx, SDQ_ERR_IO, "%s: cannot be opened for reading", f->path);
+    if (fstat(fd, &info) != 0 || !S_ISREG(info.st_mode)) {
+        close(fd);
+        return sdq__fail(ctx, SDQ_ERR_IO, "%s: not a regular file", f->path);
+    }
+    f->size = (size_t)info.st_size;
+    if (f->size) p = mmap(NULL, f->size, PROT_READ, MAP_PRIVATE, fd, 0);
+    close(fd);
+    f->mapped = p != MAP_FAILED;
+    if (f->mapped) { f->bytes = (char *)p; return SDQ_OK; }
+#endif
+    return sdq__io_read(ctx, f->path, SIZE_MAX / 2, &f->bytes, &f->size);
+}
+
+static sdq_status sdq__st_shape(sdq_ctx *ctx, const sdq_file *f, const sdq__json *shape,
+                                sdq_entry *e, size_t *elements) {
+    const sdq__json *d;
+    size_t n = 1, i;
+    if (!shape || shape->kind != SDQ__JS_ARRAY)
+        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: InvalidHeaderDeserialization: %s has no shape",
+                         f->path, e->name);
+    if (shape->count > SDQ__COUNT(e->dim))
+        return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s: %s has %zu dimensions, at most 8 can be "
+                         "read", f->path, e->name, shape->count);
+    for (i = 0; i < SDQ__COUNT(e->dim); i++) e->dim[i] = 1;
+    for (d = shape->child, i = 0; d; d = d->next, i++) {
+        if (!sdq__js_size(d, &e->dim[i]))
+            return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: InvalidHeaderDeserialization: a dimension "
+                             "of %s is no size", f->path, e->name);
+        if (!sdq__u_mul(n, e->dim[i], &n))
+            return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: ValidationOverflow: the shape of %s",
+                             f->path, e->name);
+    }
+    e->rank = (int)shape->count;
+    *elements = n;
+    return SDQ_OK;
+}
+
+/* One header member -> entry. data holds the offset for now, as a pointer into the file. */
+static sdq_status sdq__st_entry(sdq_ctx *ctx, const sdq_file *f, const sdq__json *v,
+                                const char *data, size_t data_bytes, sdq_entry *e) {
+    const sdq__json *offsets = sdq__js_get(v, "data_offsets");
+    const sdq__st_kind *kind = sdq__st_kind_named(sdq__js_string(v, "dtype", ""));
+    size_t elements = 0, bits, begin, end;
+    e->name = v->key;
+    if (v->kind != SDQ__JS_OBJECT || !kind)
+        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: InvalidHeaderDeserialization: unknown dtype "
+                         "'%s' of %s", f->path, sdq__js_string(v, "dtype", ""), e->name);
+    e->dtype = kind->dtype;
+    SDQ__TRY(sdq__st_shape(ctx, f, sdq__js_get(v, "shape"), e, &elements));
+    if (!offsets || offsets->kind != SDQ__JS_ARRAY || offsets->count != 2 ||
+        !sdq__js_size(offsets->child, &begin) || !sdq__js_size(offsets->child->next, &end))
+        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: InvalidHeaderDeserialization: %s has no "
+                         "data_offsets", f->path, e->name);
+    if (begin > end || end > data_bytes)
+        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: InvalidOffset: %s is at %zu..%zu of %zu bytes; "
+                         "is the file complete?", f->path, e->name, begin, end, data_bytes);
+    if (!sdq__u_mul(elements, kind->bits, &bits))
+        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: ValidationOverflow: the size of %s", f->path,
+                         e->name);
+    if (bits % 8)
+        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: MisalignedSlice: %s ends inside a byte",
+                         f->path, e->name);
+    if (bits / 8 != end - begin)
+        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: TensorInvalidInfo: %s has %zu bytes, its shape "
+                         "and dtype ask for %zu", f->path, e->name, end - begin, bits / 8);
+    e->data = data + begin;
+    e->bytes = end - begin;
+    return SDQ_OK;
+}
+
+static sdq_status sdq__st_metadata(sdq_ctx *ctx, const sdq_file *f, const sdq__json *meta) {
+    const sdq__json *v;
+    int ok = meta->kind == SDQ__JS_OBJECT;
+    for (v = meta->child; v; v = v->next) ok = ok && v->kind == SDQ__JS_STRING;
+    if (ok) return SDQ_OK;
+    return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: InvalidHeaderDeserialization: __metadata__ may "
+                     "only map strings to strings", f->path);
+}
+
+static int sdq__st_by_place(const void *a, const void *b) {
+    const sdq_entry *x = (const sdq_entry *)a, *y = (const sdq_entry *)b;
+    const char *px = (const char *)x->data, *py = (const char *)y->data;
+    if (px != py) return px < py ? -1 : 1;
+    return x->bytes < y->bytes ? -1 : x->bytes > y->bytes;
+}
+
+static int sdq__st_by_name(const void *a, const void *b) {
+    return strcmp(((const sdq_entry *)a)->name, ((const sdq_entry *)b)->name);
+}
+
+/* The header as a tree, all its rules but the arrays'. */
+static sdq_status sdq__st_header(sdq_ctx *ctx, sdq_file *f, size_t *length) {
+    uint64_t n = 0;
+    int i;
+    if (f->size < 8)
+        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: HeaderTooSmall: the file has %zu bytes",
+                         f->path, f->size);
+    for (i = 7; i >= 0; i--) n = (n << 8) | (unsigned char)f->bytes[i];
+    if (n > SDQ__ST_HEADER_MAX)
+        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: HeaderTooLarge: not a safetensors file, or a "
+                         "header above 100 MB", f->path);
+    if (n > f->size - 8)
+        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: InvalidHeaderLength: %zu bytes of header in a "
+                         "file of %zu", f->path, (size_t)n, f->size);
+    *length = (size_t)n;
+    if (n == 0 || f->bytes[8] != '{')
+        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: InvalidHeaderStart: the header does not begin "
+                         "with '{'", f->path);
+    return sdq__js_parse(ctx, f->bytes + 8, *length, f->path, &f->header);
+}
+
+/* Fill f->entries from the header and check that they tile the data. */
+static sdq_status sdq__st_entries(sdq_ctx *ctx, sdq_file *f, size_t header) {
+    const char *data = f->bytes + 8 + header, *at = data;
+    const size_t bytes = f->size - 8 - header;
+    const sdq__json *v;
+    size_t i;
+    f->entries = SDQ__NEW_N(ctx, sdq_entry, f->header->count);
+    if (!f->entries) return SDQ_ERR_OOM;
+    for (v = f->header->child; v; v = v->next) {
+        if (strcmp(v->key, "__metadata__") == 0) SDQ__TRY(sdq__st_metadata(ctx, f, v));
+        else SDQ__TRY(sdq__st_entry(ctx, f, v, data, bytes, &f->entries[f->count++]));
+    }
+    qsort(f->entries, f->count, sizeof(sdq_entry), sdq__st_by_place);
+    for (i = 0; i < f->count; i++) {
+        if ((const char *)f->entries[i].data != at)
+            return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: InvalidOffset: a hole or an overlap before "
+                             "%s", f->path, f->entries[i].name);
+        at += f->entries[i].bytes;
+    }
+    if (at != data + bytes)
+        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: MetadataIncompleteBuffer: %zu bytes belong to "
+                         "no array", f->path, (size_t)(data + bytes - at));
+    qsort(f->entries, f->count, sizeof(sdq_entry), sdq__st_by_name);
+    return SDQ_OK;
+}
+
+SDQ_API void sdq_file_close(sdq_ctx *ctx, sdq_file *f) {
+    if (!f) return;
+#if SDQ__MMAP
+    if (f->mapped) { (void)munmap(f->bytes, f->size); f->bytes = NULL; }
+#endif
+    sdq__free(ctx, f->bytes);
+    sdq__js_free(ctx, f->header);
+    sdq__free(ctx, f->entries);
+    sdq__free(ctx, f->path);
+    sdq__free(ctx, f);
+}
+
+SDQ_API sdq_status sdq_file_open(sdq_ctx *ctx, const char *path, sdq_file **out) {
+    sdq_file *f = SDQ__NEW(ctx, sdq_file);
+    size_t header = 0;
+    sdq_status st = SDQ_ERR_OOM;
+    *out = NULL;
+    if (!f) return st;
+    f->path = sdq__strdup(ctx, path);
+    if (!f->path) goto done;
+    SDQ__TRY_DONE(sdq__st_bytes(ctx, f));
+    SDQ__TRY_DONE(sdq__st_header(ctx, f, &header));
+    SDQ__TRY_DONE(sdq__st_entries(ctx, f, header));
+    *out = f;
+    f = NULL;
+done:
+    sdq_file_close(ctx, f);
+    return st;
+}
+
+SDQ_API size_t sdq_file_count(const sdq_file *f) { return f->count; }
+SDQ_API const sdq_entry *sdq_file_entry(const sdq_file *f, size_t i) {
+    return i < f->count ? &f->entries[i] : NULL;
+}
+SDQ_API const sdq_entry *sdq_file_find(const sdq_file *f, const char *name) {
+    sdq_entry key;
+    memset(&key, 0, sizeof key);
+    key.name = name;
+    return (const sdq_entry *)bsearch(&key, f->entries, f->count, sizeof key, sdq__st_by_name);
+}
+SDQ_API const char *sdq_file_meta(const sdq_file *f, const char *key) {
+    return sdq__js_string(sdq__js_get(f->header, "__metadata__"), key, NULL);
+}
+
+static double sdq__st_element(sdq_dtype dtype, const unsigned char *p) {
+    union { uint16_t u16; int16_t i16; uint32_t u32; int32_t i32; uint64_t u64; int64_t i64;
+            float f; double d; } v;
+    memcpy(&v, p, sdq__u_dtype_size(dtype));    /* the data may be unaligned */
+    switch (dtype) {
+    case SDQ_F32: return (double)v.f;
+    case SDQ_F16: return (double)sdq__u_from_f16(v.u16);
+    case SDQ_BF16: return (double)sdq__u_from_bf16(v.u16);
+    case SDQ_F64: return v.d;
+    case SDQ_I8: return (double)(signed char)*p;
+    case SDQ_U8: return (double)*p;
+    case SDQ_I16: return (double)v.i16;
+    case SDQ_U16: return (double)v.u16;
+    case SDQ_I32: return (double)v.i32;
+    case SDQ_U32: return (double)v.u32;
+    case SDQ_I64: return (double)v.i64;
+    case SDQ_U64: return (double)v.u64;
+    default: return *p ? 1.0 : 0.0;             /* BOOL */
+    }
+}
+
+SDQ_API sdq_status sdq_entry_to_f32(sdq_ctx *ctx, const sdq_entry *e, float *out) {
+    const unsigned char *p = (const unsigned char *)e->data;
+    const size_t size = sdq__u_dtype_size(e->dtype);
+    size_t i, n;
+    uint16_t h;
+    if (!size)
+        return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s: stored in a dtype that cannot be read "
+                         "(8-bit float?); convert it to F16 first", e->name);
+    n = e->bytes / size;
+    if (e->dtype == SDQ_F32) {                  /* the common kinds without a switch per element */
+        if (n) memcpy(out, p, n * 4);
+    } else if (e->dtype == SDQ_F16 || e->dtype == SDQ_BF16) {
+        for (i = 0; i < n; i++) {
+            memcpy(&h, p + 2 * i, 2);
+            out[i] = e->dtype == SDQ_F16 ? sdq__u_from_f16(h) : sdq__u_from_bf16(h);
+        }
+    } else {
+        for (i = 0; i < n; i++) out[i] = (float)sdq__st_element(e->dtype, p + size * i);
+    }
+    return SDQ_OK;
+}
+
+/* The dtype that an entry gets in the file. */
+static sdq_dtype sdq__st_stored(const sdq_entry *e) {
+    const int shrink = e->dtype == SDQ_F32 && (e->store == SDQ_F16 || e->store == SDQ_BF16);
+    return shrink ? e->store : e->dtype;
+}
+
+static int sdq__st_by_order(const void *a, const void *b) {
+    const sdq_entry *x = *(const sdq_entry *const *)a, *y = *(const sdq_entry *const *)b;
+    const int ox = sdq__st_kind_of(sdq__st_stored(x))->order;
+    const int oy = sdq__st_kind_of(sdq__st_stored(y))->order;
+    return ox != oy ? oy - ox : strcmp(x->name, y->name);
+}
+
+static sdq_status sdq__st_check(sdq_ctx *ctx, const char *path, const sdq_entry *e) {
+    size_t bytes = sdq__u_dtype_size(e->dtype);
+    int i, ok;
+    ok = e->name && bytes && e->rank >= 0 && e->rank <= 8;
+    ok = ok && sdq__js_is_utf8(e->name) && strcmp(e->name, "__metadata__") != 0;
+    for (i = 0; ok && i < e->rank; i++) ok = sdq__u_mul(bytes, e->dim[i], &bytes);
+    if (ok && bytes == e->bytes && (e->data || !bytes)) return SDQ_OK;
+    return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "%s: cannot write array %s: dtype, shape and bytes do "
+                     "not fit, or the name is missing", path, e->name ? e->name : "(no name)");
+}
+
+static int sdq__st_by_pointed_name(const void *a, const void *b) {
+    return strcmp((*(const sdq_entry *const *)a)->name, (*(const sdq_entry *const *)b)->name);
+}
+
+/* Check the arrays and the metadata; sorted receives pointers in the order of the file. */
+static sdq_status sdq__st_sort(sdq_ctx *ctx, const char *path, const sdq_entry *entries, size_t n,
+                               const sdq_pair *meta, size_t nmeta, const sdq_entry **sorted) {
+    size_t i, j;
+    for (i = 0; i < n; i++) {
+        SDQ__TRY(sdq__st_check(ctx, path, &entries[i]));
+        sorted[i] = &entries[i];
+    }
+    qsort((void *)sorted, n, sizeof *sorted, sdq__st_by_pointed_name);
+    for (i = 1; i < n; i++)
+        if (strcmp(sorted[i]->name, sorted[i - 1]->name) == 0)
+            return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "%s: cannot write two arrays named %s", path,
+                             sorted[i]->name);
+    for (i = 0; i < nmeta; i++) {
+        int ok = meta[i].key && meta[i].value && sdq__js_is_utf8(meta[i].key);
+        for (j = 0; ok && j < i; j++) ok = strcmp(meta[i].key, meta[j].key) != 0;
+        if (!ok) return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "%s: cannot write metadata: key %zu is "
+                                  "missing, not UTF-8 or there twice", path, i);
+    }
+    qsort((void *)sorted, n, sizeof *sorted, sdq__st_by_order);
+    return SDQ_OK;
+}
+
+/* The JSON header of the sorted entries, padded so that the data begins on a multiple of 8. */
+static void sdq__st_format(sdq_ctx *ctx, sdq__str *h, const sdq_entry *const *sorted, size_t n,
+                           const sdq_pair *meta, size_t nmeta) {
+    size_t i, at = 0;
+    int d;
+    sdq__str_add(ctx, h, "{", 1);
+    if (nmeta) sdq__str_add(ctx, h, "\"__metadata__\":{", 16);
+    for (i = 0; i < nmeta; i++) {
+        if (i) sdq__str_add(ctx, h, ",", 1);
+        sdq__str_json(ctx, h, meta[i].key);
+        sdq__str_add(ctx, h, ":", 1);
+        sdq__str_json(ctx, h, meta[i].value);
+    }
+    if (nmeta) sdq__str_add(ctx, h, n ? "}," : "}", n ? 2 : 1);
+    for (i = 0; i < n; i++) {
+        const sdq_entry *e = sorted[i];
+        const sdq_dtype dtype = sdq__st_stored(e);
+        const size_t bytes = e->bytes / sdq__u_dtype_size(e->dtype) * sdq__u_dtype_size(dtype);
+        if (i) sdq__str_add(ctx, h, ",", 1);
+        sdq__str_json(ctx, h, e->name);
+        sdq__str_format(ctx, h, ":{\"dtype\":\"%s\",\"shape\":[", sdq_dtype_name(dtype));
+        for (d = 0; d < e->rank; d++) sdq__str_format(ctx, h, d ? ",%zu" : "%zu", e->dim[d]);
+        sdq__str_format(ctx, h, "],\"data_offsets\":[%zu,%zu]}", at, at + bytes);
+        at += bytes;
+    }
+    sdq__str_add(ctx, h, "}", 1);
+    while (h->len % 8 && !h->bad) sdq__str_add(ctx, h, " ", 1);
+}
+
+/* The data of one entry, rounded to half precision in pieces where that is asked for. */
+static void sdq__st_put(sdq__io_out *o, const sdq_entry *e) {
+    const sdq_dtype dtype = sdq__st_stored(e);
+    const unsigned char *p = (const unsigned char *)e->data;
+    size_t left = e->bytes / 4, i, n;
+    uint16_t half[1024];
+    float x;
+    if (dtype == e->dtype) { sdq__io_put(o, p, e->bytes); return; }
+    for (; left && !o->bad; left -= n) {
+        n = sdq__u_min(left, SDQ__COUNT(half));
+        for (i = 0; i < n; i++, p += 4) {
+            memcpy(&x, p, 4);
+            half[i] = dtype == SDQ_F16 ? sdq__u_to_f16(x) : sdq__u_to_bf16(x);
+        }
+        sdq__io_put(o, half, n * 2);
+    }
+}
+
+SDQ_API sdq_status sdq_file_write(sdq_ctx *ctx, const char *path, const sdq_entry *entries,
+                                  size_t n, const sdq_pair *meta, size_t nmeta) {
+    const sdq_entry **sorted = SDQ__NEW_N(ctx, const sdq_entry *, n);
+    unsigned char length[8];
+    sdq__str header;
+    sdq__io_out o;
+    size_t i;
+    sdq_status st = SDQ_ERR_OOM;
+    memset(&header, 0, sizeof header);
+    memset(&o, 0, sizeof o);
+    if (!sorted) goto done;
+    SDQ__TRY_DONE(sdq__st_sort(ctx, path, entries, n, meta, nmeta, sorted));
+    sdq__st_format(ctx, &header, sorted, n, meta, nmeta);
+    if (header.bad) { st = SDQ_ERR_OOM; goto done; }
+    if (header.len > SDQ__ST_HEADER_MAX) {
+        st = sdq__fail(ctx, SDQ_ERR_ARGUMENT, "%s: names and metadata above 100 MB", path);
+        goto done;
+    }
+    SDQ__TRY_DONE(sdq__io_create(ctx, path, &o));
+    for (i = 0; i < 8; i++) length[i] = (unsigned char)((uint64_t)header.len >> (8 * i));
+    sdq__io_put(&o, length, 8);
+    sdq__io_put(&o, header.s, header.len);
+    for (i = 0; i < n; i++) sdq__st_put(&o, sorted[i]);
+done:
+    st = sdq__io_finish(ctx, &o, st);
+    sdq__str_free(ctx, &header);
+    sdq__free(ctx, (void *)sorted);
+    return st;
+}
+
+/* One checkpoint component: a file, or shards listed by an index. */
+typedef struct sdq__st_set { sdq_file **files; size_t count; char *path; } sdq__st_set;
+
+static void sdq__st_set_close(sdq_ctx *ctx, sdq__st_set *s) {
+    size_t i;
+    if (!s) return;
+    for (i = 0; i < s->count; i++) sdq_file_close(ctx, s->files[i]);
+    sdq__free(ctx, (void *)s->files);
+    sdq__free(ctx, s->path);
+    sdq__free(ctx, s);
+}
+
+/* The entry of that name in any of the files, or NULL. */
+static const sdq_entry *sdq__st_set_find(const sdq__st_set *s, const char *name) {
+    size_t i;
+    for (i = 0; i < s->count; i++) {
+        const sdq_entry *e = sdq_file_find(s->files[i], name);
+        if (e) return e;
+    }
+    return NULL;
+}
+
+/* The number of entries, and entry i over all files in order. */
+static size_t sdq__st_set_count(const sdq__st_set *s) {
+    size_t i, n = 0;
+    for (i = 0; i < s->count; i++) n += s->files[i]->count;
+    return n;
+}
+static const sdq_entry *sdq__st_set_entry(const sdq__st_set *s, size_t i) {
+    size_t k;
+    for (k = 0; k < s->count; k++) {
+        if (i < s->files[k]->count) return &s->files[k]->entries[i];
+        i -= s->files[k]->count;
+    }
+    return NULL;
+}
+
+/* The metadata value of a key in the first file that has it, or NULL. */
+static const char *sdq__st_set_meta(const sdq__st_set *s, const char *key) {
+    size_t i;
+    const char *v = NULL;
+    for (i = 0; i < s->count && !v; i++) v = sdq_file_meta(s->files[i], key);
+    return v;
+}
+
+/* Open the shard of that name, unless it is open already. */
+static sdq_status sdq__st_set_shard(sdq_ctx *ctx, sdq__st_set *s, const sdq__json *v) {
+    const char *slash = strrchr(s->path, '/');
+    char *folder, *path;
+    size_t i;
+    sdq_status st;
+    if (v->kind != SDQ__JS_STRING || strlen(v->str) != v->len || !sdq__io_safe_name(v->str, 0))
+        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: the shard of %s must be a file name without "
+                         "'/' or '..'", s->path, v->key);
+    folder = sdq__strdup(ctx, s->path);
+    if (!folder) return SDQ_ERR_OOM;
+    folder[slash ? slash - s->path + 1 : 0] = 0;
+    path = sdq__io_join(ctx, folder, v->str, "");
+    sdq__free(ctx, folder);
+    if (!path) return SDQ_ERR_OOM;
+    for (i = 0; i < s->count; i++)
+        if (strcmp(s->files[i]->path, path) == 0) { sdq__free(ctx, path); return SDQ_OK; }
+    if (!sdq__io_exists(path))
+        st = sdq__fail(ctx, SDQ_ERR_MISSING, "%s: a shard is missing: %s", s->path, path);
+    else if (s->count == 1024)
+        st = sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s: more than 1024 shards", s->path);
+    else st = sdq_file_open(ctx, path, &s->files[s->count]);
+    if (st == SDQ_OK) s->count++;
+    sdq__free(ctx, path);
+    return st;
+}
+
+static sdq_status sdq__st_set_index(sdq_ctx *ctx, sdq__st_set *s) {
+    sdq__json *index = NULL;
+    const sdq__json *map, *v;
+    sdq_status st = sdq__js_load(ctx, s->path, &index);
+    if (st != SDQ_OK) return st;
+    map = sdq__js_get(index, "weight_map");
+    if (!map || map->kind != SDQ__JS_OBJECT) {
+        st = sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: has no weight_map", s->path);
+        goto done;
+    }
+    for (v = map->child; v; v = v->next) SDQ__TRY_DONE(sdq__st_set_shard(ctx, s, v));
+    for (v = map->child; v; v = v->next) {
+        if (sdq__st_set_find(s, v->key)) continue;
+        st = sdq__fail(ctx, SDQ_ERR_MISSING, "%s: %s is not in %s", s->path, v->key, v->str);
+        goto done;
+    }
+done:
+    sdq__js_free(ctx, index);
+    return st;
+}
+
+/* The first of the names under which a checkpoint may be stored; *path NULL when none exists. */
+static sdq_status sdq__st_set_path(sdq_ctx *ctx, const char *stem, const char *variant,
+                                   char **path) {
+    static const char *const pattern[5][2] = {
+        {".", ".safetensors"}, {".safetensors.index.", ".json"},    /* with the variant */
+        {".safetensors", ""}, {".safetensors.index.json", ""},
+        {".fp16.safetensors", ""}                           /* nothing else was downloaded */
+    };
+    size_t i;
+    *path = NULL;
+    if (sdq__io_ends(stem, ".safetensors") || sdq__io_ends(stem, ".json")) {
+        *path = sdq__strdup(ctx, stem);
+        return *path ? SDQ_OK : SDQ_ERR_OOM;
+    }
+    for (i = variant && *variant ? 0 : 2; i < 5; i++) {
+        sdq__str s;
+        memset(&s, 0, sizeof s);
+        sdq__str_format(ctx, &s, "%s%s%s%s", stem, pattern[i][0], i < 2 ? variant : "",
+                        pattern[i][1]);
+        if (s.bad) { sdq__str_free(ctx, &s); return SDQ_ERR_OOM; }
+        if (sdq__io_exists(s.s)) { *path = s.s; return SDQ_OK; }
+        sdq__str_free(ctx, &s);
+    }
+    return SDQ_OK;
+}
+
+/* Open STEM.VARIANT.safetensors (variant not NULL), STEM.safetensors, their .index.json of shards,
+ * or STEM itself when it ends in .safetensors or .json; last, STEM.fp16.safetensors. */
+static sdq_status sdq__st_set_open(sdq_ctx *ctx, const char *stem, const char *variant,
+                                   sdq__st_set **out) {
+    sdq__st_set *s = SDQ__NEW(ctx, sdq__st_set);
+    sdq_status st = SDQ_ERR_OOM;
+    *out = NULL;
+    if (!s) return st;
+    s->files = SDQ__NEW_N(ctx, sdq_file *, 1024);
+    if (!s->files) goto done;
+    SDQ__TRY_DONE(sdq__st_set_path(ctx, stem, variant, &s->path));
+    if (!s->path) {
+        st = sdq__fail(ctx, SDQ_ERR_MISSING, "%s.safetensors: not found, nor its .index.json "
+                       "(.bin and .ckpt files must be converted to safetensors first)", stem);
+        goto done;
+    }
+    if (sdq__io_ends(s->path, ".json")) st = sdq__st_set_index(ctx, s);
+    else {
+        st = sdq_file_open(ctx, s->path, &s->files[0]);
+        s->count = st == SDQ_OK;
+    }
+    if (st == SDQ_OK) { *out = s; s = NULL; }
+done:
+    sdq__st_set_close(ctx, s);
+    return st;
+}
+
+/* ===========================================================================
+ * >>image   PNG and PPM, resizing
+ *
+ * PNG (W3C REC-PNG, 2nd edition) with its own inflate and deflate (RFC 1950, 1951). The reader
+ * checks every CRC and the Adler sum and takes all colour types, depths and interlacing; colour
+ * space chunks are ignored. What a picture may cost is known before memory is asked for: at most
+ * 2^26 pixels, and no more bytes than its compressed data can make (deflate's limit is 1032 to 1).
+ * The writer's bytes depend on its input alone. Resizing follows Pillow's BILINEAR.
+ * ======================================================================== */
+
+#define SDQ__IMG_PIXELS ((size_t)1 << 26)
+#define SDQ__IMG_FILE ((size_t)1 << 30)
+
+SDQ_API void sdq_image_free(sdq_ctx *ctx, sdq_image *image) {
+    if (!image) return;
+    sdq__free(ctx, image->px);
+    memset(image, 0, sizeof *image);
+}
+
+SDQ_API sdq_status sdq_image_new(sdq_ctx *ctx, size_t w, size_t h, size_t c, sdq_image *out) {
+    size_t n = 0;
+    memset(out, 0, sizeof *out);
+    if (!w || !h || c < 1 || c > 4 || !sdq__u_mul(w, h, &n) || n > SDQ__IMG_PIXELS)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "a picture of %zu x %zu with %zu channels; allowed "
+                         "are 1..4 channels and 2^26 pixels", w, h, c);
+    out->px = SDQ__NEW_N(ctx, unsigned char, n * c);
+    if (!out->px) return SDQ_ERR_OOM;
+    out->w = w;
+    out->h = h;
+    out->c = c;
+    return SDQ_OK;
+}
+
+/* --- checksums --- */
+
+/* CRC-32 (polynomial 0xedb88320), four bits at a time. Start with 0, chain the results. */
+static uint32_t sdq__img_crc(uint32_t crc, const unsigned char *p, size_t n) {
+    static const uint32_t table[16] = {
+        0x00000000u, 0x1db71064u, 0x3b6e20c8u, 0x26d930acu, 0x76dc4190u, 0x6b6b51f4u,
+        0x4db26158u, 0x5005713cu, 0xedb88320u, 0xf00f9344u, 0xd6d6a3e8u, 0xcb61b38cu,
+        0x9b64c2b0u, 0x86d3d2d4u, 0xa00ae278u, 0xbdbdf21cu};
+    size_t i;
+    crc = ~crc;
+    for (i = 0; i < n; i++) {
+        crc = (crc >> 4) ^ table[(crc ^ p[i]) & 15u];
+        crc = (crc >> 4) ^ table[(crc ^ (uint32_t)(p[i] >> 4)) & 15u];
+    }
+    return ~crc;
+}
+
+/* Adler-32. 5552 bytes are the most before the sums must be reduced (RFC 1950: 32 bits). */
+static uint32_t sdq__img_adler(const unsigned char *p, size_t n) {
+    uint32_t a = 1, b = 0;
+    while (n) {
+        size_t k = sdq__u_min(n, 5552);
+        n -= k;
+        while (k--) { a += *p++; b += a; }
+        a %= 65521u;
+        b %= 65521u;
+    }
+    return (b << 16) | a;
+}
+
+static uint32_t sdq__img_be32(const unsigned char *p) {
+    return ((uint32_t)p[0] << 24) | ((uint32_t)p[1] << 16) | ((uint32_t)p[2] << 8) | p[3];
+}
+
+/* --- inflate --- */
+
+/* Lengths 3..258 and distances 1..32768 are a base and extra bits (RFC 1951, 3.2.5). */
+static const uint16_t sdq__img_len_base[29] = {
+    3, 4, 5, 6, 7, 8, 9, 10, 11, 13, 15, 17, 19, 23, 27, 31, 35, 43, 51, 59, 67, 83, 99, 115, 131,
+    163, 195, 227, 258};
+static const unsigned char sdq__img_len_bits[29] = {
+    0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, 5, 0};
+static const uint16_t sdq__img_dist_base[30] = {
+    1, 2, 3, 4, 5, 7, 9, 13, 17, 25, 33, 49, 65, 97, 129, 193, 257, 385, 513, 769, 1025, 1537,
+    2049, 3073, 4097, 6145, 8193, 12289, 16385, 24577};
+static const unsigned char sdq__img_clen_order[19] = {
+    16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15};
+
+static unsigned sdq__img_dist_bits(unsigned code) { return code < 4 ? 0 : code / 2 - 1; }
+
+#define SDQ__IMG_FAST 9
+
+/* A canonical code. fast: symbol << 4 | length by the next 9 bits, 0 when the code is longer. */
+typedef struct sdq__img_huff { uint16_t count[16], symbol[288], fast[1 << SDQ__IMG_FAST]; }
+    sdq__img_huff;
+
+typedef struct sdq__img_inflate_state {
+    const unsigned char *p, *end;
+    uint64_t bits;
+    unsigned nbits;
+    unsigned char *out;
+    size_t n, cap;
+    const char *error;
+} sdq__img_inflate_state;
+
+static void sdq__img_need(sdq__img_inflate_state *s, unsigned n) {
+    while (s->nbits < 32 && s->p < s->end) {
+        s->bits |= (uint64_t)*s->p++ << s->nbits;
+        s->nbits += 8;
+    }
+    if (s->nbits < n && !s->error) s->error = "compressed data ends too early";
+}
+
+static unsigned sdq__img_get(sdq__img_inflate_state *s, unsigned n) {
+    unsigned v;
+    sdq__img_need(s, n);
+    if (s->error) return 0;
+    v = (unsigned)(s->bits & ((UINT64_C(1) << n) - 1));
+    s->bits >>= n;
+    s->nbits -= n;
+    return v;
+}
+
+static unsigned sdq__img_reverse(unsigned code, unsigned n) {
+    unsigned r = 0;
+    while (n--) { r = (r << 1) | (code & 1u); code >>= 1; }
+    return r;
+}
+
+/* Canonical codes from lengths. 0 when they are no complete prefix code; a single code of one
+ * bit, or none at all, is allowed where `sparse`. */
+static int sdq__img_build(sdq__img_huff *h, const unsigned char *len, size_t n, int sparse) {
+    unsigned next[16], at[16], i, left = 1;
+    size_t k;
+    memset(h, 0, sizeof *h);
+    for (k = 0; k < n; k++) h->count[len[k]]++;
+    for (i = 1; i < 16; i++) {
+        left <<= 1;
+        if (h->count[i] > left) return 0;
+        left -= h->count[i];
+    }
+    if (left && !(sparse && n - h->count[0] <= 1 && h->count[1] + h->count[0] == n)) return 0;
+    h->count[0] = 0;
+    next[0] = at[0] = 0;
+    for (i = 1; i < 16; i++) {
+        next[i] = (next[i - 1] + h->count[i - 1]) << 1;
+        at[i] = at[i - 1] + h->count[i - 1];
+    }
+    for (k = 0; k < n; k++) {
+        const unsigned l = len[k];
+        unsigned code;
+        if (!l) continue;
+        h->symbol[at[l]++] = (uint16_t)k;
+        code = next[l]++;
+        if (l > SDQ__IMG_FAST) continue;
+        for (i = sdq__img_reverse(code, l); i < 1u << SDQ__IMG_FAST; i += 1u << l)
+            h->fast[i] = (uint16_t)((k << 4) | l);
+    }
+    return 1;
+}
+
+static unsigned sdq__img_symbol(sdq__img_inflate_state *s, const sdq__img_huff *h) {
+    unsigned len, code = 0, first = 0, index = 0;
+    const unsigned quick = (sdq__img_need(s, 0), h->fast[s->bits & ((1u << SDQ__IMG_FAST) - 1)]);
+    if (quick) {
+        (void)sdq__img_get(s, quick & 15u);
+        return quick >> 4;
+    }
+    for (len = 1; len < 16 && len <= s->nbits; len++) {
+        code |= (unsigned)(s->bits >> (len - 1)) & 1u;
+        if (code - first < h->count[len]) {
+            (void)sdq__img_get(s, len);
+            return h->symbol[index + code - first];
+        }
+        index += h->count[len];
+        first = (first + h->count[len]) << 1;
+        code <<= 1;
+    }
+    if (!s->error) s->error = len < 16 ? "compressed data ends too early" : "invalid code";
+    return 0;
+}
+
+/* Literals and matches until the end-of-block symbol. */
+static void sdq__img_inflate_codes(sdq__img_inflate_state *s, const sdq__img_huff *lit,
+                                   const sdq__img_huff *dist) {
+    for (;;) {
+        unsigned sym = sdq__img_symbol(s, lit), d;
+        size_t len, back;
+        if (s->error || sym == 256) return;
+        if (s->n == s->cap) { s->error = "more data than the picture has"; return; }
+        if (sym < 256) { s->out[s->n++] = (unsigned char)sym; continue; }
+        if (sym > 285) { s->error = "invalid length"; return; }
+        len = sdq__img_len_base[sym - 257] + sdq__img_get(s, sdq__img_len_bits[sym - 257]);
+        d = sdq__img_symbol(s, dist);
+        if (d > 29) { s->error = "invalid distance"; return; }
+        back = sdq__img_dist_base[d] + sdq__img_get(s, sdq__img_dist_bits(d));
+        if (s->error) return;
+        if (back > s->n) { s->error = "invalid distance"; return; }
+        if (len > s->cap - s->n) { s->error = "more data than the picture has"; return; }
+        for (; len; len--, s->n++) s->out[s->n] = s->out[s->n - back];
+    }
+}
+
+static void sdq__img_inflate_stored(sdq__img_inflate_state *s) {
+    unsigned len, check;
+    (void)sdq__img_get(s, s->nbits & 7u);
+    len = sdq__img_get(s, 16);
+    check = sdq__img_get(s, 16);
+    if (s->error) return;
+    if (len != (check ^ 0xffffu)) { s->error = "invalid stored block"; return; }
+    if (len > s->cap - s->n) { s->error = "more data than the picture has"; return; }
+    for (; len && !s->error; len--) s->out[s->n++] = (unsigned char)sdq__img_get(s, 8);
+}
+
+/* Read the code lengths of a dynamic block (RFC 1951, 3.2.7) and build both codes. */
+static void sdq__img_inflate_tables(sdq__img_inflate_state *s, sdq__img_huff *lit,
+                                    sdq__img_huff *dist) {
+    unsigned char len[288 + 32];
+    const unsigned nlit = sdq__img_get(s, 5) + 257, ndist = sdq__img_get(s, 5) + 1;
+    const unsigned nclen = sdq__img_get(s, 4) + 4;
+    unsigned i, n = 0;
+    memset(len, 0, sizeof len);
+    for (i = 0; i < nclen; i++) len[sdq__img_clen_order[i]] = (unsigned char)sdq__img_get(s, 3);
+    if (!s->error && (nlit > 286 || ndist > 30 || !sdq__img_build(lit, len, 19, 1)))
+        s->error = "invalid code lengths";
+    while (!s->error && n < nlit + ndist) {
+        const unsigned sym = sdq__img_symbol(s, lit);
+        unsigned repeat = 1, value = sym;
+        if (sym >= 16) {
+            repeat = sym == 16 ? 3 + sdq__img_get(s, 2) : sym == 17 ? 3 + sdq__img_get(s, 3)
+                   : 11 + sdq__img_get(s, 7);
+            value = sym > 16 ? 0 : n ? len[n - 1] : 16;
+        }
+        if (value > 15 || repeat > nlit + ndist - n) { s->error = "invalid code lengths"; return; }
+        for (; repeat; repeat--) len[n++] = (unsigned char)value;
+    }
+    if (s->error) return;
+    if (!len[256] || !sdq__img_build(lit, len, nlit, 1) ||
+        !sdq__img_build(dist, len + nlit, ndist, 1)) s->error = "invalid code lengths";
+}
+
+static void sdq__img_inflate_fixed(sdq__img_huff *lit, sdq__img_huff *dist) {
+    unsigned char len[288];
+    memset(len, 8, sizeof len);
+    memset(len + 144, 9, 112);
+    memset(len + 256, 7, 24);
+    (void)sdq__img_build(lit, len, 288, 0);
+    memset(len, 5, 32);
+    (void)sdq__img_build(dist, len, 32, 0);
+}
+
+/* Decompress a zlib stream that must give exactly cap bytes. NULL, or what is wrong. */
+static const char *sdq__img_inflate(const unsigned char *in, size_t bytes, unsigned char *out,
+                                    size_t cap) {
+    sdq__img_inflate_state s;
+    sdq__img_huff lit, dist;
+    unsigned last = 0, type, i;
+    uint32_t sum = 0;
+    memset(&s, 0, sizeof s);
+    s.p = in;
+    s.end = in + bytes;
+    s.out = out;
+    s.cap = cap;
+    if (bytes < 6 || (in[0] & 15) != 8 || in[0] >> 4 > 7 || (in[0] * 256u + in[1]) % 31 ||
+        (in[1] & 32))
+        return "invalid zlib header";
+    s.p += 2;
+    while (!last && !s.error) {
+        last = sdq__img_get(&s, 1);
+        type = sdq__img_get(&s, 2);
+        if (s.error) break;
+        if (type == 0) { sdq__img_inflate_stored(&s); continue; }
+        if (type == 3) { s.error = "invalid block type"; break; }
+        if (type == 1) sdq__img_inflate_fixed(&lit, &dist);
+        else sdq__img_inflate_tables(&s, &lit, &dist);
+        if (!s.error) sdq__img_inflate_codes(&s, &lit, &dist);
+    }
+    if (s.error) return s.error;
+    if (s.n != cap) return "less data than the picture needs";
+    (void)sdq__img_get(&s, s.nbits & 7u);
+    for (i = 0; i < 4; i++) sum = (sum << 8) | sdq__img_get(&s, 8);
+    if (s.error) return s.error;
+    return sum == sdq__img_adler(out, cap) ? NULL : "wrong Adler checksum";
+}
+
+/* --- reading PNG --- */
+
+typedef struct sdq__img_png {
+    sdq_ctx *ctx;
+    const char *what;
+    const unsigned char *p, *end;
+    size_t w, h;
+    unsigned depth, colour, interlace;
+    unsigned samples;               /* per pixel in the file */
+    unsigned char palette[256][4];
+    unsigned palette_size;
+    unsigned key[3];                /* tRNS of grey and RGB: this colour is transparent */
+    int has_alpha;                  /* tRNS was there */
+    unsigned char *idat;
+    size_t idat_size, idat_cap;
+} sdq__img_png;
+
+static sdq_status sdq__img_bad(sdq__img_png *g, const char *why) {
+    return sdq__fail(g->ctx, SDQ_ERR_FORMAT, "%s: damaged PNG: %s", g->what, why);
+}
+
+static sdq_status sdq__img_header(sdq__img_png *g, const unsigned char *d, size_t n) {
+    static const unsigned char samples[7] = {1, 0, 3, 1, 2, 0, 4};
+    /* allowed depths as a set of bits: 1 2 4 8 16 */
+    static const unsigned depths[7] = {0x10116, 0, 0x10100, 0x116, 0x10100, 0, 0x10100};
+    size_t pixels;
+    if (n != 13) return sdq__img_bad(g, "wrong IHDR");
+    g->w = sdq__img_be32(d);
+    g->h = sdq__img_be32(d + 4);
+    g->depth = d[8];
+    g->colour = d[9];
+    g->interlace = d[12];
+    if (g->colour > 6 || g->depth > 16 || !((depths[g->colour] >> g->depth) & 1u) || d[10] ||
+        d[11] || g->interlace > 1 || !g->w || !g->h) return sdq__img_bad(g, "wrong IHDR");
+    g->samples = samples[g->colour];
+    if (!sdq__u_mul(g->w, g->h, &pixels) || pixels > SDQ__IMG_PIXELS)
+        return sdq__fail(g->ctx, SDQ_ERR_UNSUPPORTED, "%s: %zu x %zu pixels; at most 2^26 can be "
+                         "read", g->what, g->w, g->h);
+    return SDQ_OK;
+}
+
+static sdq_status sdq__img_palette(sdq__img_png *g, const unsigned char *d, size_t n) {
+    size_t i;
+    if (n == 0 || n % 3 || n > 768 || g->palette_size) return sdq__img_bad(g, "wrong PLTE");
+    g->palette_size = (unsigned)(n / 3);
+    for (i = 0; i < n / 3; i++) {
+        memcpy(g->palette[i], d + 3 * i, 3);
+        g->palette[i][3] = 255;
+    }
+    return SDQ_OK;
+}
+
+static sdq_status sdq__img_transparency(sdq__img_png *g, const unsigned char *d, size_t n) {
+    size_t i;
+    if (g->colour == 3) {
+        if (n > g->palette_size) return sdq__img_bad(g, "wrong tRNS");
+        for (i = 0; i < n; i++) g->palette[i][3] = d[i];
+    } else {
+        if (g->colour > 2 || n != 2 * g->samples) return sdq__img_bad(g, "wrong tRNS");
+        for (i = 0; i < g->samples; i++) g->key[i] = d[2 * i] * 256u + d[2 * i + 1];
+    }
+    g->has_alpha = 1;
+    return SDQ_OK;
+}
+
+static sdq_status sdq__img_data(sdq__img_png *g, const unsigned char *d, size_t n) {
+    if (!sdq__grow(g->ctx, (void **)(void *)&g->idat, &g->idat_cap, g->idat_size + n, 1))
+        return SDQ_ERR_OOM;
+    if (n) memcpy(g->idat + g->idat_size, d, n);
+    g->idat_size += n;
+    return SDQ_OK;
+}
+
+/* Read all chunks. `stage`: 0 before IHDR, 1 before the data, 2 in it, 3 behind it. */
+static sdq_status sdq__img_chunks(sdq__img_png *g) {
+    int stage = 0;
+    for (;;) {
+        size_t n;
+        const unsigned char *type, *d;
+        if (g->end - g->p < 12) return sdq__img_bad(g, "the file ends too early");
+        n = sdq__img_be32(g->p);
+        type = g->p + 4;
+        d = g->p + 8;
+        if (n > (size_t)(g->end - d) - 4) return sdq__img_bad(g, "the file ends inside a chunk");
+        if (sdq__img_crc(0, type, n + 4) != sdq__img_be32(d + n))
+            return sdq__img_bad(g, "wrong CRC");
+        g->p = d + n + 4;
+        if ((stage == 0) != (memcmp(type, "IHDR", 4) == 0)) return sdq__img_bad(g, "wrong order");
+        if (stage == 2 && memcmp(type, "IDAT", 4) != 0) stage = 3;
+        if (stage == 0) { SDQ__TRY(sdq__img_header(g, d, n)); stage = 1; }
+        else if (memcmp(type, "IDAT", 4) == 0) {
+            if (stage == 3) return sdq__img_bad(g, "wrong order");
+            stage = 2;
+            SDQ__TRY(sdq__img_data(g, d, n));
+        }
+        else if (memcmp(type, "PLTE", 4) == 0 && stage == 1)
+            SDQ__TRY(sdq__img_palette(g, d, n));
+        else if (memcmp(type, "tRNS", 4) == 0 && stage == 1)
+            SDQ__TRY(sdq__img_transparency(g, d, n));
+        else if (memcmp(type, "IEND", 4) == 0) break;
+        else if (!(type[0] & 32u)) return sdq__img_bad(g, "an unknown critical chunk");
+    }
+    if (g->colour == 3 && !g->palette_size) return sdq__img_bad(g, "no palette");
+    return SDQ_OK;
+}
+
+/* a, b, c are left, above and above left; the one nearest to a + b - c (PNG 9.4). */
+static unsigned char sdq__img_paeth(unsigned char a, unsigned char b, unsigned char c) {
+    const int pa = abs(b - c), pb = abs(a - c), pc = abs(a + b - 2 * c);
+    return pa <= pb && pa <= pc ? a : pb <= pc ? b : c;
+}
+
+/* Undo the filter of a row in place. up: the row above (zeros at the top); bpp: bytes a pixel. */
+static int sdq__img_unfilter(unsigned char *row, const unsigned char *up, size_t n, size_t bpp,
+                             unsigned filter) {
+    size_t i;
+    if (filter > 4) return 0;
+    for (i = 0; i < n && filter; i++) {
+        const unsigned char a = i >= bpp ? row[i - bpp] : 0, b = up[i];
+        const unsigned char c = i >= bpp ? up[i - bpp] : 0;
+        const unsigned add = filter == 1 ? a : filter == 2 ? b : filter == 3 ? (a + b) / 2u
+                           : sdq__img_paeth(a, b, c);
+        row[i] = (unsigned char)(row[i] + add);
+    }
+    return 1;
+}
+
+/* Sample i of a row at its full depth. */
+static unsigned sdq__img_sample(const unsigned char *row, size_t i, unsigned depth) {
+    const size_t bit = i * depth;
+    if (depth == 16) return row[2 * i] * 256u + row[2 * i + 1];
+    if (depth == 8) return row[i];
+    return ((unsigned)row[bit / 8] >> (8 - depth - bit % 8)) & ((1u << depth) - 1);
+}
+
+static unsigned char sdq__img_to8(unsigned v, unsigned depth) {
+    if (depth == 16) return (unsigned char)((v + 128) / 257);
+    return (unsigned char)(v * 255 / ((1u << depth) - 1));
+}
+
+/* Pixel x of a row -> c bytes. 0 when it is not in the palette. */
+static int sdq__img_pixel(const sdq__img_png *g, const unsigned char *row, size_t x, size_t c,
+                          unsigned char *out) {
+    unsigned i, v, same = 0;
+    if (g->colour == 3) {
+        v = sdq__img_sample(row, x, g->depth);
+        if (v >= g->palette_size) return 0;
+        memcpy(out, g->palette[v], c);
+        return 1;
+    }
+    for (i = 0; i < g->samples; i++) {
+        v = sdq__img_sample(row, x * g->samples + i, g->depth);
+        if (i < 3) same += v == g->key[i];
+        out[i] = sdq__img_to8(v, g->depth);
+    }
+    if (g->has_alpha) out[g->samples] = same == g->samples ? 0 : 255;
+    return 1;
+}
+
+/* Where Adam7's pass begins and how far its pixels are apart; pass 7 is the whole picture. */
+static const unsigned char sdq__img_adam[8][4] = {      /* x, y, step x, step y */
+    {0, 0, 8, 8}, {4, 0, 8, 8}, {0, 4, 4, 8}, {2, 0, 4, 4}, {0, 2, 2, 4}, {1, 0, 2, 2},
+    {0, 1, 1, 2}, {0, 0, 1, 1}};
+
+static size_t sdq__img_pass_size(size_t n, unsigned first, unsigned step) {
+    return n > first ? (n - first + step - 1) / step : 0;
+}
+
+static size_t sdq__img_row_bytes(const sdq__img_png *g, size_t w) {
+    return (w * g->samples * g->depth + 7) / 8;
+}
+
+/* Decompressed size: a filter byte and the samples of each row of each pass. At most 2^26 pixels
+ * of 8 bytes and as many filter bytes: no overflow. */
+static size_t sdq__img_raw_size(const sdq__img_png *g) {
+    size_t total = 0;
+    unsigned pass;
+    for (pass = g->interlace ? 0 : 7; pass < (g->interlace ? 7u : 8u); pass++) {
+        const unsigned char *a = sdq__img_adam[pass];
+        const size_t w = sdq__img_pass_size(g->w, a[0], a[2]);
+        if (w) total += (sdq__img_row_bytes(g, w) + 1) * sdq__img_pass_size(g->h, a[1], a[3]);
+    }
+    return total;
+}
+
+/* Unfilter one pass and spread its pixels. Returns the bytes used, 0 on damage. */
+static size_t sdq__img_pass(const sdq__img_png *g, unsigned pass, unsigned char *raw,
+                            const unsigned char *zeros, sdq_image *out) {
+    const unsigned char *a = sdq__img_adam[pass], *up = zeros;
+    const size_t w = sdq__img_pass_size(g->w, a[0], a[2]), h = sdq__img_pass_size(g->h, a[1], a[3]);
+    const size_t n = sdq__img_row_bytes(g, w), bpp = sdq__u_max(g->samples * g->depth / 8, 1);
+    const int plain = pass == 7 && g->depth == 8 && g->colour != 3 && !g->has_alpha;
+    size_t x, y;
+    for (y = 0; y < h; y++, raw += n + 1) {
+        const size_t line = (a[1] + y * a[3]) * g->w;
+        if (!sdq__img_unfilter(raw + 1, up, n, bpp, raw[0])) return 0;
+        up = raw + 1;
+        if (plain) { memcpy(out->px + line * out->c, up, n); continue; }
+        for (x = 0; x < w; x++)
+            if (!sdq__img_pixel(g, up, x, out->c, out->px + (line + a[0] + x * a[2]) * out->c))
+                return 0;
+    }
+    return h * (n + 1);
+}
+
+static sdq_status sdq__img_unpack(sdq__img_png *g, sdq_image *out) {
+    const size_t size = sdq__img_raw_size(g), row = sdq__img_row_bytes(g, g->w);
+    const unsigned colours = g->colour == 3 ? 3 : g->samples;
+    unsigned char *raw = NULL;
+    size_t at = 0;
+    unsigned pass;
+    const char *error;
+    sdq_status st = SDQ_ERR_OOM;
+    if (size / 1032 > g->idat_size) return sdq__img_bad(g, "less data than the picture needs");
+    raw = SDQ__NEW_N(g->ctx, unsigned char, size + row);        /* a row of zeros at its end */
+    if (!raw) return st;
+    error = sdq__img_inflate(g->idat, g->idat_size, raw, size);
+    if (error) { st = sdq__img_bad(g, error); goto done; }
+    SDQ__TRY_DONE(sdq_image_new(g->ctx, g->w, g->h, colours + (g->has_alpha ? 1u : 0u), out));
+    for (pass = g->interlace ? 0 : 7; pass < (g->interlace ? 7u : 8u); pass++) {
+        size_t used;
+        if (!sdq__img_pass_size(g->w, sdq__img_adam[pass][0], sdq__img_adam[pass][2]) ||
+            !sdq__img_pass_size(g->h, sdq__img_adam[pass][1], sdq__img_adam[pass][3])) continue;
+        used = sdq__img_pass(g, pass, raw + at, raw + size, out);
+        if (!used) { st = sdq__img_bad(g, "unknown filter or colour"); goto done; }
+        at += used;
+    }
+done:
+    sdq__free(g->ctx, raw);
+    if (st != SDQ_OK) sdq_image_free(g->ctx, out);
+    return st;
+}
+
+static sdq_status sdq__img_read_png(sdq_ctx *ctx, const unsigned char *data, size_t bytes,
+                                    const char *what, sdq_image *out) {
+    sdq__img_png g;
+    sdq_status st;
+    memset(&g, 0, sizeof g);
+    g.ctx = ctx;
+    g.what = what;
+    g.p = data + 8;
+    g.end = data + bytes;
+    st = sdq__img_chunks(&g);
+    if (st == SDQ_OK) st = sdq__img_unpack(&g, out);
+    sdq__free(ctx, g.idat);
+    return st;
+}
+
+/* --- reading PPM --- */
+
+/* The next number of the header; comments run from # to the end of the line. 0 when missing. */
+static size_t sdq__img_ppm_number(const unsigned char **p, const unsigned char *end) {
+    size_t v = 0;
+    for (; *p < end && (**p == '#' || **p == ' ' || (**p >= 9 && **p <= 13)); ++*p)
+        if (**p == '#') while (*p + 1 < end && **p != '\n') ++*p;
+    for (; *p < end && **p >= '0' && **p <= '9' && v < 100000000; ++*p)
+        v = v * 10 + (size_t)(**p - '0');
+    return v;
+}
+
+static sdq_status sdq__img_read_ppm(sdq_ctx *ctx, const unsigned char *data, size_t bytes,
+                                    const char *what, sdq_image *out) {
+    const unsigned char *p = data + 2, *end = data + bytes;
+    const size_t w = sdq__img_ppm_number(&p, end), h = sdq__img_ppm_number(&p, end);
+    const size_t top = sdq__img_ppm_number(&p, end), c = data[1] == '6' ? 3 : 1;
+    const size_t wide = top > 255 ? 2 : 1;
+    size_t n, i;
+    if (!w || !h || !top || top > 65535 || p == end)
+        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: damaged PPM header", what);
+    p++;                                        /* one white space byte ends the header */
+    if (!sdq__u_mul(w, h, &n) || n > SDQ__IMG_PIXELS)
+        return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s: %zu x %zu pixels; at most 2^26 can be read",
+                         what, w, h);
+    n *= c;
+    if ((size_t)(end - p) < n * wide)
+        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: damaged PPM: %zu bytes of samples, expected %zu",
+                         what, (size_t)(end - p), n * wide);
+    SDQ__TRY(sdq_image_new(ctx, w, h, c, out));
+    for (i = 0; i < n; i++, p += wide) {
+        const size_t v = sdq__u_min(wide == 2 ? p[0] * 256u + p[1] : p[0], top);
+        out->px[i] = (unsigned char)((v * 255 + top / 2) / top);
+    }
+    return SDQ_OK;
+}
+
+SDQ_API sdq_status sdq_image_decode(sdq_ctx *ctx, const void *data, size_t bytes,
+                                    const char *what, sdq_image *out) {
+    const unsigned char *d = (const unsigned char *)data;
+    memset(out, 0, sizeof *out);
+    if (bytes >= 8 && memcmp(d, "\x89PNG\r\n\x1a\n", 8) == 0)
+        return sdq__img_read_png(ctx, d, bytes, what, out);
+    if (bytes >= 2 && d[0] == 'P' && (d[1] == '5' || d[1] == '6'))
+        return sdq__img_read_ppm(ctx, d, bytes, what, out);
+    if (bytes >= 2 && d[0] == 0xff && d[1] == 0xd8)
+        return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s: a JPEG; convert it to PNG first", what);
+    return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: neither a PNG nor a binary PPM/PGM", what);
+}
+
+SDQ_API sdq_status sdq_image_read(sdq_ctx *ctx, const char *path, sdq_image *out) {
+    char *data;
+    size_t bytes;
+    sdq_status st;
+    memset(out, 0, sizeof *out);
+    SDQ__TRY(sdq__io_read(ctx, path, SDQ__IMG_FILE, &data, &bytes));
+    st = sdq_image_decode(ctx, data, bytes, path, out);
+    sdq__free(ctx, data);
+    return st;
+}
+
+/* --- deflate ---
+ *
+ * LZ77 with hash chains and one step of lazy matching, then blocks of up to 2^15 tokens with
+ * their own Huffman codes. A token is a literal, or length << 16 | distance. */
+
+#define SDQ__IMG_WINDOW 32768u
+#define SDQ__IMG_TOKENS 32768u
+#define SDQ__IMG_CHAIN 64           /* places tried per match: more gains under 1 % on pictures */
+#define SDQ__IMG_NEAR 64            /* farther back, less than 6 bytes cost more than literals */
+
+typedef struct sdq__img_deflate_state {
+    sdq_ctx *ctx;
+    sdq__str *out;
+    uint64_t bits;
+    unsigned nbits;
+    const unsigned char *in;
+    size_t n;
+    size_t head[SDQ__IMG_WINDOW], prev[SDQ__IMG_WINDOW];    /* position + 1, 0: none */
+    uint32_t token[SDQ__IMG_TOKENS], tokens;
+    uint32_t lit_freq[286], dist_freq[30];
+} sdq__img_deflate_state;
+
+static void sdq__img_put(sdq__img_deflate_state *s, uint32_t v, unsigned n) {
+    s->bits |= (uint64_t)v << s->nbits;
+    s->nbits += n;
+    while (s->nbits >= 8) {
+        const char byte = (char)(unsigned char)(s->bits & 255u);
+        sdq__str_add(s->ctx, s->out, &byte, 1);
+        s->bits >>= 8;
+        s->nbits -= 8;
+    }
+}
+
+/* One Huffman tree over n <= 286 frequencies -> lengths; returns the longest. n^2 is cheap here. */
+static unsigned sdq__img_tree(const uint32_t *freq, size_t n, unsigned char *len) {
+    uint32_t weight[2 * 286];
+    uint16_t parent[2 * 286];
+    size_t nodes = n, i;
+    unsigned longest = 0;
+    memset(parent, 0, sizeof parent);
+    memcpy(weight, freq, n * sizeof *freq);
+    for (;;) {
+        size_t a = SIZE_MAX, b = SIZE_MAX;              /* the two lightest without a parent */
+        for (i = 0; i < nodes; i++) {
+            if (!weight[i] || parent[i]) continue;
+            if (a == SIZE_MAX || weight[i] < weight[a]) { b = a; a = i; }
+            else if (b == SIZE_MAX || weight[i] < weight[b]) b = i;
+        }
+        if (b == SIZE_MAX) break;
+        weight[nodes] = weight[a] + weight[b];
+        parent[a] = parent[b] = (uint16_t)nodes;
+        nodes++;
+    }
+    for (i = 0; i < n; i++) {
+        size_t k = i;
+        unsigned depth = 0;
+        for (; weight[i] && parent[k]; k = parent[k]) depth++;
+        len[i] = (unsigned char)depth;
+        if (depth > longest) longest = depth;
+    }
+    return longest;
+}
+
+/* Code lengths of at most `limit` bits: flatten the frequencies until they fit. At least two
+ * symbols get a code, as old decoders want. Codes come bit-reversed, as deflate sends them. */
+static void sdq__img_make_codes(uint32_t *freq, size_t n, unsigned limit, unsigned char *len,
+                                uint16_t *code) {
+    unsigned next[17], count[16], i;
+    size_t k;
+    if (!freq[0]) freq[0] = 1;
+    for (k = 1; k < n && !freq[k]; k++) {}
+    if (k == n) freq[1] = 1;
+    while (sdq__img_tree(freq, n, len) > limit)
+        for (k = 0; k < n; k++) if (freq[k]) freq[k] = freq[k] / 2 + 1;
+    memset(count, 0, sizeof count);
+    for (k = 0; k < n; k++) count[len[k]]++;
+    count[0] = 0;
+    next[0] = 0;
+    for (i = 1; i < 16; i++) next[i] = (next[i - 1] + count[i - 1]) << 1;
+    for (k = 0; k < n; k++)
+        code[k] = len[k] ? (uint16_t)sdq__img_reverse(next[len[k]]++, len[k]) : (uint16_t)0;
+}
+
+static unsigned sdq__img_len_code(unsigned len) {
+    unsigned c = 28;
+    while (sdq__img_len_base[c] > len) c--;
+    return c;
+}
+static unsigned sdq__img_dist_code(unsigned dist) {
+    unsigned c = 29;
+    while (sdq__img_dist_base[c] > dist) c--;
+    return c;
+}
+
+/* Code lengths as symbols 0..15, 16 (repeat 3..6), 17 (zeros 3..10), 18 (zeros 11..138); extra
+ * bits in the high byte. Returns how many. */
+static size_t sdq__img_run_lengths(const unsigned char *len, size_t n, uint16_t *out) {
+    size_t i = 0, m = 0;
+    while (i < n) {
+        const unsigned v = len[i];
+        size_t run = 1;
+        while (i + run < n && len[i + run] == v) run++;
+        i += run;
+        if (v) { out[m++] = (uint16_t)v; run--; }
+        while (run >= 3) {
+            const size_t k = sdq__u_min(run, v ? 6 : 138), sym = v ? 16 : k > 10 ? 18 : 17;
+            out[m++] = (uint16_t)(sym | ((k - (sym == 18 ? 11 : 3)) << 8));
+            run -= k;
+        }
+        while (run--) out[m++] = (uint16_t)v;
+    }
+    return m;
+}
+
+/* The header of a dynamic block: both codes' lengths, run-length and Huffman coded. */
+static void sdq__img_put_tables(sdq__img_deflate_state *s, const unsigned char *lit,
+                                const unsigned char *dist) {
+    unsigned char both[286 + 30], len[19];
+    uint16_t runs[286 + 30], code[19];
+    uint32_t freq[19];
+    size_t n, i, used = 19;
+    memcpy(both, lit, 286);
+    memcpy(both + 286, dist, 30);
+    n = sdq__img_run_lengths(both, 286 + 30, runs);
+    memset(freq, 0, sizeof freq);
+    for (i = 0; i < n; i++) freq[runs[i] & 255u]++;
+    sdq__img_make_codes(freq, 19, 7, len, code);
+    while (used > 4 && !len[sdq__img_clen_order[used - 1]]) used--;
+    sdq__img_put(s, 286 - 257, 5);
+    sdq__img_put(s, 30 - 1, 5);
+    sdq__img_put(s, (uint32_t)used - 4, 4);
+    for (i = 0; i < used; i++) sdq__img_put(s, len[sdq__img_clen_order[i]], 3);
+    for (i = 0; i < n; i++) {
+        const unsigned sym = runs[i] & 255u;
+        sdq__img_put(s, code[sym], len[sym]);
+        if (sym >= 16) sdq__img_put(s, runs[i] >> 8, sym == 16 ? 2 : sym == 17 ? 3 : 7);
+    }
+}
+
+static void sdq__img_put_block(sdq__img_deflate_state *s, unsigned last) {
+    unsigned char lit_len[286], dist_len[30];
+    uint16_t lit[286], dist[30];
+    uint32_t i;
+    s->lit_freq[256] = 1;
+    sdq__img_make_codes(s->lit_freq, 286, 15, lit_len, lit);
+    sdq__img_make_codes(s->dist_freq, 30, 15, dist_len, dist);
+    sdq__img_put(s, last | 4u, 3);                          /* type 2: dynamic */
+    sdq__img_put_tables(s, lit_len, dist_len);
+    for (i = 0; i < s->tokens; i++) {
+        const uint32_t t = s->token[i], len = t >> 16, d = t & 0xffffu;
+        unsigned c;
+        if (!len) { sdq__img_put(s, lit[t], lit_len[t]); continue; }
+        c = sdq__img_len_code(len);
+        sdq__img_put(s, lit[257 + c], lit_len[257 + c]);
+        sdq__img_put(s, len - sdq__img_len_base[c], sdq__img_len_bits[c]);
+        c = sdq__img_dist_code(d);
+        sdq__img_put(s, dist[c], dist_len[c]);
+        sdq__img_put(s, d - sdq__img_dist_base[c], sdq__img_dist_bits(c));
+    }
+    sdq__img_put(s, lit[256], lit_len[256]);
+    s->tokens = 0;
+    memset(s->lit_freq, 0, sizeof s->lit_freq);
+    memset(s->dist_freq, 0, sizeof s->dist_freq);
+}
+
+static void sdq__img_put_token(sdq__img_deflate_state *s, uint32_t len, uint32_t value) {
+    if (s->tokens == SDQ__IMG_TOKENS) sdq__img_put_block(s, 0);
+    s->token[s->tokens++] = (len << 16) | value;
+    if (!len) { s->lit_freq[value]++; return; }
+    s->lit_freq[257 + sdq__img_len_code(len)]++;
+    s->dist_freq[sdq__img_dist_code(value)]++;
+}
+
+static size_t sdq__img_hash(const unsigned char *p) {
+    const uint32_t v = p[0] | ((uint32_t)p[1] << 8) | ((uint32_t)p[2] << 16);
+    return (v * 2654435761u) >> 17;                         /* Knuth's multiplier, 15 bits */
+}
+
+/* Longest earlier match of what stands at i, then enter i into the chains. */
+static size_t sdq__img_match(sdq__img_deflate_state *s, size_t i, size_t *dist) {
+    const size_t most = sdq__u_min(s->n - i, 258);
+    size_t best = 2, at, h;
+    int tries = SDQ__IMG_CHAIN;
+    if (most < 3) return 0;
+    h = sdq__img_hash(s->in + i);
+    for (at = s->head[h]; at && i - (at - 1) < SDQ__IMG_WINDOW && tries-- && best < most;
+         at = s->prev[(at - 1) % SDQ__IMG_WINDOW]) {
+        const unsigned char *a = s->in + at - 1, *b = s->in + i;
+        size_t len = 0;
+        if (a[best] != b[best]) continue;
+        while (len < most && a[len] == b[len]) len++;
+        if (len > best) { best = len; *dist = i - (at - 1); }
+    }
+    s->prev[i % SDQ__IMG_WINDOW] = s->head[h];
+    s->head[h] = i + 1;
+    return best >= (*dist > SDQ__IMG_NEAR ? 6u : 3u) ? best : 0;
+}
+
+/* Append a zlib stream of n bytes to out. */
+static void sdq__img_deflate(sdq_ctx *ctx, const unsigned char *in, size_t n, sdq__str *out) {
+    sdq__img_deflate_state *s = SDQ__NEW(ctx, sdq__img_deflate_state);
+    const uint32_t sum = sdq__img_adler(in, n);
+    size_t i = 0, len = 0, dist = 0, next, next_dist = 0;
+    int k;
+    if (!s) { out->bad = 1; return; }
+    s->ctx = ctx;
+    s->out = out;
+    s->in = in;
+    s->n = n;
+    sdq__str_add(ctx, out, "\x78\x9c", 2);
+    if (n) len = sdq__img_match(s, 0, &dist);
+    while (i < n) {
+        next = i + 1 < n ? sdq__img_match(s, i + 1, &next_dist) : 0;
+        if (len && len >= next) {                           /* else the match one later is longer */
+            sdq__img_put_token(s, (uint32_t)len, (uint32_t)dist);
+            for (i += 2, len--; --len; i++) (void)sdq__img_match(s, i, &dist);
+            len = i < n ? sdq__img_match(s, i, &dist) : 0;
+            continue;
+        }
+        sdq__img_put_token(s, 0, in[i++]);
+        len = next;
+        dist = next_dist;
+    }
+    sdq__img_put_block(s, 1);
+    sdq__img_put(s, 0, (8 - s->nbits) & 7u);
+    for (k = 24; k >= 0; k -= 8) sdq__img_put(s, (sum >> k) & 255u, 8);
+    sdq__free(ctx, s);
+}
+
+/* --- writing --- */
+
+static void sdq__img_put_be32(unsigned char *p, uint32_t v) {
+    p[0] = (unsigned char)(v >> 24);
+    p[1] = (unsigned char)(v >> 16);
+    p[2] = (unsigned char)(v >> 8);
+    p[3] = (unsigned char)v;
+}
+
+/* Begin a chunk: returns where; sdq__img_chunk_end fills in length and CRC. */
+static size_t sdq__img_chunk(sdq_ctx *ctx, sdq__str *b, const char *type) {
+    const size_t at = b->len;
+    sdq__str_add(ctx, b, "\0\0\0\0", 4);
+    sdq__str_add(ctx, b, type, 4);
+    return at;
+}
+
+static void sdq__img_chunk_end(sdq_ctx *ctx, sdq__str *b, size_t at) {
+    unsigned char crc[4];
+    unsigned char *p;
+    if (b->bad) return;
+    p = (unsigned char *)b->s + at;
+    sdq__img_put_be32(p, (uint32_t)(b->len - at - 8));
+    sdq__img_put_be32(crc, sdq__img_crc(0, p + 4, b->len - at - 4));
+    sdq__str_add(ctx, b, (const char *)crc, 4);
+}
+
+static unsigned char sdq__img_predict(const unsigned char *row, const unsigned char *up, size_t i,
+                                      size_t bpp, unsigned filter) {
+    const unsigned char a = i >= bpp ? row[i - bpp] : 0, b = up ? up[i] : 0;
+    const unsigned char c = i >= bpp && up ? up[i - bpp] : 0;
+    switch (filter) {
+    case 0: return 0;
+    case 1: return a;
+    case 2: return b;
+    case 3: return (unsigned char)((a + b) / 2);
+    default: return sdq__img_paeth(a, b, c);
+    }
+}
+
+/* The filter whose differences, as signed bytes, have the least sum of magnitudes (PNG 12.8). */
+static void sdq__img_filter(unsigned char *out, const unsigned char *row, const unsigned char *up,
+                            size_t n, size_t bpp) {
+    size_t best = SIZE_MAX, i;
+    unsigned filter, use = 0;
+    for (filter = 0; filter < 5; filter++) {
+        size_t sum = 0;
+        for (i = 0; i < n && sum < best; i++) {
+            const unsigned d = (row[i] - sdq__img_predict(row, up, i, bpp, filter)) & 255u;
+            sum += d < 128 ? d : 256 - d;
+        }
+        if (sum < best) { best = sum; use = filter; }
+    }
+    out[0] = (unsigned char)use;
+    for (i = 0; i < n; i++)
+        out[1 + i] = (unsigned char)(row[i] - sdq__img_predict(row, up, i, bpp, use));
+}
+
+static void sdq__img_put_data(sdq_ctx *ctx, sdq__str *b, const sdq_image *m) {
+    const size_t n = m->w * m->c;
+    unsigned char *raw = SDQ__NEW_N(ctx, unsigned char, (n + 1) * m->h);
+    size_t y, at;
+    if (!raw) { b->bad = 1; return; }
+    for (y = 0; y < m->h; y++)
+        sdq__img_filter(raw + (n + 1) * y, m->px + n * y, y ? m->px + n * (y - 1) : NULL, n, m->c);
+    at = sdq__img_chunk(ctx, b, "IDAT");
+    sdq__img_deflate(ctx, raw, (n + 1) * m->h, b);
+    sdq__img_chunk_end(ctx, b, at);
+    sdq__free(ctx, raw);
+}
+
+/* tEXt holds Latin-1, iTXt UTF-8: plain ASCII goes into the older chunk, which all tools read. */
+static void sdq__img_put_text(sdq_ctx *ctx, sdq__str *b, const sdq_pair *t) {
+    const char *c;
+    size_t at;
+    int ascii = 1;
+    for (c = t->value; *c; c++) ascii = ascii && (unsigned char)*c < 128;
+    at = sdq__img_chunk(ctx, b, ascii ? "tEXt" : "iTXt");
+    sdq__str_add(ctx, b, t->key, strlen(t->key) + 1);
+    if (!ascii) sdq__str_add(ctx, b, "\0\0\0\0", 4);    /* not compressed, no language, no title */
+    sdq__str_add(ctx, b, t->value, strlen(t->value));
+    sdq__img_chunk_end(ctx, b, at);
+}
+
+static sdq_status sdq__img_check_text(sdq_ctx *ctx, const sdq_pair *text, size_t n) {
+    size_t i;
+    for (i = 0; i < n; i++) {
+        const char *k = text[i].key;
+        size_t len = 0;
+        int ok = k && text[i].value && strlen(text[i].value) < 0x7fffff00u;
+        for (; ok && k[len]; len++) ok = k[len] >= 32 && k[len] < 127;
+        if (!ok || len < 1 || len > 79 || !sdq__js_is_utf8(text[i].value))
+            return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "PNG text %zu: the key must have 1..79 "
+                             "printable ASCII characters, the value must be UTF-8", i);
+    }
+    return SDQ_OK;
+}
+
+static sdq_status sdq__img_check(sdq_ctx *ctx, const sdq_image *m) {
+    size_t n;
+    if (m && m->px && m->w && m->h && m->c >= 1 && m->c <= 4 && sdq__u_mul(m->w, m->h, &n) &&
+        n <= SDQ__IMG_PIXELS) return SDQ_OK;
+    return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "not a picture: 1..4 channels, 1..2^26 pixels and "
+                     "samples are needed");
+}
+
+SDQ_API void sdq_bytes_free(sdq_ctx *ctx, unsigned char *bytes) { sdq__free(ctx, bytes); }
+
+SDQ_API sdq_status sdq_image_png_encode(sdq_ctx *ctx, const sdq_image *m, const sdq_pair *text,
+                                        size_t ntext, unsigned char **png, size_t *bytes) {
+    static const unsigned char colour[5] = {0, 0, 4, 2, 6};
+    unsigned char header[13];
+    sdq__str b;
+    size_t i, at;
+    *png = NULL;
+    *bytes = 0;
+    SDQ__TRY(sdq__img_check(ctx, m));
+    SDQ__TRY(sdq__img_check_text(ctx, text, ntext));
+    memset(&b, 0, sizeof b);
+    memset(header, 0, sizeof header);
+    sdq__img_put_be32(header, (uint32_t)m->w);
+    sdq__img_put_be32(header + 4, (uint32_t)m->h);
+    header[8] = 8;
+    header[9] = colour[m->c];
+    sdq__str_add(ctx, &b, "\x89PNG\r\n\x1a\n", 8);
+    at = sdq__img_chunk(ctx, &b, "IHDR");
+    sdq__str_add(ctx, &b, (const char *)header, 13);
+    sdq__img_chunk_end(ctx, &b, at);
+    for (i = 0; i < ntext; i++) sdq__img_put_text(ctx, &b, &text[i]);
+    sdq__img_put_data(ctx, &b, m);
+    sdq__img_chunk_end(ctx, &b, sdq__img_chunk(ctx, &b, "IEND"));
+    if (b.bad) { sdq__str_free(ctx, &b); return SDQ_ERR_OOM; }
+    *png = (unsigned char *)b.s;
+    *bytes = b.len;
+    return SDQ_OK;
+}
+
+/* v over white. */
+static unsigned char sdq__img_over_white(unsigned v, unsigned alpha) {
+    return (unsigned char)((v * alpha + 255 * (255 - alpha) + 127) / 255);
+}
+
+SDQ_API sdq_status sdq_image_rgb(sdq_ctx *ctx, const sdq_image *src, sdq_image *dst) {
+    size_t i, k;
+    const unsigned char *s;
+    unsigned char *d;
+    memset(dst, 0, sizeof *dst);
+    SDQ__TRY(sdq__img_check(ctx, src));
+    SDQ__TRY(sdq_image_new(ctx, src->w, src->h, 3, dst));
+    s = src->px;
+    d = dst->px;
+    for (i = src->w * src->h; i; i--, s += src->c, d += 3) {
+        const unsigned alpha = src->c % 2 ? 255u : s[src->c - 1];
+        for (k = 0; k < 3; k++) d[k] = sdq__img_over_white(s[src->c > 2 ? k : 0], alpha);
+    }
+    return SDQ_OK;
+}
+
+static sdq_status sdq__img_write_ppm(sdq_ctx *ctx, const char *path, const sdq_image *m) {
+    sdq_image rgb;
+    sdq__io_out o;
+    char header[64];
+    size_t i;
+    const int n = snprintf(header, sizeof header, "P%c\n%zu %zu\n255\n", m->c > 2 ? '6' : '5',
+                           m->w, m->h);
+    sdq_status st = sdq_image_rgb(ctx, m, &rgb);
+    if (st != SDQ_OK) return st;
+    st = sdq__io_create(ctx, path, &o);
+    if (st == SDQ_OK) {
+        sdq__io_put(&o, header, (size_t)n);
+        if (m->c > 2) sdq__io_put(&o, rgb.px, m->w * m->h * 3);
+        else for (i = 0; i < m->w * m->h; i++) sdq__io_put(&o, rgb.px + 3 * i, 1);
+        st = sdq__io_finish(ctx, &o, SDQ_OK);
+    }
+    sdq_image_free(ctx, &rgb);
+    return st;
+}
+
+SDQ_API sdq_status sdq_image_write(sdq_ctx *ctx, const char *path, const sdq_image *m,
+                                   const sdq_pair *text, size_t ntext) {
+    unsigned char *png;
+    size_t bytes;
+    sdq_status st;
+    SDQ__TRY(sdq__img_check(ctx, m));
+    if (sdq__io_ends(path, ".ppm") || sdq__io_ends(path, ".pgm"))
+        return sdq__img_write_ppm(ctx, path, m);
+    SDQ__TRY(sdq_image_png_encode(ctx, m, text, ntext, &png, &bytes));
+    st = sdq__io_write(ctx, path, png, bytes);
+    sdq__free(ctx, png);
+    return st;
+}
+
+/* --- resizing ---
+ *
+ * Along one axis, output i is a weighted mean of inputs around (i + 1/2) scale with a triangle of
+ * half-width max(scale, 1), weights in 22-bit fixed point; first rows, then columns, rounded to
+ * 8 bits between. These are Pillow's steps (Resample.c), so the results are equal, but for one
+ * case: since version 13 it takes columns first where the height shrinks by more than twice what
+ * the width does. A sample may then differ by 1. */
+
+#define SDQ__IMG_FIX 22
+
+typedef struct sdq__img_taps { size_t *first, *count; int32_t *w; size_t most; } sdq__img_taps;
+
+static void sdq__img_taps_free(sdq_ctx *ctx, sdq__img_taps *t) {
+    sdq__free(ctx, t->first);
+    sdq__free(ctx, t->count);
+    sdq__free(ctx, t->w);
+    memset(t, 0, sizeof *t);
+}
+
+/* The weights of output i, normalised to 1 in double and then rounded to fixed point. */
+static void sdq__img_tap(sdq__img_taps *t, size_t i, size_t in, double scale, double *k) {
+    const double wide = scale < 1 ? 1 : scale, centre = ((double)i + 0.5) * scale;
+    const double lo = centre - wide + 0.5, hi = centre + wide + 0.5;
+    const size_t first = lo < 0 ? 0 : (size_t)lo, end = sdq__u_min((size_t)hi, in);
+    double sum = 0;
+    size_t j;
+    t->first[i] = first;
+    t->count[i] = end - first;
+    for (j = 0; j < end - first; j++) {
+        const double x = fabs(((double)(j + first) - centre + 0.5) * (1.0 / wide));
+        k[j] = x < 1 ? 1 - x : 0;
+        sum += k[j];
+    }
+    if (sum == 0) sum = 1;
+    for (j = 0; j < end - first; j++)
+        t->w[i * t->most + j] = (int32_t)(0.5 + k[j] / sum * (1 << SDQ__IMG_FIX));
+}
+
+static sdq_status sdq__img_taps_make(sdq_ctx *ctx, size_t in, size_t out, sdq__img_taps *t) {
+    const double scale = (double)in / (double)out;
+    size_t i, n;
+    double *k;
+    memset(t, 0, sizeof *t);
+    t->most = (size_t)ceil(scale < 1 ? 1 : scale) * 2 + 1;
+    if (!sdq__u_mul(t->most, out, &n)) n = SIZE_MAX;
+    t->first = SDQ__NEW_N(ctx, size_t, out);
+    t->count = SDQ__NEW_N(ctx, size_t, out);
+    t->w = SDQ__NEW_N(ctx, int32_t, n);
+    k = SDQ__NEW_N(ctx, double, t->most);
+    if (t->first && t->count && t->w && k)
+        for (i = 0; i < out; i++) sdq__img_tap(t, i, in, scale, k);
+    sdq__free(ctx, k);
+    if (k && t->w && t->first && t->count) return SDQ_OK;
+    sdq__img_taps_free(ctx, t);
+    return SDQ_ERR_OOM;
+}
+
+/* One axis: `outer` groups of `in` elements that are `inner` bytes apart -> out of them. */
+static void sdq__img_axis(const sdq__img_taps *t, const unsigned char *src, unsigned char *dst,
+                          size_t outer, size_t in, size_t out, size_t inner) {
+    size_t o, i, j, k;
+    for (o = 0; o < outer; o++)
+        for (i = 0; i < out; i++)
+            for (k = 0; k < inner; k++) {
+                const unsigned char *s = src + (o * in + t->first[i]) * inner + k;
+                const int32_t *w = t->w + i * t->most;
+                int32_t sum = 1 << (SDQ__IMG_FIX - 1);
+                for (j = 0; j < t->count[i]; j++) sum += w[j] * s[j * inner];
+                sum >>= SDQ__IMG_FIX;
+                dst[(o * out + i) * inner + k] = (unsigned char)(sum > 255 ? 255 : sum);
+            }
+}
+
+SDQ_API sdq_status sdq_image_resize(sdq_ctx *ctx, const sdq_image *src, size_t w, size_t h,
+                                    sdq_image *dst) {
+    sdq__img_taps x, y;
+    sdq_image wide;
+    sdq_status st;
+    memset(&x, 0, sizeof x);
+    memset(&y, 0, sizeof y);
+    memset(&wide, 0, sizeof wide);
+    memset(dst, 0, sizeof *dst);
+    SDQ__TRY(sdq__img_check(ctx, src));
+    SDQ__TRY_DONE(sdq_image_new(ctx, w, h, src->c, dst));
+    SDQ__TRY_DONE(sdq_image_new(ctx, w, src->h, src->c, &wide));
+    SDQ__TRY_DONE(sdq__img_taps_make(ctx, src->w, w, &x));
+    SDQ__TRY_DONE(sdq__img_taps_make(ctx, src->h, h, &y));
+    sdq__img_axis(&x, src->px, wide.px, src->h, src->w, w, src->c);
+    sdq__img_axis(&y, wide.px, dst->px, 1, src->h, h, w * src->c);
+done:
+    sdq__img_taps_free(ctx, &y);
+    sdq__img_taps_free(ctx, &x);
+    sdq_image_free(ctx, &wide);
+    if (st != SDQ_OK) sdq_image_free(ctx, dst);
+    return st;
+}
+
+/* Half of what is cut away, halves to even: torchvision's CenterCrop (Python's round). */
+static size_t sdq__img_half(size_t d) { return d % 2 ? d / 2 + (d / 2 & 1u) : d / 2; }
+
+SDQ_API sdq_status sdq_image_fit(sdq_ctx *ctx, const sdq_image *src, size_t w, size_t h,
+                                 sdq_image *dst) {
+    sdq_image big;
+    size_t bw = w, bh = h, y, x0, y0;
+    sdq_status st;
+    memset(dst, 0, sizeof *dst);
+    SDQ__TRY(sdq__img_check(ctx, src));
+    if (!w || !h || w > SDQ__IMG_PIXELS || h > SDQ__IMG_PIXELS / w)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "a picture of %zu x %zu pixels cannot be made; "
+                         "1..2^26 pixels are allowed", w, h);
+    if ((uint64_t)w * src->h >= (uint64_t)h * src->w)       /* the width decides */
+        bh = sdq__u_max(h, (size_t)((uint64_t)w * src->h / src->w));
+    else bw = sdq__u_max(w, (size_t)((uint64_t)h * src->w / src->h));
+    SDQ__TRY(sdq_image_resize(ctx, src, bw, bh, &big));
+    st = sdq_image_new(ctx, w, h, src->c, dst);
+    x0 = sdq__img_half(bw - w);
+    y0 = sdq__img_half(bh - h);
+    for (y = 0; y < h && st == SDQ_OK; y++)
+        memcpy(dst->px + y * w * src->c, big.px + ((y0 + y) * bw + x0) * src->c, w * src->c);
+    sdq_image_free(ctx, &big);
+    return st;
+}
+
+/* ===========================================================================
+ * >>dataset   folders of pictures with captions
+ *
+ * Three layouts, tried in this order: metadata.jsonl (one JSON object per line, as Hugging Face's
+ * imagefolder), metadata.csv (RFC 4180, quoted fields may hold commas and line ends), NAME.txt
+ * beside NAME.png. Only the list is kept; a picture is decoded each time that it is asked for.
+ * ======================================================================== */
+
+#define SDQ__DATA_TEXT ((size_t)1 << 28)        /* bytes of a metadata file */
+
+typedef struct sdq__data_item { char *path, *caption; float weight; } sdq__data_item;
+
+struct sdq_dataset { char *folder; sdq__data_item *items; size_t count, cap; };
+
+SDQ_API void sdq_dataset_free(sdq_ctx *ctx, sdq_dataset *d) {
+    size_t i;
+    if (!d) return;
+    for (i = 0; i < d->count; i++) {
+        sdq__free(ctx, d->items[i].path);
+        sdq__free(ctx, d->items[i].caption);
+    }
+    sdq__free(ctx, d->items);
+    sdq__free(ctx, d->folder);
+    sdq__free(ctx, d);
+}
+
+/* Add an item; `where` names its source in error sentences. */
+static sdq_status sdq__data_add(sdq_ctx *ctx, sdq_dataset *d, const char *where, const char *name,
+                                const char *caption, double weight) {
+    sdq__data_item *item;
+    if (!name || !caption)
+        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: file_name or text is missing", where);
+    if (!sdq__io_safe_name(name, 1))
+        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: the file name '%s' leaves the folder", where,
+                         name);
+    if (!(weight >= 0) || weight > 1e30)
+        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: a weight must be a number from 0 up", where);
+    if (!sdq__grow(ctx, (void **)(void *)&d->items, &d->cap, d->count + 1, sizeof *d->items))
+        return SDQ_ERR_OOM;
+    item = &d->items[d->count++];               /* counted first: freed with the rest on failure */
+    item->path = sdq__io_join(ctx, d->folder, "/", name);
+    item->caption = sdq__strdup(ctx, caption);
+    item->weight = (float)weight;
+    return item->path && item->caption ? SDQ_OK : SDQ_ERR_OOM;
+}
+
+static sdq_status sdq__data_jsonl(sdq_ctx *ctx, sdq_dataset *d, const char *path, char *text,
+                                  size_t len) {
+    char *p = text, *end = text + len;
+    size_t line = 1;
+    for (; p < end; line++) {
+        char *stop = (char *)memchr(p, '\n', (size_t)(end - p)), *from = p;
+        char where[512];
+        sdq__json *v;
+        sdq_status st;
+        if (!stop) stop = end;
+        p = stop + 1;
+        while (from < stop && strchr(" \t\r", *from)) from++;
+        if (from == stop) continue;
+        (void)snprintf(where, sizeof where, "%.400s, record %zu", path, line);
+        SDQ__TRY(sdq__js_parse(ctx, from, (size_t)(stop - from), where, &v));
+        st = sdq__data_add(ctx, d, where, sdq__js_string(v, "file_name", NULL),
+                           sdq__js_string(v, "text", NULL), sdq__js_double(v, "weight", 1));
+        sdq__js_free(ctx, v);
+        if (st != SDQ_OK) return st;
+    }
+    return SDQ_OK;
+}
+
+/* Cut the next field out of *p, decoded in place. Returns ',' or '\n' for what ended it, 0 for
+ * the end of the text, -1 for a quote that is never closed. */
+static int sdq__data_field(char **p, char **field) {
+    char *s = *p, *o = *p;
+    int quoted = *s == '"', end;
+    *field = o;
+    if (quoted) s++;
+    for (;; s++) {
+        if (quoted && *s == 0) return -1;
+        if (quoted && *s == '"') {
+            if (s[1] != '"') { quoted = 0; continue; }
+            s++;
+        } else if (!quoted && (*s == ',' || *s == '\n' || *s == 0)) break;
+        *o++ = *s;
+    }
+    end = *s;
+    *p = end ? s + 1 : s;
+    if (end != ',' && o > *field && o[-1] == '\r') o--;
+    *o = 0;
+    return end;
+}
+
+static sdq_status sdq__data_number(sdq_ctx *ctx, const char *text, const char *where, double *out) {
+    sdq__json *v;
+    SDQ__TRY(sdq__js_parse(ctx, text, strlen(text), where, &v));
+    *out = v->kind == SDQ__JS_NUMBER ? v->num : -1;
+    sdq__js_free(ctx, v);
+    return SDQ_OK;
+}
+
+/* text ends in a 0; its first record names the columns. */
+static sdq_status sdq__data_csv(sdq_ctx *ctx, sdq_dataset *d, const char *path, char *text) {
+    int column[3] = {-1, -1, -1}, end, i;
+    static const char *const name[3] = {"file_name", "text", "weight"};
+    size_t record = 0;
+    char *p = text;
+    if (strncmp(p, "\xef\xbb\xbf", 3) == 0) p += 3;         /* byte order mark of spreadsheets */
+    while (*p) {
+        char *value[3] = {NULL, NULL, NULL}, *field, *first = p;
+        char where[512];
+        double weight = 1;
+        int at = 0;
+        (void)snprintf(where, sizeof where, "%.400s, record %zu", path, record + 1);
+        do {
+            end = sdq__data_field(&p, &field);
+            for (i = 0; i < 3; i++) {
+                if (record == 0 && strcmp(field, name[i]) == 0) column[i] = at;
+                if (record > 0 && column[i] == at) value[i] = field;
+            }
+            at++;
+        } while (end == ',');
+        if (end < 0) return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: a quote is not closed", where);
+        if (record++ == 0 || (at == 1 && !*first)) continue;
+        if (value[2] && *value[2]) SDQ__TRY(sdq__data_number(ctx, value[2], where, &weight));
+        SDQ__TRY(sdq__data_add(ctx, d, where, value[0], value[1], weight));
+    }
+    return SDQ_OK;
+}
+
+static int sdq__data_is_picture(const char *name) {
+    return sdq__io_ends(name, ".png") || sdq__io_ends(name, ".ppm") || sdq__io_ends(name, ".pgm");
+}
+
+/* The picture of that name if a caption stands beside it. */
+static sdq_status sdq__data_pair(sdq_ctx *ctx, sdq_dataset *d, const char *name) {
+    char *path = sdq__io_join(ctx, d->folder, "/", name), *text = NULL;
+    size_t len;
+    sdq_status st = SDQ_ERR_OOM;
+    if (!path) return st;
+    memcpy(path + strlen(path) - 4, ".txt", 4);
+    st = SDQ_OK;
+    if (!sdq__io_exists(path)) goto done;
+    SDQ__TRY_DONE(sdq__io_read(ctx, path, SDQ__DATA_TEXT, &text, &len));
+    while (len && strchr(" \t\r\n", text[len - 1])) text[--len] = 0;
+    st = sdq__data_add(ctx, d, path, name, text, 1);
+done:
+    sdq__free(ctx, text);
+    sdq__free(ctx, path);
+    return st;
+}
+
+static int sdq__data_by_path(const void *a, const void *b) {
+    return strcmp(((const sdq__data_item *)a)->path, ((const sdq__data_item *)b)->path);
+}
+
+static sdq_status sdq__data_list(sdq_ctx *ctx, sdq_dataset *d) {
+#if SDQ__MMAP
+    DIR *dir = opendir(d->folder);
+    struct dirent *e;
+    sdq_status st = SDQ_OK;
+    if (!dir) return sdq__fail(ctx, SDQ_ERR_IO, "%s: cannot be opened as a folder", d->folder);
+    while (st == SDQ_OK && (e = readdir(dir)) != NULL)
+        if (sdq__data_is_picture(e->d_name)) st = sdq__data_pair(ctx, d, e->d_name);
+    closedir(dir);
+    if (d->count) qsort(d->items, d->count, sizeof *d->items, sdq__data_by_path);
+    return st;
+#else
+    return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s: has no metadata.jsonl or metadata.csv, and "
+                     "folders cannot be listed on this platform", d->folder);
+#endif
+}
+
+/* Read the metadata file of that name; *found 0 when there is none. */
+static sdq_status sdq__data_metadata(sdq_ctx *ctx, sdq_dataset *d, const char *name, int *found) {
+    char *path = sdq__io_join(ctx, d->folder, "/", name), *text = NULL;
+    size_t len;
+    sdq_status st = SDQ_ERR_OOM;
+    if (!path) return st;
+    st = SDQ_OK;
+    *found = sdq__io_exists(path);
+    if (!*found) goto done;
+    SDQ__TRY_DONE(sdq__io_read(ctx, path, SDQ__DATA_TEXT, &text, &len));
+    st = sdq__io_ends(name, ".csv") ? sdq__data_csv(ctx, d, path, text)
+                                    : sdq__data_jsonl(ctx, d, path, text, len);
+done:
+    sdq__free(ctx, text);
+    sdq__free(ctx, path);
+    return st;
+}
+
+SDQ_API sdq_status sdq_dataset_open(sdq_ctx *ctx, const char *folder, sdq_dataset **out) {
+    sdq_dataset *d = SDQ__NEW(ctx, sdq_dataset);
+    int found = 0;
+    sdq_status st = SDQ_ERR_OOM;
+    *out = NULL;
+    if (!d) return st;
+    d->folder = sdq__strdup(ctx, folder);
+    if (!d->folder) goto done;
+    SDQ__TRY_DONE(sdq__data_metadata(ctx, d, "metadata.jsonl", &found));
+    if (!found) SDQ__TRY_DONE(sdq__data_metadata(ctx, d, "metadata.csv", &found));
+    if (!found) SDQ__TRY_DONE(sdq__data_list(ctx, d));
+    if (d->count) { *out = d; d = NULL; }
+    else st = sdq__fail(ctx, SDQ_ERR_MISSING, "%s: no picture with a caption found "
+                        "(metadata.jsonl, metadata.csv, or NAME.png with NAME.txt)", folder);
+done:
+    sdq_dataset_free(ctx, d);
+    return st;
+}
+
+SDQ_API size_t sdq_dataset_count(const sdq_dataset *d) { return d->count; }
+SDQ_API const char *sdq_dataset_caption(const sdq_dataset *d, size_t i) {
+    return i < d->count ? d->items[i].caption : "";
+}
+SDQ_API float sdq_dataset_weight(const sdq_dataset *d, size_t i) {
+    return i < d->count ? d->items[i].weight : 0;
+}
+SDQ_API const char *sdq_dataset_path(const sdq_dataset *d, size_t i) {
+    return i < d->count ? d->items[i].path : "";
+}
+
+SDQ_API sdq_status sdq_dataset_image(sdq_ctx *ctx, const sdq_dataset *d, size_t i, sdq_image *out) {
+    sdq_image m;
+    sdq_status st;
+    memset(out, 0, sizeof *out);
+    if (i >= d->count)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "%s: picture %zu asked for, there are %zu",
+                         d->folder, i, d->count);
+    SDQ__TRY(sdq_image_read(ctx, d->items[i].path, &m));
+    st = sdq_image_rgb(ctx, &m, out);
+    sdq_image_free(ctx, &m);
+    return st;
+}
+
+/* ===========================================================================
+ * >>tokenizer   prompts to ids: byte-pair encoding as CLIP does it
+ *
+ * Follows transformers' CLIPTokenizerFast: NFC; lower case, letter by letter; special tokens
+ * anywhere in the text; then the pieces of
+ *   's|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+
+ * Each piece is a row of bytes, the last one marked as the word's end, whose neighbours are joined
+ * in the order of the merges list (Sennrich et al. 2016, arXiv 1508.07909): always the pair of the
+ * lowest rank, the leftmost of equals. No length or id is built in: they come from the files, or
+ * from the order of the merges. Texts of more than 2^20 bytes are refused.
+ * ======================================================================== */
+
+#define SDQ__TOK_TEXT ((size_t)1 << 20)
+#define SDQ__TOK_MERGES ((size_t)1 << 18)
+
+/* unicode tables: begin (tools/unicode_tables.py) */
+/* Unicode 15.0.0 */
+static const int32_t sdq__tok_u_class[1562] = {
+    36,23,72,7,60,42,28,105,24,105,40,7,104,7,36,5,28,10,4,5,12,6,5,4,14,4,93,4,125,4,1833,16,49,
+    56,21,28,5,4,5,516,21,4,9,8,17,4,5,24,5,4,13,4,5,4,81,4,333,4,557,32,665,4,153,8,5,24,165,284,
+    109,16,17,180,173,84,42,16,9,4,397,4,5,60,9,28,9,42,13,8,5,64,5,4,121,116,357,44,5,56,42,133,
+    36,9,16,5,20,89,16,5,36,5,12,5,92,101,28,45,20,97,4,25,68,169,232,217,12,5,72,5,28,41,16,42,4,
+    65,16,33,8,9,8,89,4,29,4,5,12,17,12,5,64,5,52,9,4,13,16,42,9,8,26,8,5,32,25,16,9,8,89,4,29,4,9,
+    4,9,4,9,124,17,4,5,28,42,8,13,64,37,4,13,4,89,4,29,4,9,4,21,12,5,72,5,60,9,16,42,36,5,44,33,8,
+    9,8,89,4,29,4,9,4,21,12,5,120,9,4,13,16,42,4,5,26,44,5,4,25,12,13,4,17,12,9,4,5,4,9,12,9,12,13,
+    12,49,88,5,84,54,72,33,4,13,4,93,4,65,12,5,104,13,8,5,8,9,16,42,32,30,4,5,16,33,4,13,4,93,4,41,
+    4,21,12,5,124,9,4,9,16,42,4,9,68,37,4,13,4,165,8,5,64,5,20,13,4,30,13,16,78,4,25,20,73,12,97,4,
+    37,4,5,8,29,124,42,68,193,4,9,48,29,36,42,156,9,4,5,4,21,4,97,4,5,4,41,4,9,36,5,8,21,4,5,36,42,
+    8,17,128,5,124,82,48,33,4,145,108,21,460,173,80,5,42,24,25,16,17,12,5,12,9,28,13,16,53,48,5,4,
+    42,24,153,4,5,20,5,8,173,4,1333,4,17,8,29,4,5,4,17,8,165,4,17,8,133,4,17,8,29,4,5,4,17,8,61,4,
+    229,4,17,8,269,56,82,12,65,64,345,8,25,12,2481,8,69,7,105,20,301,12,14,33,28,73,52,77,56,73,56,
+    53,4,13,60,209,140,5,16,5,12,42,24,42,88,42,24,357,28,21,8,137,4,5,20,281,40,125,156,42,121,8,
+    21,44,177,16,105,24,46,148,93,36,213,172,42,24,42,52,5,372,189,68,33,12,42,164,121,52,9,42,177,
+    104,145,112,42,12,13,42,145,8,37,28,173,8,13,164,17,4,25,4,9,12,5,20,769,256,1113,8,25,8,153,8,
+    25,8,33,4,5,4,5,4,5,4,125,8,213,4,29,4,5,12,13,4,29,12,17,8,25,16,53,20,13,4,29,12,47,116,11,
+    20,7,188,7,64,6,5,8,26,20,5,42,24,53,404,5,16,5,8,41,4,5,12,21,24,5,4,5,4,5,4,17,4,45,8,17,20,
+    21,16,5,4,206,9,22,2904,242,312,90,2520,122,4528,917,24,17,12,9,36,6,8,153,4,5,20,5,8,225,28,5,
+    64,93,36,29,4,29,4,29,4,29,4,29,4,29,4,29,4,29,320,5,1856,7,16,9,6,100,38,28,21,8,14,9,16,345,
+    24,13,4,361,4,17,20,173,4,377,12,18,40,129,192,65,128,42,120,34,4,62,128,42,156,62,1280,26369,
+    256,88629,268,185,8,1077,12,65,42,9,80,189,64,125,8,281,42,156,37,8,413,8,257,20,9,4,5,4,21,96,
+    65,4,13,4,17,4,93,52,26,40,209,56,201,112,42,96,25,12,5,4,9,4,42,113,40,93,100,117,28,189,112,
+    5,42,24,21,4,41,42,21,4,165,92,13,4,33,16,42,24,93,12,5,12,201,4,5,12,9,8,21,8,5,4,5,96,13,8,
+    45,28,13,48,25,8,25,8,25,36,29,4,29,4,173,4,57,24,461,52,42,24,44689,48,93,16,197,33808,1465,8,
+    425,152,29,48,21,20,5,4,41,4,53,4,21,4,5,4,9,4,9,4,433,132,1453,72,257,8,217,160,49,464,21,4,
+    541,76,42,28,105,24,105,44,357,12,25,8,25,8,25,8,13,140,49,4,105,4,77,4,9,4,61,8,57,136,493,48,
+    182,48,230,68,10,976,117,12,197,64,110,16,129,18,36,81,6,33,6,20,153,40,121,8,145,16,33,4,22,
+    168,633,8,42,24,145,16,145,16,161,32,209,48,45,4,61,4,29,4,9,4,45,4,61,4,29,4,9,268,1245,36,89,
+    40,33,96,25,4,169,4,37,276,25,8,5,4,177,4,9,12,5,8,93,8,34,93,8,30,125,32,38,192,77,4,9,20,22,
+    89,26,16,105,280,225,16,10,9,66,8,186,5,60,17,4,13,4,117,40,38,92,117,10,4,117,14,128,33,4,113,
+    24,22,64,217,40,89,8,34,77,20,34,73,92,30,320,293,220,205,52,205,28,26,145,48,42,1176,126,4,
+    169,24,9,312,117,42,5,32,89,44,18,108,73,184,85,30,80,93,48,213,104,122,4,9,8,5,52,181,128,101,
+    28,42,36,145,60,42,16,5,8,5,32,141,12,5,48,193,56,17,44,42,5,4,5,16,82,44,73,4,101,76,9,252,29,
+    4,5,4,17,4,61,4,41,28,189,68,42,44,33,8,9,8,89,4,29,4,9,4,21,12,5,72,5,48,21,632,213,72,17,20,
+    42,20,13,120,193,80,9,4,5,32,42,664,189,164,17,144,193,80,5,44,42,152,173,52,5,28,42,216,109,
+    84,50,16,29,740,177,464,257,78,48,33,8,5,8,33,4,9,4,97,60,5,4,5,56,42,280,33,8,157,64,5,4,5,
+    112,5,40,161,28,5,84,5,44,185,76,5,72,293,1052,37,4,149,68,5,60,118,20,121,448,29,4,9,4,153,84,
+    5,36,42,24,25,4,9,4,129,56,5,28,42,1240,77,60,5,4,53,4,137,112,42,344,5,60,86,172,3689,408,446,
+    68,785,10544,389,60,4289,68,25,16100,2333,34532,2277,28,125,4,42,24,317,4,42,24,121,72,193,64,
+    17,48,42,4,30,4,85,20,77,2752,257,94,420,301,20,5,264,53,256,9,4,5,112,24545,32,4953,168,37,
+    35740,17,4,29,4,9,4,1165,60,5,116,13,8,5,56,17,32,1585,9232,429,20,53,12,37,28,41,22680,82,48,
+    82,432,102,540,341,4,285,4,9,8,5,8,9,8,17,4,49,4,5,4,29,4,261,4,17,8,33,4,29,4,113,4,17,4,21,4,
+    5,12,29,4,1361,8,101,4,101,4,125,4,101,4,125,4,101,4,125,4,101,4,125,4,101,4,33,8,202,7168,125,
+    24,25,1044,249,584,181,40,29,8,42,16,5,1284,121,72,177,16,42,1880,113,16,42,2968,29,4,17,4,9,4,
+    61,4,789,8,38,192,273,28,5,16,42,3164,238,4,14,4,18,304,182,4,62,776,17,4,109,4,9,4,5,8,5,4,41,
+    4,17,4,5,4,5,24,5,16,5,4,5,4,5,4,13,4,9,4,5,8,5,4,5,4,5,4,5,4,5,4,9,4,5,8,17,4,29,4,17,4,17,4,
+    5,4,41,4,69,20,13,4,21,4,69,2320,54,11148,42,4120,170881,128,16617,24,889,8,23049,56,29893,
+    12412,2169,6024,19757,20,16769,3633472};
+static const int32_t sdq__tok_u_ccc[1164] = {
+    768,21,230,0,1,232,0,4,220,0,1,232,0,1,216,0,5,220,0,2,202,0,4,220,0,2,202,0,11,220,0,5,1,0,4,
+    220,0,8,230,0,1,240,0,1,230,0,3,220,0,3,230,0,2,220,1,3,230,0,4,220,0,1,230,0,1,232,0,2,220,0,
+    1,230,0,1,233,0,2,234,0,1,233,0,2,234,0,1,233,0,13,230,275,5,230,265,1,220,0,4,230,0,1,220,0,3,
+    230,0,1,222,0,1,220,0,6,230,0,6,220,0,2,230,0,1,220,0,2,230,0,1,222,0,1,228,0,1,230,0,1,10,0,1,
+    11,0,1,12,0,1,13,0,1,14,0,1,15,0,1,16,0,1,17,0,1,18,0,2,19,0,1,20,0,1,21,0,1,22,1,1,23,1,1,24,
+    0,1,25,1,1,230,0,1,220,1,1,18,72,8,230,0,1,30,0,1,31,0,1,32,48,1,27,0,1,28,0,1,29,0,1,30,0,1,
+    31,0,1,32,0,1,33,0,1,34,0,2,230,0,2,220,0,5,230,0,1,220,0,2,230,0,1,220,16,1,35,101,7,230,2,4,
+    230,0,1,220,0,1,230,2,2,230,1,1,220,0,2,230,0,1,220,35,1,36,30,1,230,0,1,220,0,2,230,0,1,220,0,
+    2,230,0,3,220,0,1,230,0,2,220,0,1,230,0,1,220,0,3,230,0,1,220,0,1,230,0,1,220,0,1,230,0,1,220,
+    0,1,230,0,1,220,0,2,230,160,7,230,0,1,220,0,1,230,9,1,220,24,4,230,1,9,230,1,3,230,1,5,230,43,
+    3,220,60,1,230,0,3,220,0,4,230,42,5,230,0,5,220,0,14,230,1,1,220,0,2,230,0,1,220,0,2,230,0,1,
+    220,0,3,230,0,3,220,0,1,27,0,1,28,0,1,29,0,3,230,0,1,220,0,2,230,0,2,220,0,5,230,60,1,7,16,1,9,
+    3,1,230,0,1,220,0,2,230,103,1,7,16,1,9,48,1,230,61,1,7,16,1,9,110,1,7,16,1,9,110,1,7,16,1,9,
+    127,1,9,110,1,7,16,1,9,7,1,84,0,1,91,101,1,7,16,1,9,109,2,9,16,1,9,124,1,9,109,2,103,0,1,9,13,
+    4,107,108,2,118,0,1,9,13,4,122,76,2,220,27,1,220,1,1,220,1,1,216,55,1,129,0,1,130,1,1,132,5,4,
+    130,2,1,130,1,2,230,0,1,9,1,2,230,62,1,220,112,1,7,1,2,9,82,1,220,719,3,230,948,2,9,30,1,9,157,
+    1,9,10,1,230,203,1,228,143,1,222,0,1,230,0,1,220,219,1,230,0,1,220,71,1,9,20,8,230,2,1,220,48,
+    5,230,0,6,220,0,2,230,0,1,220,1,2,220,0,2,230,0,2,220,0,5,230,0,1,220,0,4,230,101,1,7,15,1,9,
+    38,1,230,0,1,220,0,7,230,54,2,9,58,1,7,11,2,9,67,1,7,152,3,230,1,1,1,0,5,220,0,2,230,0,4,220,0,
+    1,230,1,7,1,4,1,220,6,1,230,3,2,230,198,2,230,0,1,220,0,7,230,0,1,220,0,2,230,0,1,234,0,1,214,
+    0,1,220,0,1,202,0,37,230,0,1,232,0,2,228,0,1,220,0,1,218,0,1,230,0,1,233,0,1,220,0,1,230,0,1,
+    220,720,2,230,0,2,1,0,4,230,0,3,1,0,2,230,4,1,230,3,2,1,0,1,230,0,1,220,0,1,230,0,2,1,0,4,220,
+    0,1,230,3070,3,230,141,1,9,96,32,230,554,1,218,0,1,228,0,1,232,0,1,222,0,2,224,105,2,8,30164,1,
+    230,4,10,230,32,2,230,80,2,230,276,1,9,37,1,9,151,1,9,27,18,230,57,3,220,37,1,9,95,1,7,12,1,9,
+    239,1,230,1,2,230,0,1,220,2,2,230,5,2,230,1,1,230,52,1,9,246,1,9,20272,1,26,769,7,230,0,7,220,
+    0,2,230,973,1,220,226,1,220,149,5,230,1682,1,220,1,1,230,40,1,230,0,1,1,0,1,220,4,1,9,165,1,
+    230,0,1,220,573,4,230,387,2,230,80,3,220,70,2,220,0,3,230,0,1,220,0,1,230,0,4,220,49,1,230,0,1,
+    220,0,1,230,0,1,220,192,1,9,41,1,9,14,1,9,57,1,9,0,1,7,69,3,230,48,2,9,62,1,7,76,1,9,9,1,7,106,
+    1,9,0,1,7,178,1,7,0,1,9,80,2,7,16,1,9,24,7,230,3,5,230,205,1,9,3,1,7,23,1,230,99,1,9,0,1,7,251,
+    1,9,0,1,7,126,1,9,118,1,9,0,1,7,115,1,9,269,1,9,0,1,7,258,2,9,4,1,7,156,1,9,83,1,9,18,1,9,81,1,
+    9,421,1,9,258,1,7,1,2,9,81,1,9,425,2,9,19373,5,1,59,7,230,1209,2,6,19628,1,1,5318,2,216,0,3,1,
+    3,1,226,0,5,216,8,8,220,2,5,230,0,2,220,30,4,230,148,3,230,3515,7,230,1,17,230,2,7,230,1,2,230,
+    1,5,230,100,1,230,160,7,230,375,1,230,61,4,230,508,2,232,0,1,220,0,1,230,992,7,220,109,6,230,0,
+    1,7};
+static const int32_t sdq__tok_u_lower[732] = {
+    65,26,1,32,102,23,1,32,2,7,1,32,34,24,2,1,2,1,1,-199,2,3,2,1,3,8,2,1,3,23,2,1,2,1,1,-121,1,3,2,
+    1,4,1,1,210,1,2,2,1,2,1,1,206,1,1,1,1,2,2,1,205,1,1,1,1,3,1,1,79,1,1,1,202,1,1,1,203,1,1,1,1,2,
+    1,1,205,1,1,1,207,2,1,1,211,1,1,1,209,1,1,1,1,4,1,1,211,1,1,1,213,2,1,1,214,1,3,2,1,2,1,1,218,
+    1,1,1,1,2,1,1,218,3,1,1,1,2,1,1,218,1,1,1,1,2,2,1,217,1,2,2,1,2,1,1,219,1,1,1,1,4,1,1,1,8,1,1,
+    2,1,1,1,1,2,1,1,2,1,1,1,1,2,1,1,2,1,9,2,1,3,9,2,1,3,1,1,2,1,2,2,1,2,1,1,-97,1,1,1,-56,1,20,2,1,
+    2,1,1,-130,2,9,2,1,8,1,1,10795,1,1,1,1,2,1,1,-163,1,1,1,10792,3,1,1,1,2,1,1,-195,1,1,1,69,1,1,
+    1,71,1,5,2,1,290,2,2,1,4,1,1,1,9,1,1,116,7,1,1,38,2,3,1,37,2,1,1,64,2,2,1,63,2,17,1,32,2,9,1,
+    32,36,1,1,8,9,12,2,1,6,1,1,-60,3,1,1,1,2,1,1,-7,1,1,1,1,3,3,1,-130,1,16,1,80,1,32,1,32,49,17,2,
+    1,10,27,2,1,2,1,1,15,1,7,2,1,3,48,2,1,3,38,1,48,2890,38,1,7264,2,1,1,7264,6,1,1,7264,723,80,1,
+    38864,1,6,1,8,2203,43,1,-3008,3,3,1,-3008,321,75,2,1,10,1,1,-7615,2,48,2,1,10,8,1,-8,9,6,1,-8,
+    11,8,1,-8,9,8,1,-8,9,6,1,-8,12,4,2,-8,9,8,1,-8,25,8,1,-8,9,8,1,-8,9,8,1,-8,9,2,1,-8,1,2,1,-74,
+    1,1,1,-9,12,4,1,-86,1,1,1,-9,12,2,1,-8,1,2,1,-100,13,2,1,-8,1,2,1,-112,1,1,1,-7,12,2,1,-128,1,
+    2,1,-126,1,1,1,-9,298,1,1,-7517,4,1,1,-8383,1,1,1,-8262,7,1,1,28,46,16,1,16,20,1,1,1,819,26,1,
+    26,1841,48,1,48,49,1,1,1,2,1,1,-10743,1,1,1,-3814,1,1,1,-10727,3,3,2,1,2,1,1,-10780,1,1,1,
+    -10749,1,1,1,-10783,1,1,1,-10782,2,1,1,1,3,1,1,1,9,2,1,-10815,1,50,2,1,9,2,2,1,5,1,1,1,31054,
+    23,2,1,20,14,2,1,136,7,2,1,4,31,2,1,11,2,2,1,2,1,1,-35332,1,5,2,1,5,1,1,1,2,1,1,-42280,3,2,2,1,
+    4,10,2,1,2,1,1,-42308,1,1,1,-42319,1,1,1,-42315,1,1,1,-42305,1,1,1,-42308,2,1,1,-42258,1,1,1,
+    -42282,1,1,1,-42261,1,1,1,928,1,8,2,1,2,1,1,-48,1,1,1,-42307,1,1,1,-35384,1,2,2,1,7,1,1,1,6,2,
+    2,1,29,1,1,1,22316,26,1,32,1222,40,1,40,137,36,1,40,157,19,2,39,-35,10,1,39,3,14,1,39,3,6,1,39,
+    3,1,1,39,1771,51,1,64,3054,32,1,32,21889,32,1,32,31393,34,1,34};
+static const int32_t sdq__tok_u_marks[85] = {
+    768,1,1,1,1,2,1,1,1,1,1,1,3,2,2,1,7,8,1,1,1,1,1,5,1,2,1,7,10,3,623,3,1,1,3,3,2,1,145,1,1,743,
+    128,2,25,101,256,2,24,1,103,25,127,108,19,1,104,25,115,5,16,403,2,12,53,2,119,2823,5476,1,
+    57376,109,535,25,345,10,3,242,897,47157,9,1,1,1,1};
+static const int32_t sdq__tok_u_decomp[3617] = {
+    192,6,65,1,0,2,0,3,0,4,0,8,0,10,1,9,67,22,2,1,0,2,0,3,0,8,4,1,0,2,0,3,0,8,1,6,78,4,1,1,0,2,0,3,
+    0,4,0,8,2,5,85,1,0,2,0,3,0,8,4,2,2,6,97,1,0,2,0,3,0,4,0,8,0,10,1,9,99,22,2,1,0,2,0,3,0,8,4,1,0,
+    2,0,3,0,8,1,6,110,4,1,1,0,2,0,3,0,4,0,8,2,5,117,1,0,2,0,3,0,8,4,2,1,17,121,8,-56,5,32,5,-32,6,
+    32,6,-32,23,32,23,-30,2,32,2,-32,3,32,3,-32,7,32,7,-32,12,32,12,-31,12,32,12,2,20,69,5,32,5,
+    -32,6,32,6,-32,7,32,7,-32,23,32,23,-32,12,32,12,-30,3,32,3,-32,6,32,6,-32,7,32,7,-32,22,32,22,
+    -31,3,32,3,2,9,73,4,32,4,-32,5,32,5,-32,6,32,6,-32,23,32,23,-32,7,3,4,74,3,32,3,-31,22,32,22,1,
+    6,76,2,32,2,-32,22,32,22,-32,12,32,12,4,6,78,2,32,2,-32,22,32,22,-32,12,32,12,3,6,79,5,32,5,
+    -32,6,32,6,-32,11,32,11,2,18,82,2,32,2,-32,22,32,22,-32,12,32,12,-31,2,32,2,-32,3,32,3,-32,22,
+    32,22,-32,12,32,12,-31,22,32,22,-32,12,32,12,2,23,85,4,32,4,-32,5,32,5,-32,6,32,6,-32,10,32,10,
+    -32,11,32,11,-32,23,32,23,-30,3,32,3,-30,3,32,3,-32,8,1,2,32,2,-32,7,32,7,-32,12,32,12,33,2,79,
+    17,32,17,13,2,85,17,32,17,28,16,65,12,32,12,-24,12,32,12,-26,12,32,12,-26,12,32,12,103,5,32,5,
+    -32,2,32,2,-32,12,32,12,-32,1,32,1,1,6,196,5,32,5,322,5,1,5,-353,5,32,5,2,11,71,12,32,12,-28,
+    12,32,12,-28,23,32,23,379,5,1,5,-52,12,219,12,-552,12,3,2,71,2,32,2,2,36,78,1,32,1,87,2,32,2,
+    -31,2,32,2,-14,2,32,2,-183,13,32,13,-32,14,32,14,-28,13,32,13,-32,14,32,14,-28,13,32,13,-32,14,
+    32,14,-26,13,32,13,-32,14,32,14,-29,13,32,13,-32,14,32,14,-29,13,32,13,-32,14,32,14,-34,21,32,
+    21,-31,21,32,21,2,2,72,12,32,12,6,14,65,7,32,7,-28,22,32,22,113,5,32,5,-33,5,32,5,-166,7,32,7,
+    447,5,1,5,-470,5,32,5,268,-2,768,1,1,-1,787,0,1,776,-2,47,-1,697,9,-1,59,6,2,168,2,745,2,0,-1,
+    183,0,3,917,2,2,2,2,2,1,1,927,2,1,3,933,2,4,2,33,2,25,7,921,8,12,8,12,2,4,2,2,2,2,2,18,2,25,5,
+    953,8,12,8,-6,2,6,2,4,2,4,2,978,2,0,8,43,2,1045,1,0,8,1,1,1043,2,3,1,1030,8,4,3,1050,2,-2,1,11,
+    6,10,1,1048,6,31,1,1080,6,22,2,1077,1,0,8,1,1,1075,2,3,1,1110,8,4,3,1082,2,-2,1,11,6,23,2,1140,
+    13,1,13,73,2,1046,6,32,6,13,4,1040,6,32,6,-32,8,32,8,2,2,1045,6,32,6,2,6,1240,8,1,8,-195,8,32,
+    8,-31,8,32,8,2,6,1048,5,32,5,-32,8,32,8,-26,8,32,8,2,12,1256,8,1,8,-188,8,32,8,-42,5,32,5,-32,
+    8,32,8,-32,11,32,11,-28,8,32,8,2,2,1067,8,32,8,296,5,1575,39,0,40,33,40,-33,41,35,40,153,1,
+    1749,40,1,1,1729,40,16,1,1746,40,597,1,2344,42,7,1,2352,42,2,1,2355,42,35,8,2325,-42,1,-42,1,
+    -42,5,-42,5,-42,1,-42,9,-42,4,-42,107,2,2503,44,0,45,15,2,2465,-43,1,-43,1,1,2479,-43,83,1,
+    2610,-46,2,1,2616,-46,34,3,2582,-46,1,-46,5,-46,2,1,2603,-46,233,1,2887,49,2,2,2887,48,0,50,15,
+    2,2849,-47,1,-47,54,1,2962,52,53,3,3014,51,1,51,-1,52,123,1,3142,53,119,1,3263,55,6,2,3270,55,
+    0,56,1,2,3270,54,4,55,126,3,3398,57,1,57,-1,58,141,1,3545,59,1,3,3545,60,3,59,-3,61,356,1,3906,
+    -66,9,1,3916,-66,4,1,3921,-66,4,1,3926,-66,4,1,3931,-66,12,1,3904,-65,9,1,3953,-62,1,2,3953,
+    -63,65,-64,1,1,4019,-64,8,1,3953,-64,17,1,3986,-66,9,1,3996,-66,4,1,4001,-66,4,1,4006,-66,4,1,
+    4011,-66,12,1,3984,-65,108,1,4133,67,2783,1,6917,68,1,1,6919,68,1,1,6921,68,1,1,6923,68,1,1,
+    6925,68,3,1,6929,68,40,1,6970,68,1,1,6972,68,2,2,6974,68,1,68,1,1,6978,68,700,154,65,20,32,20,
+    -31,7,32,7,-32,18,32,18,-32,27,32,27,101,2,32,2,-163,7,32,7,-32,18,32,18,-32,27,32,27,-32,22,
+    32,22,-32,24,32,24,174,1,1,1,-1,2,1,2,-206,24,32,24,-32,26,32,26,451,6,1,6,-483,7,32,7,-31,5,
+    32,5,-31,7,32,7,-32,18,32,18,-32,8,32,8,-32,22,32,22,-32,25,32,25,-31,26,32,26,102,2,32,2,-164,
+    2,32,2,-32,18,32,18,-32,27,32,27,-31,18,32,18,7626,5,1,5,-7659,27,32,27,-32,24,32,24,-31,2,32,
+    2,-32,7,32,7,-32,18,32,18,-31,7,32,7,-32,18,32,18,-32,27,32,27,-32,24,32,24,103,2,32,2,-32,8,
+    32,8,87,1,1,1,-1,2,1,2,-253,2,32,2,-32,7,32,7,-30,7,32,7,-32,18,32,18,7656,5,1,5,-7689,27,32,
+    27,-31,7,32,7,-32,18,32,18,231,7,1,7,5,7,1,7,7425,7,1,7,-7695,7,32,7,-32,18,32,18,-32,27,32,27,
+    -32,24,32,24,-31,19,32,19,-32,26,32,26,-32,24,32,24,243,2,1,2,1,8,1,8,-277,4,32,4,-32,18,32,18,
+    -31,1,32,1,-32,2,32,2,-32,8,32,8,-32,7,32,7,-32,18,32,18,-31,7,32,7,-32,8,32,8,-31,7,32,7,-31,
+    3,32,3,-32,18,32,18,-32,27,32,27,-18,27,12,8,3,10,2,10,1,1,383,7,4,90,65,18,32,18,-32,9,32,9,
+    97,2,32,2,-32,1,32,1,-32,9,32,9,-32,4,32,4,7614,3,1,3,-7583,2,1,2,-1,1,1,1,-1,9,1,9,-1,4,1,4,
+    7581,6,1,6,-7772,18,32,18,-32,9,32,9,-32,4,32,4,101,2,32,2,-32,1,32,1,-32,9,32,9,-32,4,32,4,
+    7630,3,1,3,-7792,9,32,9,-32,18,32,18,-26,18,32,18,-32,9,32,9,101,2,32,2,-32,1,32,1,-32,9,32,9,
+    -32,4,32,4,7640,3,1,3,-7469,2,1,2,-1,1,1,1,-1,9,1,9,-1,4,1,4,-1,18,1,18,-332,18,32,18,-32,9,32,
+    9,314,2,1,2,-1,1,1,1,-1,9,1,9,-1,4,1,4,-1,18,1,18,-343,1,32,1,-32,18,32,18,-32,9,32,9,-32,4,32,
+    4,6,22,945,15,0,16,6991,1,1,1,-1,2,1,2,-1,29,1,29,-7024,15,0,16,7031,1,1,1,-1,2,1,2,-1,29,1,29,
+    -6996,15,0,16,7003,1,1,1,-1,2,1,2,2,6,917,15,0,16,7043,1,1,1,-1,2,1,2,2,38,951,15,0,16,7017,1,
+    1,1,-1,2,1,2,-1,29,1,29,-7050,15,0,16,7057,1,1,1,-1,2,1,2,-1,29,1,29,-7024,15,0,16,7031,1,1,1,
+    -1,2,1,2,-1,29,1,29,-7064,15,0,16,7071,1,1,1,-1,2,1,2,-1,29,1,29,-7034,15,0,16,7041,1,1,1,-1,2,
+    1,2,2,6,927,15,0,16,7081,1,1,1,-1,2,1,2,2,8,965,15,0,16,7051,1,1,1,-1,2,1,2,-1,29,1,29,1,1,933,
+    16,1,1,8025,1,1,1,8025,2,1,18,8025,29,-7056,15,0,16,7063,1,1,1,-1,2,1,2,-1,29,1,29,-7096,15,0,
+    16,7103,1,1,1,-1,2,1,2,-1,29,1,29,-7096,1,0,-1,940,0,1,949,1,0,-1,941,0,1,951,1,0,-1,942,0,1,
+    953,1,0,-1,943,0,1,959,1,0,-1,972,0,1,965,1,0,-1,973,0,1,969,1,0,-1,974,2,53,7936,30,1,30,1,30,
+    1,30,1,30,1,30,1,30,1,30,1,30,1,30,1,30,1,30,1,30,1,30,1,30,1,30,17,30,1,30,1,30,1,30,1,30,1,
+    30,1,30,1,30,1,30,1,30,1,30,1,30,1,30,1,30,1,30,1,30,49,30,1,30,1,30,1,30,1,30,1,30,1,30,1,30,
+    1,30,1,30,1,30,1,30,1,30,1,30,1,30,1,30,-7102,6,0,5,7103,30,-7103,30,-5,30,1,5,945,29,7173,30,
+    -7205,6,0,5,0,1,0,-1,902,0,1,913,30,1,-1,953,2,4,168,29,7884,30,-7101,30,-9,30,1,3,951,29,7183,
+    30,-7217,1,0,-1,904,0,1,919,1,0,-1,905,0,7,919,30,7208,1,0,2,0,29,-7174,6,0,5,17,1,0,-1,912,2,
+    5,953,29,17,29,-49,6,0,5,0,1,0,-1,906,1,6,8190,1,0,2,0,29,-7225,6,0,5,6,1,0,-1,944,0,7,961,15,
+    0,16,4,29,6,29,-38,6,0,5,0,1,0,-1,910,0,2,929,16,-761,1,0,-2,901,-805,2,3,8060,30,-7091,30,5,
+    30,1,3,969,29,7213,30,-7255,1,0,-1,908,0,1,937,1,0,-1,911,0,1,937,30,0,-1,180,2,-2,8194,1,292,
+    -1,937,3,-2,75,122,110,2,8592,28,2,28,18,1,8596,28,30,3,8656,28,4,28,-2,28,52,1,8707,28,4,1,
+    8712,28,2,1,8715,28,23,1,8739,28,1,1,8741,28,26,1,8764,28,2,1,8771,28,2,1,8773,28,1,1,8776,28,
+    22,1,61,28,1,1,8801,28,10,5,8781,28,-8721,28,2,28,8742,28,1,28,2,2,8818,28,1,28,2,2,8822,28,1,
+    28,6,2,8826,28,1,28,2,2,8834,28,1,28,2,2,8838,28,1,28,34,4,8866,28,6,28,1,28,2,28,48,4,8828,28,
+    1,28,20,28,1,28,6,4,8882,28,1,28,1,28,1,28,59,-2,12296,1,1969,1,10973,-28,1391,1,12363,69,1,1,
+    12365,69,1,1,12367,69,1,1,12369,69,1,1,12371,69,1,1,12373,69,1,1,12375,69,1,1,12377,69,1,1,
+    12379,69,1,1,12381,69,1,1,12383,69,1,1,12385,69,2,1,12388,69,1,1,12390,69,1,1,12392,69,6,2,
+    12399,69,0,70,1,2,12402,69,0,70,1,2,12405,69,0,70,1,2,12408,69,0,70,1,2,12411,69,0,70,22,1,
+    12358,69,9,1,12445,69,13,1,12459,69,1,1,12461,69,1,1,12463,69,1,1,12465,69,1,1,12467,69,1,1,
+    12469,69,1,1,12471,69,1,1,12473,69,1,1,12475,69,1,1,12477,69,1,1,12479,69,1,1,12481,69,2,1,
+    12484,69,1,1,12486,69,1,1,12488,69,6,2,12495,69,0,70,1,2,12498,69,0,70,1,2,12501,69,0,70,1,2,
+    12504,69,0,70,1,2,12507,69,0,70,22,1,12454,69,2,4,12527,69,1,69,1,69,1,69,3,1,12541,69,51201,
+    -270,35912,-9556,10198,-514,-7671,-8351,1459,19383,0,-17995,14464,-15434,961,2222,5235,2332,
+    1722,379,318,1943,-9869,793,958,773,4191,3373,2183,-19311,1267,6031,1815,5138,6129,-16590,4763,
+    5602,919,-9883,7951,1607,-10581,2125,1619,1426,7634,-16712,561,295,4582,1551,1853,1239,2330,
+    1541,86,1939,2371,1085,651,-9582,243,1057,1577,3899,2939,-5033,-12791,1573,7516,1054,-3612,
+    1640,5112,2613,-15903,906,3505,967,309,3616,264,6164,-17273,11705,-11951,-16,10320,930,1587,
+    4740,-2805,-10417,1843,8444,-15557,3502,1067,4981,489,-8793,9700,-10556,4074,-4508,7871,-1876,
+    6058,-10591,1179,7843,3400,1633,-7920,9206,-9000,-2442,8167,-8005,4549,-9911,699,96,5816,5222,
+    1416,2147,1789,-16090,333,1329,1401,1753,2617,2348,7299,1213,1069,55,-19507,5163,1201,9195,
+    -12526,796,112,666,2697,550,832,1345,1066,635,3767,-2616,2869,807,-16691,140,538,7179,6138,488,
+    -11233,300,902,2099,4240,-2249,-9361,2069,1262,467,610,5014,183,2865,172,4590,1218,82,208,
+    -18573,10787,6150,1284,-13783,-4699,596,2836,81,2394,1129,1996,1140,3770,2944,3857,-14597,
+    12198,-17317,5362,120,1358,347,1389,336,786,1189,6990,-18161,4289,13386,-17997,3310,4305,8512,
+    -12191,441,1747,2928,8959,-17501,486,2134,2478,315,346,1085,1825,476,2455,2390,18,2283,1302,
+    -17315,7035,-6813,7603,712,4450,4265,1460,584,-14088,1588,5149,-1821,85,370,-2514,-551,6847,
+    -15512,13430,-12540,-51,3231,1069,6659,-8529,4505,-1642,10375,-1775,3585,-3266,-10936,-3475,
+    1152,2,-1,22618,1,-1,26228,2,-10,20958,8524,928,626,34,7,42,7623,-6808,767,1,-1,34322,1,-1,
+    35576,2,-2,36920,197,3,-68,39151,13,44,1164,-3286,1497,-18185,313,102,380,27,109,588,105,98,
+    472,104,956,10,1062,212,38,100,861,147,175,500,1266,163,264,588,189,503,1135,173,11,-1,8,6,7,
+    48,1,178,65,319,564,21,56,305,147,488,140,0,478,1209,134,363,56,410,53,686,130,1707,284,60,
+    -14278,123513,-114902,2,-106,20006,911,-77,-488,453,59,327,51,675,-72,68,73,632,89,145,16,270,
+    198,938,7,144,68,299,118,-70,134,-46,146,66,400,88,54,260,286,163,4,59,1059,65,391,410,-16,87,
+    252,336,1593,-1394,122,123,327,149,53,226,2,171,17,25,86,-10,396,485,271,187,224,153,330,199,
+    845,157,906,456,69,16,297,57,-45,54,-3,-17,76,81,382,560,314,295,221,1030,103,115,133,36,12,48,
+    727,1162,100526,-6,2961,-129080,1147,33,135696,2695,8707,-122768,75,67,1,1497,-31,1,1,1522,-32,
+    10,13,1513,-37,0,-38,62816,-37,0,-38,-62841,-32,0,-33,0,-35,1,-35,1,-35,1,-35,1,-35,1,-35,1,
+    -35,1,5,1496,-35,1,-35,1,-35,1,-35,1,-35,1,1,1502,-35,1,2,1504,-35,1,-35,1,2,1507,-35,1,-35,1,
+    9,1510,-35,1,-35,1,-35,1,-35,1,-35,-21,-34,-4,-36,10,-36,9,-36,5451,1,69785,71,1,1,69787,71,14,
+    1,69797,71,130,2,69937,72,1,72,539,2,70471,73,0,74,366,2,70841,76,0,75,1,1,70841,77,251,2,
+    71096,78,1,78,892,1,71989,79,47141,7,119127,-80,1,-80,7,-81,0,-82,0,-83,0,-84,0,-85,86,6,
+    119225,-80,1,-80,1,-81,1,-81,-1,-82,1,-82,75327,-542,20029,-5,9,111329,-111042,78,13,71,120,31,
+    78,-24,-7217,119196,-111853,7,16,19,111525,-118883,7342,38,111550,-111540,13,-728,736,9,147498,
+    -147434,14,-7460,7516,11,44,5,-7522,7602,2,27,22,11,1,17,50,8,9,25,10,2,0,0,112301,-104892,
+    -7334,21,112516,-112504,6,21,152,-102,16,32,58,84,26,67,16,33,0,21,18,8,15,340,-272,273,-198,
+    35,-1133,1767,-288,38,25,-130,167,-1,123,113720,-113650,5,15,20,8,64,113990,66,-113918,47,12,
+    -79,142,-9080,14,9228,54,0,114314,-114181,21,15,12,114469,-114457,7,845,-817,-9377,9439,14,82,
+    -51,115031,-114849,114851,-114808,-3,17,101,1,-9651,9678,43,21,44,-9735,125217,-125191,9780,3,
+    3,20,148680,-148628,115763,0,-106800,-8927,0,-9819,129521,12066,-131704,9,-9864,9911,51,10,34,
+    136,-10055,-30,10104,116288,-116237,129,4,2,-2,46,20,36,-14,11,47,20,4,26,11,66,84,35,124,
+    116668,-116687,-65,108,27,97,116749,-116687,-93,-28,-10619,10811,21,31,-38,-10763,10979,29,
+    117406,-117287,277,-175,-11056,11128,-11145,-36,5806,3,5483,-100,6673,-15572,9022,4,6,61,-11,
+    117872,-129146,11441,-117,205,51,117736,-117727,-111,245,-11639,11685,97,71,190,117755,-117704,
+    -11971,12041,118150,-118099,-12038,12068,45,27,1,118482,-7554,7663,-118444,118894,-118781,14,
+    -102,175,40,57,-54,40,15,13,118681,-118762,251,63,-12603,12696,-4,118794,-119000,373,118768,48,
+    -118728,115,-27,-3,-12933,12980,51,-6,54,103544,-103392,119070,-118983,119311,-119171,13,27,
+    119736,-119688,21,119968,223,-119962,17,-13535,13561,-13549,0,13711,21,21,20,69,-13743,13833,
+    120594,-120568,120660,-120610,109615,-109455,121233,23,140,-135240,12,14060,121343,-1,39,26,
+    -121365,1,0,43,-14097,14162,-14149,80,136071,-121807,62,64,-14313,136515,-122064,122180,43,
+    -122166,92,-14524,14609,10,5,122669,299,0,-122809,-14572,137641,-122853,3,-14754,137817,
+    -122798,-14898,14920,-5,29,123526,-123427,-14946,15046,59,67,-15121,138996,31,-138990,139136,
+    -123743,123844,-123817,101,11,124117,73,-124099,124232,-124216,111343,-126858,15581,81,-15608,
+    15667,-9865,134386,14,-13346,9,-111003,3,3482,-19251,15910,-6,18,-12266,12286,2,10,41,125014,
+    -125015,56,70,74,-138,154,42,112,-260,119,2,16,125018,309,-150,-141226,16326,2,35,126644,
+    -126566,125384,-141775,4,141904,289,-142183,16613,12,11,2,64,-33,134,-44,151,-81,67,27,-16815,
+    16906,32,-16904,16999,3,126468,-126352,7,-17065,17093,-21567,148467,184,-144040,9,17369,77,157,
+    203,127059,-126973,22,90,92,127416,-30507,-96825,-15,52,97006,-96778,100,128666,27,-128345,93,
+    32,128541,-128531,285,159,1,-92,381,28,128997,-128623,-19446,19490,128960,-148369,19677,-14609,
+    14705,129570,213,-149420,8,19818,130090,-149848,149988,-130187,0,30,130445,-130260,-19887,
+    19958,126,27,60,-20016,151394,-131102,302,189,-20527,31,20602,131943,-152534,152589,265,131,
+    -132054,-20837,20899,5,7,10,7,37,132805};
+/* unicode tables: end */
+
+/* The tables are read as they lie: a lookup walks the runs. Prompts are short, and most of their
+ * characters are ASCII, which never comes here. */
+
+enum { SDQ__TOK_OTHER = 0, SDQ__TOK_LETTER, SDQ__TOK_NUMBER, SDQ__TOK_SPACE };
+
+static int sdq__tok_class(uint32_t c) {
+    uint32_t at = 0;
+    size_t i;
+    for (i = 0; i < SDQ__COUNT(sdq__tok_u_class); i++) {
+        at += (uint32_t)sdq__tok_u_class[i] / 4;
+        if (c < at) return (int)(sdq__tok_u_class[i] % 4);
+    }
+    return SDQ__TOK_OTHER;
+}
+
+/* Canonical combining class: 0 for everything that starts a character. */
+static uint32_t sdq__tok_ccc(uint32_t c) {
+    uint32_t at = 0;
+    size_t i;
+    for (i = 0; i < SDQ__COUNT(sdq__tok_u_ccc) && at <= c; i += 3) {
+        at += (uint32_t)sdq__tok_u_ccc[i];
+        if (c < at) return 0;
+        at += (uint32_t)sdq__tok_u_ccc[i + 1];
+        if (c < at) return (uint32_t)sdq__tok_u_ccc[i + 2];
+    }
+    return 0;
+}
+
+static uint32_t sdq__tok_lower(uint32_t c) {
+    uint32_t at = 0, n, step;
+    size_t i;
+    if (c < 128) return c >= 'A' && c <= 'Z' ? c + 32 : c;
+    for (i = 0; i < SDQ__COUNT(sdq__tok_u_lower); i += 4) {
+        at += (uint32_t)sdq__tok_u_lower[i];
+        n = (uint32_t)sdq__tok_u_lower[i + 1];
+        step = (uint32_t)sdq__tok_u_lower[i + 2];
+        if (c < at) return c;
+        if ((c - at) % step == 0 && (c - at) / step < n)
+            return (uint32_t)((int32_t)c + sdq__tok_u_lower[i + 3]);
+        at += (n - 1) * step;
+    }
+    return c;
+}
+
+static uint32_t sdq__tok_mark(size_t index) {
+    uint32_t c = 0;
+    size_t i;
+    for (i = 0; i <= index; i++) c += (uint32_t)sdq__tok_u_marks[i];
+    return c;
+}
+
+/* One level of canonical decomposition: c -> *a, *b (0 for a singleton). 0 when c has none. */
+static int sdq__tok_split(uint32_t c, uint32_t *a, uint32_t *b) {
+    uint32_t at = 0, n, k;
+    size_t i = 0;
+    while (i < SDQ__COUNT(sdq__tok_u_decomp)) {
+        const int32_t *run = sdq__tok_u_decomp + i + 2;
+        const int single = run[-1] < 0;
+        int32_t first = 0;
+        at += (uint32_t)run[-2];
+        n = (uint32_t)(single ? -run[-1] : run[-1]);
+        if (c < at) return 0;
+        if (c < at + n) {
+            for (k = 0; k <= c - at; k++) first += run[single ? k : 2 * k];
+            *a = (uint32_t)first;
+            *b = single ? 0 : sdq__tok_mark((size_t)abs(run[2 * (c - at) + 1]) - 1);
+            return 1;
+        }
+        at += n;
+        i += 2 + (size_t)n * (single ? 1 : 2);
+    }
+    return 0;
+}
+
+/* The primary composite of a and b, 0 when there is none. */
+static uint32_t sdq__tok_join(uint32_t a, uint32_t b) {
+    uint32_t mark = 0, at = 0;
+    int32_t want = 0;
+    size_t i, k;
+    if (a >= 0x1100u && a < 0x1113u && b >= 0x1161u && b < 0x1176u)        /* Hangul L + V */
+        return 0xac00u + ((a - 0x1100u) * 21 + (b - 0x1161u)) * 28;
+    if (a >= 0xac00u && a < 0xd7a4u && (a - 0xac00u) % 28 == 0 && b > 0x11a7u && b < 0x11c3u)
+        return a + (b - 0x11a7u);                                          /* LV + T */
+    for (i = 0; i < SDQ__COUNT(sdq__tok_u_marks) && !want; i++) {
+        mark += (uint32_t)sdq__tok_u_marks[i];
+        if (mark == b) want = (int32_t)i + 1;
+    }
+    if (!want) return 0;
+    for (i = 0; i < SDQ__COUNT(sdq__tok_u_decomp);) {
+        const int32_t *run = sdq__tok_u_decomp + i + 2;
+        const int single = run[-1] < 0;
+        const size_t n = (size_t)(single ? -run[-1] : run[-1]);
+        int32_t first = 0;
+        at += (uint32_t)run[-2];
+        for (k = 0; k < n && !single; k++) {
+            first += run[2 * k];
+            if ((uint32_t)first == a && run[2 * k + 1] == want) return at + (uint32_t)k;
+        }
+        at += (uint32_t)n;
+        i += 2 + n * (single ? 1 : 2);
+    }
+    return 0;
+}
+
+/* --- normalisation --- */
+
+/* Characters as class << 53 | position << 21 | code point: sorting them as numbers is the stable
+ * sort by combining class that normalisation asks for. */
+typedef struct sdq__tok_chars { uint64_t *c; size_t n, cap; } sdq__tok_chars;
+
+#define SDQ__TOK_CODE(x) ((uint32_t)((x) & 0x1fffffu))
+#define SDQ__TOK_CLASS(x) ((uint32_t)((x) >> 53))
+
+static int sdq__tok_push(sdq_ctx *ctx, sdq__tok_chars *t, uint32_t c) {
+    const uint64_t ccc = c < 0x300 ? 0 : sdq__tok_ccc(c);
+    if (!sdq__grow(ctx, (void **)(void *)&t->c, &t->cap, t->n + 1, sizeof *t->c)) return 0;
+    t->c[t->n] = (ccc << 53) | ((uint64_t)t->n << 21) | c;
+    t->n++;
+    return 1;
+}
+
+/* Append the full canonical decomposition: first parts decompose again, second parts never do. */
+static int sdq__tok_decompose(sdq_ctx *ctx, sdq__tok_chars *t, uint32_t c) {
+    uint32_t second[8], b;
+    size_t n = 0;
+    if (c >= 0xac00u && c < 0xd7a4u) {                      /* Hangul: L, V and perhaps T */
+        const uint32_t s = c - 0xac00u;
+        if (!sdq__tok_push(ctx, t, 0x1100u + s / 588) ||
+            !sdq__tok_push(ctx, t, 0x1161u + s % 588 / 28)) return 0;
+        return s % 28 == 0 || sdq__tok_push(ctx, t, 0x11a7u + s % 28);
+    }
+    while (c >= 0xc0 && n < SDQ__COUNT(second) && sdq__tok_split(c, &c, &b))
+        if (b) second[n++] = b;
+    if (!sdq__tok_push(ctx, t, c)) return 0;
+    while (n) if (!sdq__tok_push(ctx, t, second[--n])) return 0;
+    return 1;
+}
+
+static int sdq__tok_by_number(const void *a, const void *b) {
+    const uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return x < y ? -1 : x > y;
+}
+
+/* Sort every run of combining characters by class (Unicode 3.11, D109). */
+static void sdq__tok_reorder(sdq__tok_chars *t) {
+    size_t i = 0, end;
+    while (i < t->n) {
+        for (end = i; end < t->n && SDQ__TOK_CLASS(t->c[end]); end++) {}
+        if (end - i > 1) qsort(t->c + i, end - i, sizeof *t->c, sdq__tok_by_number);
+        i = end + 1;
+    }
+}
+
+/* Join each character with the last starter unless one of the same or a higher class is between
+ * (Unicode 3.11, D117). */
+static void sdq__tok_compose(sdq__tok_chars *t) {
+    size_t i, n = 0, starter = SIZE_MAX;
+    for (i = 0; i < t->n; i++) {
+        const uint64_t c = t->c[i];
+        const int blocked = starter == SIZE_MAX || (n - 1 != starter &&
+                            SDQ__TOK_CLASS(t->c[n - 1]) >= SDQ__TOK_CLASS(c));
+        const uint32_t both = blocked || SDQ__TOK_CODE(c) < 0x300 ? 0
+                            : sdq__tok_join(SDQ__TOK_CODE(t->c[starter]), SDQ__TOK_CODE(c));
+        if (both) { t->c[starter] = both; continue; }
+        if (SDQ__TOK_CLASS(c) == 0) starter = n;
+        t->c[n++] = c;
+    }
+    t->n = n;
+}
+
+/* NFC and lower case, as UTF-8; bytes that are none become U+FFFD. Rust's to_lowercase, which the
+ * reference uses, knows one letter that becomes two: U+0130. */
+static sdq_status sdq__tok_normalise(sdq_ctx *ctx, const char *text, sdq__str *out) {
+    const char *p = text, *end = text + strlen(text);
+    sdq__tok_chars t;
+    char utf8[4];
+    size_t i;
+    sdq_status st = SDQ_ERR_OOM;
+    memset(&t, 0, sizeof t);
+    if ((size_t)(end - p) > SDQ__TOK_TEXT)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "a prompt of %zu bytes; at most 2^20 are allowed",
+                         (size_t)(end - p));
+    while (p < end) {
+        uint32_t c = 0xfffdu;
+        const size_t n = sdq__js_utf8(p, end, &c);
+        if (!sdq__tok_decompose(ctx, &t, c)) goto done;
+        p += n ? n : 1;
+    }
+    sdq__tok_reorder(&t);
+    sdq__tok_compose(&t);
+    for (i = 0; i < t.n; i++) {
+        const uint32_t c = SDQ__TOK_CODE(t.c[i]);
+        if (c == 0x130) sdq__str_add(ctx, out, "i\xcc\x87", 3);
+        else sdq__str_add(ctx, out, utf8, sdq__js_put_utf8(utf8, sdq__tok_lower(c)));
+    }
+    if (!out->bad) st = SDQ_OK;
+done:
+    sdq__free(ctx, t.c);
+    return st;
+}
+
+/* --- vocabulary --- */
+
+typedef struct sdq__tok_merge { uint64_t pair; int32_t rank, id; } sdq__tok_merge;
+typedef struct sdq__tok_special { char *text; size_t len; int32_t id; } sdq__tok_special;
+
+#define SDQ__TOK_EMPTY UINT64_MAX
+
+struct sdq_tokenizer {
+    int32_t byte[256], last[256];       /* ids of a byte, inside and at the end of a word; -1 */
+    sdq__tok_merge *merges;             /* hash table */
+    size_t mask;
+    sdq__tok_special *specials;
+    size_t special_count, special_cap;
+    int32_t start, end, pad, unknown;
+    size_t length, vocab;
+};
+
+static uint64_t sdq__tok_pair(int32_t a, int32_t b) {
+    return ((uint64_t)(uint32_t)a << 32) | (uint32_t)b;
+}
+
+/* The slot of a pair, or the empty one where it belongs. */
+static sdq__tok_merge *sdq__tok_slot(const sdq_tokenizer *t, uint64_t pair) {
+    uint64_t h = pair * UINT64_C(0x9e3779b97f4a7c15);       /* 2^64 / golden ratio */
+    h ^= h >> 32;
+    for (;; h++) {
+        sdq__tok_merge *m = &t->merges[h & t->mask];
+        if (m->pair == SDQ__TOK_EMPTY || m->pair == pair) return m;
+    }
+}
+
+static sdq_status sdq__tok_reserve(sdq_ctx *ctx, sdq_tokenizer *t, size_t merges) {
+    size_t slots = 16, i;
+    if (merges > SDQ__TOK_MERGES)
+        return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "a tokenizer with %zu merges; at most 2^18 can "
+                         "be read", merges);
+    while (slots < 2 * merges) slots *= 2;
+    t->merges = SDQ__NEW_N(ctx, sdq__tok_merge, slots);
+    if (!t->merges) return SDQ_ERR_OOM;
+    for (i = 0; i < slots; i++) t->merges[i].pair = SDQ__TOK_EMPTY;
+    t->mask = slots - 1;
+    return SDQ_OK;
+}
+
+/* A pair that is listed twice has its later rank, as in the reference. */
+static void sdq__tok_add_merge(sdq_tokenizer *t, int32_t a, int32_t b, size_t rank, int32_t id) {
+    sdq__tok_merge *m = sdq__tok_slot(t, sdq__tok_pair(a, b));
+    m->pair = sdq__tok_pair(a, b);
+    m->rank = (int32_t)rank;
+    m->id = id;
+}
+
+/* Token text -> id while a vocabulary is being read. The texts belong to the caller. */
+typedef struct sdq__tok_name { const char *s; size_t len; int32_t id; } sdq__tok_name;
+typedef struct sdq__tok_map { sdq__tok_name *slot; size_t mask; } sdq__tok_map;
+
+static sdq_status sdq__tok_map_make(sdq_ctx *ctx, sdq__tok_map *m, size_t names) {
+    size_t slots = 16;
+    while (slots < 2 * names) slots *= 2;
+    m->slot = SDQ__NEW_N(ctx, sdq__tok_name, slots);
+    m->mask = slots - 1;
+    return m->slot ? SDQ_OK : SDQ_ERR_OOM;
+}
+
+static sdq__tok_name *sdq__tok_map_slot(const sdq__tok_map *m, const char *s, size_t len) {
+    uint64_t h = sdq__js_hash(s, len, 0);
+    for (;; h++) {
+        sdq__tok_name *n = &m->slot[h & m->mask];
+        if (!n->s || (n->len == len && memcmp(n->s, s, len) == 0)) return n;
+    }
+}
+
+static void sdq__tok_map_add(sdq__tok_map *m, const char *s, size_t len, int32_t id) {
+    sdq__tok_name *n = sdq__tok_map_slot(m, s, len);
+    if (n->s) return;
+    n->s = s;
+    n->len = len;
+    n->id = id;
+}
+
+static int32_t sdq__tok_map_find(const sdq__tok_map *m, const char *s, size_t len) {
+    const sdq__tok_name *n = sdq__tok_map_slot(m, s, len);
+    return n->s ? n->id : -1;
+}
+
+/* GPT-2's alphabet: printable Latin-1 bytes stand for themselves, the others for U+0100 on, in
+ * order. Ids 0..255 list the printable ones first. */
+static int sdq__tok_printable(unsigned b) {
+    return (b >= 33 && b <= 126) || (b >= 161 && b <= 172) || b >= 174;
+}
+
+/* order[i]: the byte of id i; sign[b]: the character of byte b. */
+static void sdq__tok_alphabet(unsigned char *order, uint32_t *sign) {
+    unsigned b, n = 0, other = 0;
+    for (b = 0; b < 256; b++) if (sdq__tok_printable(b)) order[n++] = (unsigned char)b;
+    for (b = 0; b < 256; b++) if (!sdq__tok_printable(b)) order[n++] = (unsigned char)b;
+    for (b = 0; b < 256; b++) sign[b] = sdq__tok_printable(b) ? b : 256 + other++;
+}
+
+/* Recognise `text`, normalised, as the token of that id wherever it stands. */
+static sdq_status sdq__tok_add_special(sdq_ctx *ctx, sdq_tokenizer *t, const char *text,
+                                       int32_t id) {
+    sdq__str s;
+    sdq_status st;
+    size_t i;
+    memset(&s, 0, sizeof s);
+    st = sdq__tok_normalise(ctx, text, &s);
+    if (st == SDQ_OK && !sdq__grow(ctx, (void **)(void *)&t->specials, &t->special_cap,
+                                   t->special_count + 1, sizeof *t->specials)) st = SDQ_ERR_OOM;
+    for (i = 0; i < t->special_count && st == SDQ_OK && s.len; i++)
+        if (strcmp(t->specials[i].text, s.s) == 0) { sdq__str_free(ctx, &s); return SDQ_OK; }
+    if (st != SDQ_OK || !s.len) { sdq__str_free(ctx, &s); return st; }
+    t->specials[t->special_count].text = s.s;
+    t->specials[t->special_count].len = s.len;
+    t->specials[t->special_count++].id = id;
+    return SDQ_OK;
+}
+
+SDQ_API void sdq_tokenizer_free(sdq_ctx *ctx, sdq_tokenizer *t) {
+    size_t i;
+    if (!t) return;
+    for (i = 0; i < t->special_count; i++) sdq__free(ctx, t->specials[i].text);
+    sdq__free(ctx, t->specials);
+    sdq__free(ctx, t->merges);
+    sdq__free(ctx, t);
+}
+
+/* The texts that a vocabulary is made from. */
+typedef struct sdq__tok_source {
+    const char *what;               /* names the merges in error sentences */
+    const char *word_end;
+    sdq__tok_map map;
+    char *pool;                     /* room for the texts of joined tokens */
+    int numbered;                   /* ids follow from the order; else they are in the map */
+} sdq__tok_source;
+
+/* The text of a byte's symbol, with `tail` behind it: returns its length. */
+static size_t sdq__tok_symbol(char *out, uint32_t sign, const char *tail) {
+    const size_t n = sdq__js_put_utf8(out, sign), m = strlen(tail);
+    if (m) memcpy(out + n, tail, m);
+    return n + m;
+}
+
+/* Enter the 256 bytes and the 256 bytes at a word's end under ids 0..511. */
+static void sdq__tok_number_bytes(sdq__tok_source *s) {
+    unsigned char order[256];
+    uint32_t sign[256];
+    int32_t i;
+    sdq__tok_alphabet(order, sign);
+    for (i = 0; i < 512; i++) {
+        const size_t n = sdq__tok_symbol(s->pool, sign[order[i & 255]], i < 256 ? "" : s->word_end);
+        sdq__tok_map_add(&s->map, s->pool, n, i);
+        s->pool += n;
+    }
+}
+
+/* Look the bytes' ids up. The pool has room for one symbol. */
+static void sdq__tok_find_bytes(sdq_tokenizer *t, const sdq__tok_source *s) {
+    unsigned char order[256];
+    uint32_t sign[256];
+    unsigned b;
+    sdq__tok_alphabet(order, sign);
+    for (b = 0; b < 256; b++) {
+        t->byte[b] = sdq__tok_map_find(&s->map, s->pool, sdq__tok_symbol(s->pool, sign[b], ""));
+        t->last[b] = sdq__tok_map_find(&s->map, s->pool,
+                                       sdq__tok_symbol(s->pool, sign[b], s->word_end));
+    }
+}
+
+static int sdq__tok_is_version(const char *line, const char *stop) {
+    for (; stop - line >= 8; line++) if (memcmp(line, "#version", 8) == 0) return 1;
+    return 0;
+}
+
+/* One line "a b": find both, join them, find or number the result. */
+static sdq_status sdq__tok_read_merge(sdq_ctx *ctx, sdq_tokenizer *t, sdq__tok_source *s,
+                                      const char *line, const char *stop, size_t rank) {
+    const char *space = (const char *)memchr(line, ' ', (size_t)(stop - line)), *b;
+    size_t na, nb;
+    int32_t ia, ib, id;
+    if (!space || memchr(space + 1, ' ', (size_t)(stop - space - 1)))
+        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: merge %zu is not two symbols", s->what,
+                         rank + 1);
+    b = space + 1;
+    na = (size_t)(space - line);
+    nb = (size_t)(stop - b);
+    memcpy(s->pool, line, na);
+    memcpy(s->pool + na, b, nb);
+    if (s->numbered) sdq__tok_map_add(&s->map, s->pool, na + nb, (int32_t)(512 + rank));
+    ia = sdq__tok_map_find(&s->map, line, na);
+    ib = sdq__tok_map_find(&s->map, b, nb);
+    id = sdq__tok_map_find(&s->map, s->pool, na + nb);
+    if (ia < 0 || ib < 0 || id < 0)
+        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: merge %zu names a token that is not in the "
+                         "vocabulary", s->what, rank + 1);
+    if (s->numbered) s->pool += na + nb;
+    sdq__tok_add_merge(t, ia, ib, rank, id);
+    return SDQ_OK;
+}
+
+/* All merges of a text; *count receives how many. A first line may name the version. */
+static sdq_status sdq__tok_read_merges(sdq_ctx *ctx, sdq_tokenizer *t, sdq__tok_source *s,
+                                       const char *text, size_t bytes, size_t *count) {
+    const char *p = text, *end = text + bytes;
+    *count = 0;
+    while (p < end) {
+        const char *line = p, *stop = (const char *)memchr(p, '\n', (size_t)(end - p));
+        if (!stop) stop = end;
+        p = stop < end ? stop + 1 : end;
+        if (stop > line && stop[-1] == '\r') stop--;
+        if (stop == line || (line == text && sdq__tok_is_version(line, stop))) continue;
+        SDQ__TRY(sdq__tok_read_merge(ctx, t, s, line, stop, (*count)++));
+    }
+    return SDQ_OK;
+}
+
+static size_t sdq__tok_count_lines(const char *text, size_t bytes) {
+    size_t i, n = 1;
+    for (i = 0; i < bytes; i++) n += text[i] == '\n';
+    return n;
+}
+
+/* --- from memory --- */
+
+/* The packed form that tools/clip_vocab.py writes: this mark, then for each merge the ids of its
+ * two parts, three digits of base 64 each, the high one first; other characters do not count. */
+#define SDQ__TOK_PACKED "#sdq-merges-64"
+
+static int sdq__tok_digit(char c) {
+    if (c >= 'A' && c <= 'Z') return c - 'A';
+    if (c >= 'a' && c <= 'z') return c - 'a' + 26;
+    if (c >= '0' && c <= '9') return c - '0' + 52;
+    return c == '+' ? 62 : c == '/' ? 63 : -1;
+}
+
+static sdq_status sdq__tok_unpack(sdq_ctx *ctx, sdq_tokenizer *t, const char *text, size_t bytes,
+                                  size_t *count) {
+    unsigned char order[256];
+    uint32_t sign[256], pair[2] = {0, 0};
+    size_t i = strlen(SDQ__TOK_PACKED), digits = 0, n = 0;
+    SDQ__TRY(sdq__tok_reserve(ctx, t, bytes / 6));
+    for (; i < bytes; i++) {
+        const int d = sdq__tok_digit(text[i]);
+        if (d < 0) continue;
+        pair[digits / 3] = pair[digits / 3] * 64 + (uint32_t)d;
+        if (++digits < 6) continue;
+        if (pair[0] >= 512 + n || pair[1] >= 512 + n)
+            return sdq__fail(ctx, SDQ_ERR_FORMAT, "packed merges: merge %zu joins later tokens",
+                             n + 1);
+        sdq__tok_add_merge(t, (int32_t)pair[0], (int32_t)pair[1], n, (int32_t)(512 + n));
+        n++;
+        pair[0] = pair[1] = 0;
+        digits = 0;
+    }
+    if (digits) return sdq__fail(ctx, SDQ_ERR_FORMAT, "packed merges: the last one is cut off");
+    sdq__tok_alphabet(order, sign);
+    for (i = 0; i < 256; i++) {
+        t->byte[order[i]] = (int32_t)i;
+        t->last[order[i]] = (int32_t)i + 256;
+    }
+    *count = n;
+    return SDQ_OK;
+}
+
+static sdq_status sdq__tok_number(sdq_ctx *ctx, sdq_tokenizer *t, const char *text, size_t bytes,
+                                  const char *word_end, size_t *count) {
+    const size_t lines = sdq__tok_count_lines(text, bytes);
+    sdq__tok_source s;
+    char *pool = NULL;
+    sdq_status st;
+    memset(&s, 0, sizeof s);
+    s.what = "merges";
+    s.word_end = word_end;
+    s.numbered = 1;
+    SDQ__TRY(sdq__tok_reserve(ctx, t, lines));
+    SDQ__TRY(sdq__tok_map_make(ctx, &s.map, lines + 512));
+    st = SDQ_ERR_OOM;
+    if (strlen(word_end) > 64 || bytes > SIZE_MAX / 2) {
+        st = sdq__fail(ctx, SDQ_ERR_ARGUMENT, "the mark of a word's end is longer than 64 bytes");
+        goto done;
+    }
+    /* 512 symbols of at most 2 + 64 bytes, every merge less than its line, one symbol to look up */
+    pool = s.pool = SDQ__NEW_N(ctx, char, bytes + 513 * (2 + strlen(word_end)) + 1);
+    if (!pool) goto done;
+    sdq__tok_number_bytes(&s);
+    SDQ__TRY_DONE(sdq__tok_read_merges(ctx, t, &s, text, bytes, count));
+    sdq__tok_find_bytes(t, &s);
+done:
+    sdq__free(ctx, pool);
+    sdq__free(ctx, s.map.slot);
+    return st;
+}
+
+/* The pad token of a numbered vocabulary: start, end, or one byte. */
+static int32_t sdq__tok_pad_id(const sdq_tokenizer *t, const char *pad, const char *start,
+                               const char *end) {
+    if (!pad || strcmp(pad, end) == 0) return t->end;
+    if (strcmp(pad, start) == 0) return t->start;
+    return pad[0] && !pad[1] ? t->byte[(unsigned char)pad[0]] : -1;
+}
+
+static sdq_status sdq__tok_create(sdq_ctx *ctx, sdq_tokenizer *t, const char *merges, size_t bytes,
+                                  const sdq_tokenizer_desc *d) {
+    const char *start = d->start ? d->start : "<|startoftext|>";
+    const char *end = d->end ? d->end : "<|endoftext|>";
+    const size_t mark = strlen(SDQ__TOK_PACKED);
+    size_t n = 0;
+    t->length = d->max_length ? d->max_length : 77;
+    if (t->length < 2 || t->length > 65536)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "max_length %zu: 2..65536 are allowed", t->length);
+    if (bytes >= mark && memcmp(merges, SDQ__TOK_PACKED, mark) == 0)
+        SDQ__TRY(sdq__tok_unpack(ctx, t, merges, bytes, &n));
+    else
+        SDQ__TRY(sdq__tok_number(ctx, t, merges, bytes, d->word_end ? d->word_end : "</w>", &n));
+    t->vocab = 512 + n + 2;
+    t->start = (int32_t)t->vocab - 2;
+    t->end = t->unknown = (int32_t)t->vocab - 1;
+    t->pad = sdq__tok_pad_id(t, d->pad, start, end);
+    if (t->pad < 0)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "the pad token must be start, end or one byte");
+    SDQ__TRY(sdq__tok_add_special(ctx, t, start, t->start));
+    SDQ__TRY(sdq__tok_add_special(ctx, t, end, t->end));
+    return d->pad ? sdq__tok_add_special(ctx, t, d->pad, t->pad) : SDQ_OK;
+}
+
+SDQ_API sdq_status sdq_tokenizer_create(sdq_ctx *ctx, const char *merges, size_t bytes,
+                                        const sdq_tokenizer_desc *desc, sdq_tokenizer **out) {
+    sdq_tokenizer *t = SDQ__NEW(ctx, sdq_tokenizer);
+    sdq_tokenizer_desc d;
+    sdq_status st;
+    *out = NULL;
+    if (!t) return SDQ_ERR_OOM;
+    memset(&d, 0, sizeof d);
+    if (desc) d = *desc;
+    st = sdq__tok_create(ctx, t, merges, bytes, &d);
+    if (st == SDQ_OK) *out = t;
+    else sdq_tokenizer_free(ctx, t);
+    return st;
+}
+
+/* --- from a folder --- */
+
+typedef struct sdq__tok_folder {
+    const char *path;
+    sdq__json *vocab, *config, *special;    /* the last two may be missing */
+    char *merges;
+    size_t bytes;
+} sdq__tok_folder;
+
+static sdq_status sdq__tok_open_json(sdq_ctx *ctx, const char *folder, const char *name,
+                                     int required, sdq__json **out) {
+    char *path = sdq__io_join(ctx, folder, "/", name);
+    sdq_status st = SDQ_ERR_OOM;
+    if (!path) return st;
+    if (required || sdq__io_exists(path)) st = sdq__js_load(ctx, path, out);
+    else st = SDQ_OK;
+    if (st == SDQ_OK && *out && (*out)->kind != SDQ__JS_OBJECT)
+        st = sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: is no JSON object", path);
+    sdq__free(ctx, path);
+    return st;
+}
+
+static sdq_status sdq__tok_open(sdq_ctx *ctx, sdq__tok_folder *f) {
+    char *path = sdq__io_join(ctx, f->path, "/", "merges.txt");
+    sdq_status st = SDQ_ERR_OOM;
+    if (!path) return st;
+    st = sdq__io_read(ctx, path, (size_t)1 << 27, &f->merges, &f->bytes);
+    sdq__free(ctx, path);
+    if (st != SDQ_OK) return st;
+    SDQ__TRY(sdq__tok_open_json(ctx, f->path, "vocab.json", 1, &f->vocab));
+    SDQ__TRY(sdq__tok_open_json(ctx, f->path, "tokenizer_config.json", 0, &f->config));
+    return sdq__tok_open_json(ctx, f->path, "special_tokens_map.json", 0, &f->special);
+}
+
+/* A member that is a string, or an object with "content". */
+static const char *sdq__tok_content(const sdq__json *obj, const char *key) {
+    const sdq__json *v = sdq__js_get(obj, key);
+    return v && v->kind == SDQ__JS_OBJECT ? sdq__js_string(v, "content", NULL)
+                                          : sdq__js_string(obj, key, NULL);
+}
+
+/* The text of a special token. The map of older versions wins unless the configuration lists its
+ * tokens with ids; that is transformers' order. */
+static const char *sdq__tok_special_text(const sdq__tok_folder *f, const char *key,
+                                         const char *def) {
+    const char *map = sdq__tok_content(f->special, key), *own = sdq__tok_content(f->config, key);
+    if (sdq__js_get(f->config, "added_tokens_decoder")) map = NULL;
+    return map ? map : own ? own : def;
+}
+
+static sdq_status sdq__tok_resolve(sdq_ctx *ctx, sdq_tokenizer *t, const sdq__tok_folder *f,
+                                   const sdq__tok_map *map, const char *key, const char *def,
+                                   int32_t *id) {
+    const char *text = sdq__tok_special_text(f, key, def);
+    *id = sdq__tok_map_find(map, text, strlen(text));
+    if (*id < 0)
+        return sdq__fail(ctx, SDQ_ERR_MISSING, "%s: %s '%s' is not in the vocabulary", f->path,
+                         key, text);
+    return sdq__tok_add_special(ctx, t, text, *id);
+}
+
+/* vocab.json and the tokens added to it -> the map. */
+static sdq_status sdq__tok_names(sdq_ctx *ctx, sdq_tokenizer *t, const sdq__tok_folder *f,
+                                 sdq__tok_map *map) {
+    const sdq__json *added = sdq__js_get(f->config, "added_tokens_decoder"), *v;
+    size_t id;
+    SDQ__TRY(sdq__tok_map_make(ctx, map, f->vocab->count + (added ? added->count : 0)));
+    for (v = f->vocab->child; v; v = v->next) {
+        if (!sdq__js_size(v, &id) || id >= SDQ__JSON_NODES)
+            return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s/vocab.json: the id of '%s' is none", f->path,
+                             v->key);
+        sdq__tok_map_add(map, v->key, strlen(v->key), (int32_t)id);
+        t->vocab = sdq__u_max(t->vocab, id + 1);
+    }
+    for (v = added ? added->child : NULL; v; v = v->next) {
+        const char *text = sdq__js_string(v, "content", NULL), *digit = v->key;
+        for (id = 0; *digit >= '0' && *digit <= '9' && id < SDQ__JSON_NODES; digit++)
+            id = id * 10 + (size_t)(*digit - '0');
+        if (!text || *digit || id >= SDQ__JSON_NODES)
+            return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s/tokenizer_config.json: added token '%s' has "
+                             "no content or no id", f->path, v->key);
+        sdq__tok_map_add(map, text, strlen(text), (int32_t)id);
+        t->vocab = sdq__u_max(t->vocab, id + 1);
+        SDQ__TRY(sdq__tok_add_special(ctx, t, text, (int32_t)id));
+    }
+    return SDQ_OK;
+}
+
+static sdq_status sdq__tok_build(sdq_ctx *ctx, sdq_tokenizer *t, const sdq__tok_folder *f,
+                                 sdq__tok_source *s) {
+    const double length = sdq__js_double(f->config, "model_max_length", 77);
+    size_t count;
+    t->length = length >= 2 && length <= 65536 ? (size_t)length : 77;   /* 1e30 means unknown */
+    SDQ__TRY(sdq__tok_names(ctx, t, f, &s->map));
+    SDQ__TRY(sdq__tok_reserve(ctx, t, sdq__tok_count_lines(f->merges, f->bytes)));
+    SDQ__TRY(sdq__tok_read_merges(ctx, t, s, f->merges, f->bytes, &count));
+    sdq__tok_find_bytes(t, s);
+    SDQ__TRY(sdq__tok_resolve(ctx, t, f, &s->map, "bos_token", "<|startoftext|>", &t->start));
+    SDQ__TRY(sdq__tok_resolve(ctx, t, f, &s->map, "eos_token", "<|endoftext|>", &t->end));
+    SDQ__TRY(sdq__tok_resolve(ctx, t, f, &s->map, "unk_token", "<|endoftext|>", &t->unknown));
+    return sdq__tok_resolve(ctx, t, f, &s->map, "pad_token", "<|endoftext|>", &t->pad);
+}
+
+SDQ_API sdq_status sdq_tokenizer_load(sdq_ctx *ctx, const char *folder, sdq_tokenizer **out) {
+    sdq_tokenizer *t = SDQ__NEW(ctx, sdq_tokenizer);
+    sdq__tok_folder f;
+    sdq__tok_source s;
+    char *pool = NULL;
+    sdq_status st = SDQ_ERR_OOM;
+    *out = NULL;
+    memset(&f, 0, sizeof f);
+    memset(&s, 0, sizeof s);
+    f.path = s.what = folder;
+    s.word_end = "</w>";
+    if (!t) goto done;
+    SDQ__TRY_DONE(sdq__tok_open(ctx, &f));
+    st = SDQ_ERR_OOM;
+    pool = s.pool = SDQ__NEW_N(ctx, char, f.bytes + 16);    /* one joined token, or one symbol */
+    if (!pool) goto done;
+    SDQ__TRY_DONE(sdq__tok_build(ctx, t, &f, &s));
+    *out = t;
+    t = NULL;
+done:
+    sdq__free(ctx, s.map.slot);
+    sdq__free(ctx, pool);
+    sdq__free(ctx, f.merges);
+    sdq__js_free(ctx, f.special);
+    sdq__js_free(ctx, f.config);
+    sdq__js_free(ctx, f.vocab);
+    sdq_tokenizer_free(ctx, t);
+    return st;
+}
+
+/* --- encoding --- */
+
+/* Where ids go: room for `room` ids between start and end; total counts those beyond it, too. */
+typedef struct sdq__tok_ids { int32_t *ids; size_t room, total; } sdq__tok_ids;
+
+static void sdq__tok_emit(sdq__tok_ids *o, int32_t id) {
+    if (o->total < o->room) o->ids[1 + o->total] = id;
+    o->total++;
+}
+
+/* A piece being merged: a linked list of symbols and a heap of pairs that could be joined. A pair
+ * whose symbols have changed since is recognised by its ids and dropped when it comes up. */
+#define SDQ__TOK_NONE UINT32_MAX
+typedef struct sdq__tok_part { int32_t id; uint32_t prev, next; } sdq__tok_part;
+typedef struct sdq__tok_cand { int32_t rank; uint32_t at; int32_t left, right, id; } sdq__tok_cand;
+typedef struct sdq__tok_work {
+    sdq__tok_part *part;
+    sdq__tok_cand *heap;
+    size_t parts, part_cap, heap_n, heap_cap;
+} sdq__tok_work;
+
+static int sdq__tok_before(const sdq__tok_cand *a, const sdq__tok_cand *b) {
+    return a->rank != b->rank ? a->rank < b->rank : a->at < b->at;
+}
+
+/* Put the pair that begins at part `at` on the heap if there is a merge for it. The heap has room:
+ * a piece of n parts never sees more than 3 n pairs. */
+static void sdq__tok_offer(const sdq_tokenizer *t, sdq__tok_work *w, uint32_t at) {
+    const sdq__tok_part *p = &w->part[at];
+    sdq__tok_cand c;
+    const sdq__tok_merge *m;
+    size_t i;
+    if (p->next == SDQ__TOK_NONE) return;
+    c.left = p->id;
+    c.right = w->part[p->next].id;
+    m = sdq__tok_slot(t, sdq__tok_pair(c.left, c.right));
+    if (m->pair == SDQ__TOK_EMPTY) return;
+    c.rank = m->rank;
+    c.id = m->id;
+    c.at = at;
+    for (i = w->heap_n++; i && sdq__tok_before(&c, &w->heap[(i - 1) / 2]); i = (i - 1) / 2)
+        w->heap[i] = w->heap[(i - 1) / 2];
+    w->heap[i] = c;
+}
+
+static sdq__tok_cand sdq__tok_take(sdq__tok_work *w) {
+    const sdq__tok_cand top = w->heap[0], last = w->heap[--w->heap_n];
+    size_t i = 0, child;
+    while ((child = 2 * i + 1) < w->heap_n) {
+        if (child + 1 < w->heap_n && sdq__tok_before(&w->heap[child + 1], &w->heap[child])) child++;
+        if (!sdq__tok_before(&w->heap[child], &last)) break;
+        w->heap[i] = w->heap[child];
+        i = child;
+    }
+    w->heap[i] = last;
+    return top;
+}
+
+/* Join the pair of a candidate unless it is outdated; then its new neighbours are candidates. */
+static void sdq__tok_apply(const sdq_tokenizer *t, sdq__tok_work *w, const sdq__tok_cand *c) {
+    sdq__tok_part *p = &w->part[c->at], *q;
+    if (p->id != c->left || p->next == SDQ__TOK_NONE) return;
+    q = &w->part[p->next];
+    if (q->id != c->right) return;
+    p->id = c->id;
+    p->next = q->next;
+    q->id = -1;                             /* no pair begins here any more */
+    if (p->next != SDQ__TOK_NONE) w->part[p->next].prev = c->at;
+    if (p->prev != SDQ__TOK_NONE) sdq__tok_offer(t, w, p->prev);
+    sdq__tok_offer(t, w, c->at);
+}
+
+/* The ids of one piece of n > 0 bytes. */
+static sdq_status sdq__tok_piece(sdq_ctx *ctx, const sdq_tokenizer *t, sdq__tok_work *w,
+                                 const char *piece, size_t n, sdq__tok_ids *o) {
+    uint32_t i;
+    if (!sdq__grow(ctx, (void **)(void *)&w->part, &w->part_cap, n, sizeof *w->part) ||
+        !sdq__grow(ctx, (void **)(void *)&w->heap, &w->heap_cap, 3 * n, sizeof *w->heap))
+        return SDQ_ERR_OOM;
+    for (i = 0; i < n; i++) {
+        const unsigned char b = (unsigned char)piece[i];
+        const int32_t id = i + 1 < n ? t->byte[b] : t->last[b];
+        w->part[i].id = id < 0 ? t->unknown : id;
+        w->part[i].prev = i ? i - 1 : SDQ__TOK_NONE;
+        w->part[i].next = i + 1 < n ? i + 1 : SDQ__TOK_NONE;
+    }
+    w->heap_n = 0;
+    for (i = 0; i < n; i++) sdq__tok_offer(t, w, i);
+    while (w->heap_n) {
+        const sdq__tok_cand c = sdq__tok_take(w);
+        sdq__tok_apply(t, w, &c);
+    }
+    for (i = 0; i != SDQ__TOK_NONE; i = w->part[i].next) sdq__tok_emit(o, w->part[i].id);
+    return SDQ_OK;
+}
+
+/* The longest special token at p, or NULL. */
+static const sdq__tok_special *sdq__tok_special_at(const sdq_tokenizer *t, const char *p,
+                                                   const char *end) {
+    const sdq__tok_special *best = NULL;
+    size_t i;
+    for (i = 0; i < t->special_count; i++) {
+        const sdq__tok_special *s = &t->specials[i];
+        if (s->len > (size_t)(end - p) || memcmp(s->text, p, s->len) != 0) continue;
+        if (!best || s->len > best->len) best = s;
+    }
+    return best;
+}
+
+static size_t sdq__tok_contraction(const char *p, const char *end) {
+    static const char *const list[7] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
+    size_t i;
+    for (i = 0; i < 7 && *p == '\''; i++) {
+        const size_t n = strlen(list[i]);
+        if ((size_t)(end - p) >= n && memcmp(p, list[i], n) == 0) return n;
+    }
+    return 0;
+}
+
+static int sdq__tok_kind(const char *p, const char *end, size_t *n) {
+    uint32_t c = 0;
+    *n = sdq__js_utf8(p, end, &c);
+    if (c >= 128) return sdq__tok_class(c);
+    if ((c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z')) return SDQ__TOK_LETTER;
+    if (c >= '0' && c <= '9') return SDQ__TOK_NUMBER;
+    return c == ' ' || (c >= 9 && c <= 13) ? SDQ__TOK_SPACE : SDQ__TOK_OTHER;
+}
+
+/* Length of the piece at p, whose first character has n bytes and that kind. */
+static size_t sdq__tok_run(const sdq_tokenizer *t, const char *p, const char *end, int kind,
+                           size_t n) {
+    const size_t contraction = sdq__tok_contraction(p, end);
+    size_t len = n, more;
+    if (contraction) return contraction;
+    if (kind == SDQ__TOK_NUMBER) return len;
+    while (p + len < end && !sdq__tok_special_at(t, p + len, end) &&
+           sdq__tok_kind(p + len, end, &more) == kind) len += more;
+    return len;
+}
+
+static sdq_status sdq__tok_text(sdq_ctx *ctx, const sdq_tokenizer *t, const char *p,
+                                const char *end, sdq__tok_ids *o) {
+    sdq__tok_work w;
+    sdq_status st = SDQ_OK;
+    memset(&w, 0, sizeof w);
+    while (p < end && st == SDQ_OK) {
+        const sdq__tok_special *special = sdq__tok_special_at(t, p, end);
+        size_t n;
+        int kind;
+        if (special) {
+            sdq__tok_emit(o, special->id);
+            p += special->len;
+            continue;
+        }
+        kind = sdq__tok_kind(p, end, &n);
+        if (kind != SDQ__TOK_SPACE) {
+            n = sdq__tok_run(t, p, end, kind, n);
+            st = sdq__tok_piece(ctx, t, &w, p, n, o);
+        }
+        p += n;
+    }
+    sdq__free(ctx, w.part);
+    sdq__free(ctx, w.heap);
+    return st;
+}
+
+SDQ_API sdq_status sdq_tokenizer_encode(sdq_ctx *ctx, const sdq_tokenizer *t, const char *utf8,
+                                        int32_t *ids, size_t max, size_t *count) {
+    const size_t length = ids ? sdq__u_min(max, t->length) : 0;
+    sdq__tok_ids o;
+    sdq__str text;
+    size_t i;
+    sdq_status st;
+    if (count) *count = 0;
+    if (length == 1)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "room for one id; a prompt has at least two");
+    o.ids = ids;
+    o.room = length ? length - 2 : 0;
+    o.total = 0;
+    memset(&text, 0, sizeof text);
+    st = sdq__tok_normalise(ctx, utf8, &text);
+    if (st == SDQ_OK) st = sdq__tok_text(ctx, t, text.s, text.s ? text.s + text.len : NULL, &o);
+    sdq__str_free(ctx, &text);
+    if (st != SDQ_OK) return st;
+    if (count) *count = o.total + 2;
+    if (!length) return SDQ_OK;
+    ids[0] = t->start;
+    i = 1 + sdq__u_min(o.total, o.room);
+    ids[i++] = t->end;
+    for (; i < length; i++) ids[i] = t->pad;
+    return SDQ_OK;
+}
+
+SDQ_API size_t sdq_tokenizer_length(const sdq_tokenizer *t) { return t->length; }
+SDQ_API size_t sdq_tokenizer_vocab(const sdq_tokenizer *t) { return t->vocab; }
+SDQ_API int32_t sdq_tokenizer_start(const sdq_tokenizer *t) { return t->start; }
+SDQ_API int32_t sdq_tokenizer_end(const sdq_tokenizer *t) { return t->end; }
+SDQ_API int32_t sdq_tokenizer_pad(const sdq_tokenizer *t) { return t->pad; }
+/* ===========================================================================
+ * >>optim   AdamW, clipping, schedule, average of the weights, the training loop
+ * ======================================================================== */
+
+/* Copy what must survive a stop into v (load 0), or back (load 1). */
+typedef void (*sdq__state_fn)(void *user, float *v, int load);
+
+typedef struct sdq__leaf {
+    sdq_tensor *t;
+    char *name;
+    float *m, *v, *ema;
+    float lr_scale, floor;
+    int decay;
+    sdq__state_fn state;        /* values that are only kept, such as observers: no moments */
+    void *user;
+} sdq__leaf;
+
+struct sdq_optim {
+    sdq_optim_desc desc;
+    sdq__leaf *leaf;
+    size_t count, cap, step;
+    double norm, rate;
+};
+
+SDQ_API sdq_status sdq_optim_create(sdq_ctx *ctx, const sdq_optim_desc *desc, sdq_optim **out) {
+    sdq_optim *o = SDQ__NEW(ctx, sdq_optim);
+    *out = NULL;
+    if (!o) return ctx->status;
+    if (desc) o->desc = *desc;
+    if (o->desc.lr == 0.0f) o->desc.lr = 1e-4f;
+    if (o->desc.beta1 == 0.0f) o->desc.beta1 = 0.9f;
+    if (o->desc.beta2 == 0.0f) o->desc.beta2 = 0.999f;
+    if (o->desc.eps == 0.0f) o->desc.eps = 1e-8f;
+    *out = o;
+    return SDQ_OK;
+}
+
+static void sdq__opt_leaf_free(sdq_ctx *ctx, sdq__leaf *l) {
+    sdq__free(ctx, l->name);
+    sdq__free(ctx, l->m);
+    sdq__free(ctx, l->v);
+    sdq__free(ctx, l->ema);
+}
+
+SDQ_API void sdq_optim_free(sdq_ctx *ctx, sdq_optim *o) {
+    size_t i;
+    if (!o) return;
+    for (i = 0; i < o->count; i++) {
+        sdq__leaf *l = &o->leaf[i];
+        sdq__free(ctx, l->t->grad);
+        l->t->grad = NULL;
+        l->t->needs_grad = 0;
+        if (l->state) { sdq__t_free(ctx, l->t); sdq__free(ctx, l->t); }
+        sdq__opt_leaf_free(ctx, l);
+    }
+    sdq__free(ctx, o->leaf);
+    sdq__free(ctx, o);
+}
+
+SDQ_API sdq_status sdq_optim_add(sdq_ctx *ctx, sdq_optim *o, sdq_tensor *t, const char *name,
+                                 float lr_scale, float floor, int decay) {
+    sdq__leaf l;
+    float *grad;
+    size_t n, i;
+    if (ctx->status != SDQ_OK) return ctx->status;
+    if (!t) return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "optimizer: %s has no float values to train", name);
+    for (i = 0; i < o->count; i++)
+        if (o->leaf[i].t == t || strcmp(o->leaf[i].name, name) == 0)
+            return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "optimizer: %s was added twice", name);
+    n = sdq_tensor_count(t);
+    memset(&l, 0, sizeof l);
+    if (!sdq__grow(ctx, (void **)(void *)&o->leaf, &o->cap, o->count + 1, sizeof l)) return ctx->status;
+    l.t = t;
+    l.name = sdq__strdup(ctx, name);
+    l.m = SDQ__NEW_N(ctx, float, n);
+    l.v = SDQ__NEW_N(ctx, float, n);
+    l.ema = o->desc.ema > 0.0f ? SDQ__NEW_N(ctx, float, n) : NULL;
+    l.lr_scale = lr_scale == 0.0f ? 1.0f : lr_scale;
+    l.floor = floor;
+    l.decay = decay;
+    grad = SDQ__NEW_N(ctx, float, n);
+    if (ctx->status != SDQ_OK) {
+        sdq__opt_leaf_free(ctx, &l);
+        sdq__free(ctx, grad);
+        return ctx->status;
+    }
+    t->grad = grad;
+    t->needs_grad = 1;
+    if (l.ema) memcpy(l.ema, t->data, n * sizeof(float));
+    o->leaf[o->count++] = l;
+    return SDQ_OK;
+}
+
+/* n values that go into the state file and come back from it, untrained. */
+static sdq_status sdq__opt_add_state(sdq_ctx *ctx, sdq_optim *o, const char *name, size_t n,
+                                     sdq__state_fn fn, void *user) {
+    sdq__leaf l;
+    memset(&l, 0, sizeof l);
+    if (!sdq__grow(ctx, (void **)(void *)&o->leaf, &o->cap, o->count + 1, sizeof l)) return ctx->status;
+    l.state = fn;
+    l.user = user;
+    l.name = sdq__strdup(ctx, name);
+    l.t = SDQ__NEW(ctx, sdq_tensor);
+    if (!l.name || !l.t || sdq__t_init(ctx, l.t, 1, &n) != SDQ_OK) {
+        sdq__free(ctx, l.name);
+        sdq__free(ctx, l.t);
+        return ctx->status;
+    }
+    o->leaf[o->count++] = l;
+    return SDQ_OK;
+}
+
+SDQ_API void sdq_optim_zero(sdq_optim *o) {
+    size_t i;
+    for (i = 0; i < o->count; i++)
+        if (!o->leaf[i].state) memset(o->leaf[i].t->grad, 0, sdq_tensor_count(o->leaf[i].t) * sizeof(float));
+}
+SDQ_API size_t sdq_optim_steps_done(const sdq_optim *o) { return o->step; }
+SDQ_API double sdq_optim_grad_norm(const sdq_optim *o) { return o->norm; }
+SDQ_API double sdq_optim_rate(const sdq_optim *o) { return o->rate; }
+
+/* Rate of step t (from 0): linear warm-up, then constant or half a cosine down to 0. */
+static double sdq__opt_rate(const sdq_optim_desc *d, size_t t) {
+    const double lr = (double)d->lr;
+    if (t < d->warmup) return lr * (double)(t + 1) / (double)d->warmup;
+    if (d->schedule == SDQ_COSINE && d->steps > d->warmup) {
+        const double x = (double)(t - d->warmup) / (double)(d->steps - d->warmup);
+        return x >= 1.0 ? 0.0 : lr * 0.5 * (1.0 + cos(3.14159265358979323846 * x));
+    }
+    return lr;
+}
+
+static double sdq__opt_norm(sdq_ctx *ctx, const sdq_optim *o) {
+    double sum = 0.0;
+    size_t i, j;
+    for (i = 0; i < o->count; i++) {
+        const float *g = o->leaf[i].t->grad;
+        const size_t n = g ? sdq_tensor_count(o->leaf[i].t) : 0;
+        for (j = 0; j < n; j += SDQ__PIECE) {
+            const size_t m = sdq__u_min(SDQ__PIECE, n - j);
+            sum += (double)ctx->k->dot(g + j, g + j, m);
+        }
+    }
+    return sqrt(sum);
+}
+
+SDQ_API sdq_status sdq_optim_step(sdq_ctx *ctx, sdq_optim *o) {
+    const sdq_optim_desc *d = &o->desc;
+    const double t = (double)(o->step + 1);
+    double decay = (1.0 + t) / (10.0 + t);
+    sdq__adamw_step s;
+    size_t i, j;
+    if (ctx->status != SDQ_OK) return ctx->status;
+    o->norm = sdq__opt_norm(ctx, o);
+    if (!(o->norm < 1e30))
+        return sdq__fail(ctx, SDQ_ERR_NUMERIC, "training: the gradient of step %zu is not finite; the"
+                         " last checkpoint is good, lower the learning rate", o->step);
+    o->rate = sdq__opt_rate(d, o->step);
+    if (decay > (double)d->ema) decay = (double)d->ema;
+    s.beta1 = d->beta1; s.beta2 = d->beta2; s.eps = d->eps;
+    s.c1 = (float)(1.0 / (1.0 - pow((double)d->beta1, t)));
+    s.c2 = (float)(1.0 / (1.0 - pow((double)d->beta2, t)));
+    s.clip = d->clip > 0.0f && o->norm > (double)d->clip ? (float)((double)d->clip / (o->norm + 1e-6)) : 1.0f;
+    for (i = 0; i < o->count; i++) {
+        sdq__leaf *l = &o->leaf[i];
+        float *w = sdq_f32(l->t);
+        const size_t n = sdq_tensor_count(l->t);
+        if (l->state) continue;
+        s.lr = (float)(o->rate * (double)l->lr_scale);
+        s.decay = l->decay ? s.lr * d->weight_decay : 0.0f;
+        ctx->k->adamw(w, l->m, l->v, l->t->grad, n, &s);
+        for (j = 0; l->floor > 0.0f && j < n; j++) w[j] = w[j] > l->floor ? w[j] : l->floor;
+        if (l->ema) ctx->k->lerp(l->ema, w, n, (float)(1.0 - decay));
+    }
+    o->step++;
+    sdq_optim_zero(o);
+    return SDQ_OK;
+}
+
+SDQ_API void sdq_optim_swap_ema(sdq_optim *o) {
+    size_t i, j;
+    for (i = 0; i < o->count; i++) {
+        float *w = sdq_f32(o->leaf[i].t), *e = o->leaf[i].ema;
+        for (j = 0; e && j < sdq_tensor_count(o->leaf[i].t); j++) {
+            const float x = w[j];
+            w[j] = e[j];
+            e[j] = x;
+        }
+    }
+}
+
+/* ---- state files: weight/NAME, m/NAME, v/NAME, ema/NAME and the step ---- */
+
+static const char *const sdq__opt_kind[4] = {"weight", "m", "v", "ema"};
+
+static float *sdq__opt_slot(const sdq__leaf *l, size_t kind) {
+    return kind == 0 ? sdq_f32(l->t) : kind == 1 ? l->m : kind == 2 ? l->v : l->ema;
+}
+static size_t sdq__opt_kinds(const sdq_optim *o, const sdq__leaf *l) {
+    return l->state ? 1 : o->desc.ema > 0.0f ? 4 : 3;
+}
+static size_t sdq__opt_arrays(const sdq_optim *o) {
+    size_t i, n = 0;
+    for (i = 0; i < o->count; i++) n += sdq__opt_kinds(o, &o->leaf[i]);
+    return n;
+}
+static void sdq__opt_slot_name(char *buf, size_t size, const sdq__leaf *l, size_t kind) {
+    (void)snprintf(buf, size, "%s/%s", sdq__opt_kind[kind], l->name);
+}
+
+SDQ_API sdq_status sdq_optim_save(sdq_ctx *ctx, const sdq_optim *o, const char *path) {
+    const size_t arrays = sdq__opt_arrays(o);
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    sdq_entry *e = SDQ__PUSH_N(ctx, sdq_entry, arrays + 1);
+    char *names = SDQ__PUSH_N(ctx, char, (arrays + 1) * 256), step[32];
+    sdq_pair meta;
+    sdq_status st = ctx->status;
+    size_t i, k, n = 0;
+    if (e && names) {
+        memset(e, 0, (arrays + 1) * sizeof *e);
+        for (i = 0; i < o->count; i++) {
+            if (o->leaf[i].state) o->leaf[i].state(o->leaf[i].user, sdq_f32(o->leaf[i].t), 0);
+            for (k = 0; k < sdq__opt_kinds(o, &o->leaf[i]); k++, n++) {
+                const sdq_tensor *t = o->leaf[i].t;
+                sdq__opt_slot_name(names + n * 256, 256, &o->leaf[i], k);
+                e[n].name = names + n * 256;
+                e[n].rank = t->rank;
+                memcpy(e[n].dim, t->dim, sizeof t->dim);
+                e[n].data = sdq__opt_slot(&o->leaf[i], k);
+                e[n].bytes = sdq_tensor_count(t) * sizeof(float);
+            }
+        }
+        (void)snprintf(step, sizeof step, "%zu", o->step);
+        meta.key = "step";
+        meta.value = step;
+        st = sdq_file_write(ctx, path, e, n, &meta, 1);
+    }
+    sdq_arena_release(ctx, mark);
+    return st;
+}
+
+/* The step is digits and nothing else; 0 when it is not. */
+static int sdq__opt_parse_step(const char *text, size_t *step) {
+    size_t i, v = 0;
+    for (i = 0; text[i] >= '0' && text[i] <= '9' && i < 18; i++) v = v * 10 + (size_t)(text[i] - '0');
+    *step = v;
+    return i > 0 && text[i] == 0;
+}
+
+SDQ_API sdq_status sdq_optim_load(sdq_ctx *ctx, sdq_optim *o, const char *path) {
+    const size_t arrays = sdq__opt_arrays(o);
+    sdq_file *f = NULL;
+    sdq_status st = sdq_file_open(ctx, path, &f);
+    const char *text;
+    size_t i, k, pass, step = 0;
+    char name[256];
+    if (st != SDQ_OK) return st;
+    text = sdq_file_meta(f, "step");
+    if (!text || !sdq__opt_parse_step(text, &step) || sdq_file_count(f) != arrays) {
+        st = sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: is not the state of this training (%zu arrays, expected %zu);"
+                       " use another state file or delete it", path, sdq_file_count(f), arrays);
+        goto done;
+    }
+    for (pass = 0; pass < 2; pass++)        /* check everything before anything changes */
+        for (i = 0; i < o->count; i++)
+            for (k = 0; k < sdq__opt_kinds(o, &o->leaf[i]); k++) {
+                const sdq_entry *e;
+                const sdq_tensor *t = o->leaf[i].t;
+                char shape[96];
+                sdq__opt_slot_name(name, sizeof name, &o->leaf[i], k);
+                e = sdq_file_find(f, name);
+                if (!e || e->dtype != SDQ_F32 || e->rank != t->rank
+                    || memcmp(e->dim, t->dim, sizeof t->dim) != 0) {
+                    st = sdq__fail(ctx, SDQ_ERR_SHAPE, "%s: array %s is missing or is not F32 %s;"
+                                   " use another state file or delete it", path, name,
+                                   sdq__t_shape(t, shape));
+                    goto done;
+                }
+                if (pass) memcpy(sdq__opt_slot(&o->leaf[i], k), e->data, e->bytes);
+            }
+    for (i = 0; i < o->count; i++)
+        if (o->leaf[i].state) o->leaf[i].state(o->leaf[i].user, sdq_f32(o->leaf[i].t), 1);
+    o->step = step;
+done:
+    sdq_file_close(ctx, f);
+    return st;
+}
+
+/* ---- the loop ---- */
+
+/* Every micro-batch has its own generator: a run can stop and go on anywhere. */
+static void sdq__opt_rng(sdq_rng *rng, uint64_t seed, size_t step, size_t micro) {
+    const uint64_t mix = (seed * 1000003u + (uint64_t)step) * 64u + (uint64_t)micro;
+    sdq_rng_init(rng, SDQ_RNG_TORCH, mix ^ (mix >> 32));
+}
+
+static sdq_status sdq__opt_micro(sdq_ctx *ctx, sdq_loss_fn fn, void *user, sdq_rng *rng, size_t step,
+                                 float share, double *loss) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    sdq_tensor *y;
+    sdq_tape_begin(ctx);
+    y = fn(ctx, user, rng, step);
+    if (y) {
+        *loss += (double)(sdq_f32(y)[0] * share);
+        if (share != 1.0f) y = sdq_scale(ctx, y, share);
+        (void)sdq_backward(ctx, y);
+    } else {    /* says nothing if an op has told its reason */
+        sdq__fail(ctx, SDQ_ERR_ARGUMENT, "training: the loss function gave no loss");
+    }
+    sdq_tape_end(ctx);
+    sdq_arena_release(ctx, mark);
+    return ctx->status;
+}
+
+SDQ_API sdq_status sdq_fit(sdq_ctx *ctx, sdq_optim *o, const sdq_fit_desc *d, sdq_loss_fn fn,
+                           void *user) {
+    const size_t micros = d->accumulate ? d->accumulate : 1;
+    if (ctx->status != SDQ_OK) return ctx->status;
+    if (d->state && sdq__io_exists(d->state)) SDQ__TRY(sdq_optim_load(ctx, o, d->state));
+    sdq_optim_zero(o);
+    while (o->step < d->steps) {
+        double loss = 0.0;
+        size_t m;
+        int stop = 0;
+        for (m = 0; m < micros; m++) {
+            sdq_rng rng;
+            sdq__opt_rng(&rng, d->seed, o->step, m);
+            SDQ__TRY(sdq__opt_micro(ctx, fn, user, &rng, o->step, 1.0f / (float)micros, &loss));
+        }
+        if (!(loss > -1e30 && loss < 1e30))
+            return sdq__fail(ctx, SDQ_ERR_NUMERIC, "training: the loss of step %zu is not finite; the last"
+                             " checkpoint is good, lower the learning rate", o->step);
+        SDQ__TRY(sdq_optim_step(ctx, o));
+        if (d->progress) stop = d->progress(d->user, "train", o->step, d->steps, loss);
+        if (d->state && (stop || o->step == d->steps || (d->save_every && o->step % d->save_every == 0)))
+            SDQ__TRY(sdq_optim_save(ctx, o, d->state));
+        if (stop) return sdq__fail(ctx, SDQ_ERR_CANCELLED, "training: cancelled after step %zu", o->step);
+    }
+    return SDQ_OK;
+}
+/* ===========================================================================
+ * >>model   what a network is made of: parameters, layers, configuration
+ *
+ * The structure of each network is written once, as a builder (sdq__tx_build, sdq__un_build,
+ * sdq__va_build) that creates its layers from the values of config.json. Everything it creates
+ * is entered into two lists under its diffusers name, in the order in which PyTorch creates the
+ * same modules. Loading, random initialisation, saving and listing are loops over these lists.
+ *
+ * A key that the file lacks has the value that diffusers 0.39 gives it. Keys that change
+ * what is computed in a way not written here are refused; keys that no version of the
+ * class knows are ignored, as diffusers does: a structure they might mean shows up as tensors
+ * without a place, and those are refused.
+ * ======================================================================== */
+
+enum { SDQ__MD_LEVELS = 8, SDQ__MD_LAYERS = 16, SDQ__MD_DEPTH = 64 };
+#define SDQ__MD_CHANNELS ((size_t)1 << 16)
+
+/* How a parameter starts when there is no file: a constant, U(-v,v), or N(0,v). */
+enum { SDQ__MD_CONSTANT = 0, SDQ__MD_UNIFORM, SDQ__MD_NORMAL };
+
+typedef struct sdq__param {
+    char *name;
+    sdq_layer *layer;       /* whose weight (rank > 1) or bias it is; NULL: own */
+    sdq_tensor *own;        /* a norm's vector or a table */
+    int rank;               /* shape in diffusers' layout, unused dims are 1 */
+    size_t dim[4];
+    int init;
+    double value;
+} sdq__param;
+
+struct sdq_model {
+    sdq_model_info info;
+    char *config;                       /* the text of config.json */
+    sdq__param *param;
+    size_t params, param_cap;
+    sdq_layer **layer;
+    size_t layers, layer_cap;
+    struct sdq__text *text;             /* one of the three */
+    struct sdq__unet *unet;
+    struct sdq__vae *vae;
+};
+
+/* A model under construction. Errors are sticky in ctx; whatever fails leaves NULL behind. */
+typedef struct sdq__builder {
+    sdq_ctx *ctx;
+    sdq_model *model;
+    const char *file;                   /* config.json, for sentences */
+    const sdq__json *root, *defaults;
+    const sdq__st_set *set;             /* where the weights are; NULL: nowhere */
+    double std;                         /* > 0: N(0,std) weights, zero bias; 0: PyTorch's */
+    size_t len;
+    char path[256];                     /* name of the module being built, ends in '.' */
+} sdq__builder;
+
+/* Defaults are written as JSON in the source; the preprocessor quotes them. */
+#define SDQ__MD_JSON(...) #__VA_ARGS__
+
+static const sdq__json *sdq__md_get(const sdq__builder *b, const char *key) {
+    const sdq__json *v = sdq__js_get(b->root, key);
+    return v ? v : sdq__js_get(b->defaults, key);
+}
+
+/* A value as it is shown in sentences; long ones are cut. */
+static const char *sdq__md_show(const sdq__json *v, char *buf, size_t size) {
+    const sdq__json *item;
+    size_t at = 1;
+    if (!v || v->kind == SDQ__JS_NULL) (void)snprintf(buf, size, "null");
+    else if (v->kind == SDQ__JS_BOOL) (void)snprintf(buf, size, v->num != 0 ? "true" : "false");
+    else if (v->kind == SDQ__JS_NUMBER) (void)snprintf(buf, size, "%g", v->num);
+    else if (v->kind == SDQ__JS_STRING) (void)snprintf(buf, size, "\"%s\"", v->str);
+    else if (v->kind == SDQ__JS_OBJECT) (void)snprintf(buf, size, "{..}");
+    else {
+        buf[0] = '[';
+        for (item = v->child; item && at + 8 < size; item = item->next) {
+            if (item->kind == SDQ__JS_ARRAY) (void)snprintf(buf + at, size - at, "[..]");
+            else (void)sdq__md_show(item, buf + at, size - at - 2);
+            at += strlen(buf + at);
+            if (item->next) buf[at++] = ',';
+        }
+        buf[at] = ']';
+        buf[at + 1] = 0;
+    }
+    return buf;
+}
+
+static void sdq__md_refuse(const sdq__builder *b, const char *key, const sdq__json *v,
+                           const char *wanted) {
+    char shown[96];
+    sdq__fail(b->ctx, v ? SDQ_ERR_UNSUPPORTED : SDQ_ERR_MISSING,
+              "%s: \"%s\": %s is not supported; it must be %s", b->file, key,
+              v ? sdq__md_show(v, shown, sizeof shown) : "(missing)", wanted);
+}
+
+/* A number in min..max; integer: it must be whole. */
+static double sdq__md_number(const sdq__builder *b, const char *key, const sdq__json *v,
+                             double min, double max, int integer) {
+    char wanted[96];
+    if (v && v->kind == SDQ__JS_NUMBER && v->num >= min && v->num <= max
+        && (!integer || v->num == floor(v->num))) return v->num;
+    (void)snprintf(wanted, sizeof wanted, "%s of %g..%g", integer ? "an integer" : "a number",
+                   min, max);
+    sdq__md_refuse(b, key, v, wanted);
+    return min;
+}
+static size_t sdq__md_size(const sdq__builder *b, const char *key, size_t max) {
+    return (size_t)sdq__md_number(b, key, sdq__md_get(b, key), 1, (double)max, 1);
+}
+/* The same, 0 when the value is null. */
+static size_t sdq__md_size_or_null(const sdq__builder *b, const char *key, size_t max) {
+    const sdq__json *v = sdq__md_get(b, key);
+    return !v || v->kind == SDQ__JS_NULL ? 0 : sdq__md_size(b, key, max);
+}
+static float sdq__md_float(const sdq__builder *b, const char *key, double min, double max) {
+    return (float)sdq__md_number(b, key, sdq__md_get(b, key), min, max, 0);
+}
+static int sdq__md_flag(const sdq__builder *b, const char *key) {
+    const sdq__json *v = sdq__md_get(b, key);
+    if (!v || v->kind != SDQ__JS_BOOL) { sdq__md_refuse(b, key, v, "true or false"); return 0; }
+    return v->num != 0;
+}
+
+/* One size for all n levels, or a list of n. */
+static void sdq__md_sizes(const sdq__builder *b, const char *key, size_t max, size_t n,
+                          size_t *out) {
+    const sdq__json *v = sdq__md_get(b, key), *item = v ? v->child : NULL;
+    char wanted[64];
+    size_t i;
+    const int list = v && v->kind == SDQ__JS_ARRAY;
+    for (i = 0; i < n; i++) out[i] = 1;
+    if (list && v->count != n) {
+        (void)snprintf(wanted, sizeof wanted, "one value or a list of %zu, one per level", n);
+        sdq__md_refuse(b, key, v, wanted);
+        return;
+    }
+    for (i = 0; i < n; i++) {
+        out[i] = (size_t)sdq__md_number(b, key, list ? item : v, 1, (double)max, 1);
+        if (list) item = item->next;
+    }
+}
+
+/* A list of n names out of two: out[i] says whether item i is `yes` (else it is `no`). */
+static void sdq__md_kinds(const sdq__builder *b, const char *key, const char *no,
+                          const char *yes, size_t n, int *out) {
+    const sdq__json *v = sdq__md_get(b, key), *item;
+    char wanted[160];
+    size_t i;
+    int good = v && v->kind == SDQ__JS_ARRAY && v->count == n;
+    for (i = 0, item = good ? v->child : NULL; good && i < n; i++, item = item->next) {
+        good = item->kind == SDQ__JS_STRING;
+        if (!good) break;
+        out[i] = strcmp(item->str, yes) == 0;
+        good = out[i] || strcmp(item->str, no) == 0;
+    }
+    if (good) return;
+    for (i = 0; i < n; i++) out[i] = 0;
+    (void)snprintf(wanted, sizeof wanted, "a list of %zu, one per level, of \"%s\"%s%s%s", n, no,
+                   no == yes ? "" : " or \"", no == yes ? "" : yes, no == yes ? "" : "\"");
+    sdq__md_refuse(b, key, v, wanted);
+}
+
+/* null, false and 0 mean the same: off. */
+static int sdq__md_off(const sdq__json *v) {
+    return !v || v->kind == SDQ__JS_NULL
+        || ((v->kind == SDQ__JS_BOOL || v->kind == SDQ__JS_NUMBER) && v->num == 0);
+}
+static int sdq__md_equal(const sdq__json *a, const sdq__json *b) {
+    if (sdq__md_off(a) || sdq__md_off(b)) return sdq__md_off(a) && sdq__md_off(b);
+    if (a->kind != b->kind) return 0;
+    return a->kind == SDQ__JS_STRING ? strcmp(a->str, b->str) == 0 : a->num == b->num;
+}
+
+/* Keys that must have their default value, alone or in every item of a list. */
+static void sdq__md_fixed(const sdq__builder *b, const char *const *keys, size_t n) {
+    char shown[64];
+    size_t i;
+    for (i = 0; i < n; i++) {
+        const sdq__json *v = sdq__js_get(b->root, keys[i]);
+        const sdq__json *only = sdq__js_get(b->defaults, keys[i]), *item;
+        int good = 1;
+        if (!v) continue;
+        if (v->kind == SDQ__JS_ARRAY)
+            for (item = v->child; item; item = item->next) good = good && sdq__md_equal(item, only);
+        else good = v->kind != SDQ__JS_OBJECT && sdq__md_equal(v, only);
+        if (!good) sdq__md_refuse(b, keys[i], v, sdq__md_show(only, shown, sizeof shown));
+    }
+}
+
+/* --- names and lists --- */
+
+/* Append "name." or "name.i." to the path; leave with what it returned. */
+static size_t sdq__md_enter(sdq__builder *b, const char *name) {
+    const size_t at = b->len, left = sizeof b->path - at;
+    const int n = snprintf(b->path + at, left, "%s.", name);
+    SDQ_ASSERT(n > 0 && (size_t)n < left);
+    b->len += (size_t)n;
+    return at;
+}
+static size_t sdq__md_enter_item(sdq__builder *b, const char *name, size_t i) {
+    char item[64];
+    (void)snprintf(item, sizeof item, "%s.%zu", name, i);
+    return sdq__md_enter(b, item);
+}
+static void sdq__md_leave(sdq__builder *b, size_t at) {
+    b->len = at;
+    b->path[at] = 0;
+}
+
+/* --- the checkpoint file --- */
+
+static void sdq__md_shape(int rank, const size_t *dim, char *buf, size_t size) {
+    size_t at = 0;
+    int i;
+    buf[at++] = '[';
+    for (i = 0; i < rank && at + 24 < size; i++)
+        at += (size_t)snprintf(buf + at, size - at, "%s%zu", i ? "," : "", dim[i]);
+    buf[at++] = ']';
+    buf[at] = 0;
+}
+
+/* Old names of the VAE's attention, which diffusers still reads: 1 when buf got one. */
+static int sdq__md_old_name(const char *name, char *buf, size_t size) {
+    static const char *const pair[4][2] = {{".to_q.", ".query."}, {".to_k.", ".key."},
+                                           {".to_v.", ".value."}, {".to_out.0.", ".proj_attn."}};
+    size_t i;
+    for (i = 0; i < 4; i++) {
+        const char *at = strstr(name, pair[i][0]);
+        if (!at || strlen(name) + 8 > size) continue;
+        (void)snprintf(buf, size, "%.*s%s%s", (int)(at - name), name, pair[i][1],
+                       at + strlen(pair[i][0]));
+        return 1;
+    }
+    return 0;
+}
+
+static const sdq_entry *sdq__md_find(const sdq__st_set *set, const sdq_model *m, const char *name) {
+    const sdq_entry *e = sdq__st_set_find(set, name);
+    char old[320];
+    if (e || m->info.part != SDQ_PART_VAE || !sdq__md_old_name(name, old, sizeof old)) return e;
+    return sdq__st_set_find(set, old);
+}
+
+/* Linear [o,i] and 1x1 convolution [o,i,1,1] are the same numbers: either is read as either. */
+static sdq_status sdq__md_fits(sdq_ctx *ctx, const sdq__st_set *set, const sdq__param *p,
+                               const sdq_entry *e) {
+    char want[128], found[192];
+    int i, same = p->rank == 1 ? e->rank == 1 : e->rank >= 2;
+    for (i = 0; i < 8; i++) same = same && e->dim[i] == (i < 4 ? p->dim[i] : 1);
+    if (!same) {
+        sdq__md_shape(p->rank, p->dim, want, sizeof want);
+        sdq__md_shape(e->rank, e->dim, found, sizeof found);
+        return sdq__fail(ctx, SDQ_ERR_SHAPE, "%s: %s is %s, but config.json asks for %s", set->path,
+                         e->name, found, want);
+    }
+    if (e->dtype == SDQ_F32 || e->dtype == SDQ_F16 || e->dtype == SDQ_BF16 || e->dtype == SDQ_F64)
+        return SDQ_OK;
+    return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s: %s is stored as %s; a weight must be F32, F16, "
+                     "BF16 or F64", set->path, e->name, sdq_dtype_name(e->dtype));
+}
+
+/* The entry of a parameter exists and has its shape. */
+static sdq_status sdq__md_match(sdq_ctx *ctx, const sdq__st_set *set, const sdq_model *m,
+                                const sdq__param *p) {
+    const sdq_entry *e = sdq__md_find(set, m, p->name);
+    char want[128];
+    if (e) return sdq__md_fits(ctx, set, p, e);
+    sdq__md_shape(p->rank, p->dim, want, sizeof want);
+    return sdq__fail(ctx, SDQ_ERR_MISSING, "%s: %s is missing; config.json asks for it as %s",
+                     set->path, p->name, want);
+}
+
+/* A new entry of the parameter list, named path + name + suffix; NULL on failure. When the weights
+ * come from a file it is checked here, before memory for it is taken: a hostile configuration
+ * can ask for no more than the file has. */
+static sdq__param *sdq__md_param(sdq__builder *b, const char *name, const char *suffix, int rank,
+                                 size_t d0, size_t d1, size_t k) {
+    sdq_model *m = b->model;
+    sdq__param *p;
+    size_t count = 1;
+    if (b->ctx->status != SDQ_OK) return NULL;
+    if (!sdq__grow(b->ctx, (void **)(void *)&m->param, &m->param_cap, m->params + 1,
+                   sizeof(sdq__param))) return NULL;
+    p = &m->param[m->params];
+    memset(p, 0, sizeof *p);
+    p->rank = rank;
+    p->dim[0] = d0; p->dim[1] = d1; p->dim[2] = k; p->dim[3] = k;
+    if (!sdq__u_mul(d0, d1, &count) || !sdq__u_mul(count, k * k, &count)
+        || count > SIZE_MAX / 8 - m->info.weights) {
+        sdq__fail(b->ctx, SDQ_ERR_UNSUPPORTED, "%s: %s%s is too large", b->file, b->path, name);
+        return NULL;
+    }
+    p->name = SDQ__NEW_N(b->ctx, char, b->len + strlen(name) + strlen(suffix) + 1);
+    if (!p->name) return NULL;
+    memcpy(p->name, b->path, b->len);
+    (void)sprintf(p->name + b->len, "%s%s", name, suffix);
+    m->params++;
+    m->info.weights += count;
+    if (b->set && sdq__md_match(b->ctx, b->set, m, p) != SDQ_OK) return NULL;
+    return p;
+}
+
+/* A parameter that is not part of a layer: [a] or [a,b], constant or normal. */
+static sdq_tensor *sdq__md_own(sdq__builder *b, const char *name, const char *suffix, int rank,
+                               size_t d0, size_t d1, int init, double value) {
+    sdq__param *p = sdq__md_param(b, name, suffix, rank, d0, d1, 1);
+    if (!p) return NULL;
+    p->init = init;
+    p->value = value;
+    p->own = SDQ__NEW(b->ctx, sdq_tensor);
+    if (!p->own || sdq__t_init(b->ctx, p->own, rank, p->dim) != SDQ_OK) return NULL;
+    return p->own;
+}
+
+typedef struct sdq__norm {
+    sdq_tensor *gamma, *beta;
+    int groups;             /* 0: a layer norm */
+    float eps;
+} sdq__norm;
+
+static sdq__norm sdq__md_norm(sdq__builder *b, const char *name, size_t c, size_t groups,
+                              float eps) {
+    sdq__norm n;
+    n.gamma = sdq__md_own(b, name, ".weight", 1, c, 1, SDQ__MD_CONSTANT, 1.0);
+    n.beta = sdq__md_own(b, name, ".bias", 1, c, 1, SDQ__MD_CONSTANT, 0.0);
+    n.groups = (int)groups;
+    n.eps = eps;
+    if (groups && c % groups != 0)
+        sdq__fail(b->ctx, SDQ_ERR_UNSUPPORTED, "%s: \"norm_num_groups\": %zu does not divide the "
+                  "%zu channels of %s%s", b->file, groups, c, b->path, name);
+    return n;
+}
+
+static sdq_tensor *sdq__md_normalize(sdq_ctx *ctx, const sdq__norm *n, sdq_tensor *x, int silu) {
+    if (!n->groups) return sdq_layer_norm(ctx, x, n->gamma, n->beta, n->eps);
+    return sdq_group_norm(ctx, x, n->gamma, n->beta, n->groups, n->eps, silu);
+}
+
+/* PyTorch starts a Linear or Conv2d with U(-v,v), v = sqrt(3) gain / sqrt(fan in), and
+ * gain = sqrt(2 / (1 + 5)) (He et al. 2015 with slope sqrt(5)); its bias with 1/sqrt(fan in). */
+static void sdq__md_layer_params(sdq__builder *b, const char *name, const sdq_layer_desc *d,
+                                 int rank) {
+    const size_t k = (size_t)d->kernel;
+    const double fan = (double)d->in * (double)(k * k);
+    sdq__param *p = sdq__md_param(b, name, ".weight", rank, d->out, d->in, k);
+    if (!p) return;
+    p->init = b->std > 0 ? SDQ__MD_NORMAL : SDQ__MD_UNIFORM;
+    p->value = b->std > 0 ? b->std : sqrt(3.0) * (sqrt(2.0 / 6.0) / sqrt(fan));
+    if (d->no_bias) return;
+    p = sdq__md_param(b, name, ".bias", 1, d->out, 1, 1);
+    if (!p) return;
+    p->init = b->std > 0 ? SDQ__MD_CONSTANT : SDQ__MD_UNIFORM;
+    p->value = b->std > 0 ? 0.0 : 1.0 / sqrt(fan);
+}
+
+/* rank 2: a Linear, 4: a Conv2d, which differ only in how their weight is stored. */
+static sdq_layer *sdq__md_layer(sdq__builder *b, const char *name, const sdq_layer_desc *desc,
+                                int rank) {
+    sdq_model *m = b->model;
+    sdq_layer_desc d = *desc;
+    sdq_layer *layer = NULL;
+    const size_t first = m->params;
+    char full[sizeof b->path + 64];
+    size_t i;
+    (void)snprintf(full, sizeof full, "%s%s", b->path, name);
+    d.name = full;
+    if (d.kernel == 0) d.kernel = 1;
+    sdq__md_layer_params(b, name, &d, rank);
+    if (b->ctx->status != SDQ_OK
+        || !sdq__grow(b->ctx, (void **)(void *)&m->layer, &m->layer_cap, m->layers + 1,
+                      sizeof *m->layer)
+        || sdq_layer_create(b->ctx, &d, &layer) != SDQ_OK) return NULL;
+    m->layer[m->layers++] = layer;
+    for (i = first; i < m->params; i++) m->param[i].layer = layer;
+    return layer;
+}
+
+static sdq_layer *sdq__md_linear(sdq__builder *b, const char *name, size_t in, size_t out,
+                                 int bias) {
+    sdq_layer_desc d;
+    memset(&d, 0, sizeof d);
+    d.in = in;
+    d.out = out;
+    d.no_bias = !bias;
+    return sdq__md_layer(b, name, &d, 2);
+}
+static sdq_layer *sdq__md_conv1(sdq__builder *b, const char *name, size_t in, size_t out) {
+    sdq_layer_desc d;
+    memset(&d, 0, sizeof d);
+    d.in = in;
+    d.out = out;
+    return sdq__md_layer(b, name, &d, 4);
+}
+/* 3x3. first: zeros above and to the left, 1 or 0; below and to the right there is always one. */
+static sdq_layer *sdq__md_conv3(sdq__builder *b, const char *name, size_t in, size_t out,
+                                int stride, int first) {
+    sdq_layer_desc d;
+    memset(&d, 0, sizeof d);
+    d.in = in;
+    d.out = out;
+    d.kernel = 3;
+    d.stride = stride;
+    d.pad[0] = d.pad[1] = first;
+    d.pad[2] = d.pad[3] = 1;
+    return sdq__md_layer(b, name, &d, 4);
+}
+
+/* Token form of a picture and back: the same numbers in the same order. */
+static sdq_tensor *sdq__md_tokens(sdq_ctx *ctx, sdq_tensor *x) {
+    size_t dim[3];
+    if (!x) return NULL;
+    dim[0] = x->dim[0]; dim[1] = x->dim[1] * x->dim[2]; dim[2] = x->dim[3];
+    return sdq_reshape(ctx, x, 3, dim);
+}
+
+/* The input of a public forward function: a float tensor of that rank and channel count. */
+static int sdq__md_check(sdq_ctx *ctx, const char *what, const sdq_tensor *x, int rank, size_t c) {
+    char shape[96];
+    if (ctx->status != SDQ_OK) return 0;
+    if (x && x->dtype == SDQ_F32 && x->rank == rank && x->dim[rank - 1] == c) return 1;
+    sdq__fail(ctx, x ? SDQ_ERR_SHAPE : SDQ_ERR_ARGUMENT, "%s: expected F32 [%s,%zu], found %s%s",
+              what, rank == 4 ? "n,h,w" : "n,t", c, x ? sdq_dtype_name(x->dtype) : "NULL",
+              x ? sdq__t_shape(x, shape) : "");
+    return 0;
+}
+
+static int sdq__md_is(sdq_ctx *ctx, const char *what, const sdq_model *m, sdq_part part) {
+    if (ctx->status != SDQ_OK) return 0;
+    if (m && m->info.part == part) return 1;
+    sdq__fail(ctx, SDQ_ERR_ARGUMENT, "%s: the model is %s, not %s", what,
+              m ? sdq_part_name(m->info.part) : "NULL", sdq_part_name(part));
+    return 0;
+}
+
+/* ===========================================================================
+ * >>blocks   residual block, attention, transformer
+ *
+ * What the networks have in common. Without recording, a block leaves nothing in the arena but
+ * its result: sdq__keep moves it down to where the block began.
+ *
+ *   resnet       y = conv2(silu(gn(conv1(silu(gn(x))) + time))) + shortcut(x)
+ *   attention    y = out(softmax(q k^T / sqrt(d)) v) + x                  (Vaswani et al. 2017)
+ *   transformer  y = proj_out(blocks(proj_in(gn(x)))) + x, in a block:
+ *                x += self(ln(x)); x += cross(ln(x), text); x += ff(ln(x)), ff with GEGLU
+ * ======================================================================== */
+
+typedef struct sdq__resnet {
+    sdq__norm norm1, norm2;
+    sdq_layer *conv1, *conv2;
+    sdq_layer *time;        /* NULL: no time input */
+    sdq_layer *shortcut;    /* NULL: x itself */
+    size_t out, index;      /* index: place in a time table */
+} sdq__resnet;
+
+/* split > 0: the input is the concatenation of `split` channels and a skip connection. */
+static void sdq__bk_resnet_build(sdq__builder *b, sdq__resnet *r, size_t in, size_t out,
+                                 size_t time, size_t groups, float eps, size_t split) {
+    r->out = out;
+    r->norm1 = sdq__md_norm(b, "norm1", in, groups, eps);
+    r->conv1 = sdq__md_conv3(b, "conv1", in, out, 1, 1);
+    if (time) r->time = sdq__md_linear(b, "time_emb_proj", time, out, 1);
+    r->norm2 = sdq__md_norm(b, "norm2", out, groups, eps);
+    r->conv2 = sdq__md_conv3(b, "conv2", out, out, 1, 1);
+    if (in != out) r->shortcut = sdq__md_conv1(b, "conv_shortcut", in, out);
+    if (r->shortcut && split) sdq__ly_set_split(r->shortcut, split);
+}
+
+/* time: NULL or [n,out], the projected time embedding. */
+static sdq_tensor *sdq__bk_resnet(sdq_ctx *ctx, const sdq__resnet *r, sdq_tensor *x,
+                                  sdq_tensor *time, sdq_mode mode) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    sdq_tensor *h, *shortcut;
+    h = sdq__md_normalize(ctx, &r->norm1, x, 1);
+    h = sdq__keep(ctx, mark, sdq_layer_forward(ctx, r->conv1, h, NULL, mode));
+    if (r->time) h = sdq_add_vector(ctx, h, time);
+    h = sdq__keep(ctx, mark, sdq__md_normalize(ctx, &r->norm2, h, 1));
+    shortcut = r->shortcut ? sdq_layer_forward(ctx, r->shortcut, x, NULL, mode) : x;
+    return sdq__keep(ctx, mark, sdq_layer_forward(ctx, r->conv2, h, shortcut, mode));
+}
+
+typedef struct sdq__attn {
+    sdq_layer *q, *k, *v, *out;
+    int heads;
+} sdq__attn;
+
+static void sdq__bk_attn_build(sdq__builder *b, sdq__attn *a, size_t c, size_t context,
+                               size_t heads, int bias) {
+    a->q = sdq__md_linear(b, "to_q", c, c, bias);
+    a->k = sdq__md_linear(b, "to_k", context, c, bias);
+    a->v = sdq__md_linear(b, "to_v", context, c, bias);
+    a->out = sdq__md_linear(b, "to_out.0", c, c, 1);
+    a->heads = (int)heads;
+}
+
+/* q from x [n,t,c], k and v given: + residual. */
+static sdq_tensor *sdq__bk_attend(sdq_ctx *ctx, const sdq__attn *a, sdq_tensor *x, sdq_tensor *k,
+                                  sdq_tensor *v, sdq_tensor *residual, sdq_mode mode) {
+    sdq_tensor *q = sdq_layer_forward(ctx, a->q, x, NULL, mode);
+    return sdq_layer_forward(ctx, a->out, sdq_attention(ctx, q, k, v, a->heads, 0), residual,
+                             mode);
+}
+static sdq_tensor *sdq__bk_self(sdq_ctx *ctx, const sdq__attn *a, sdq_tensor *x,
+                                sdq_tensor *residual, sdq_mode mode) {
+    sdq_tensor *k = sdq_layer_forward(ctx, a->k, x, NULL, mode);
+    sdq_tensor *v = sdq_layer_forward(ctx, a->v, x, NULL, mode);
+    return sdq__bk_attend(ctx, a, x, k, v, residual, mode);
+}
+
+typedef struct sdq__tblock {
+    sdq__norm norm1, norm2, norm3;
+    sdq__attn self, cross;
+    sdq_layer *ff_in, *ff_out;
+    size_t index;           /* place in a prompt cache */
+} sdq__tblock;
+
+static void sdq__bk_tblock_build(sdq__builder *b, sdq__tblock *t, size_t c, size_t context,
+                                 size_t heads) {
+    size_t at;
+    t->norm1 = sdq__md_norm(b, "norm1", c, 0, 1e-5f);
+    at = sdq__md_enter(b, "attn1");
+    sdq__bk_attn_build(b, &t->self, c, c, heads, 0);
+    sdq__md_leave(b, at);
+    t->norm2 = sdq__md_norm(b, "norm2", c, 0, 1e-5f);
+    at = sdq__md_enter(b, "attn2");
+    sdq__bk_attn_build(b, &t->cross, c, context, heads, 0);
+    sdq__md_leave(b, at);
+    t->norm3 = sdq__md_norm(b, "norm3", c, 0, 1e-5f);
+    t->ff_in = sdq__md_linear(b, "ff.net.0.proj", c, 8 * c, 1);
+    t->ff_out = sdq__md_linear(b, "ff.net.2", 4 * c, c, 1);
+}
+
+/* x [n,t,c]; k, v: the text's keys and values for the cross attention. */
+static sdq_tensor *sdq__bk_tblock(sdq_ctx *ctx, const sdq__tblock *t, sdq_tensor *x,
+                                  sdq_tensor *k, sdq_tensor *v, sdq_mode mode) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    sdq_tensor *h = sdq__md_normalize(ctx, &t->norm1, x, 0);
+    x = sdq__keep(ctx, mark, sdq__bk_self(ctx, &t->self, h, x, mode));
+    h = sdq__md_normalize(ctx, &t->norm2, x, 0);
+    x = sdq__keep(ctx, mark, sdq__bk_attend(ctx, &t->cross, h, k, v, x, mode));
+    h = sdq__md_normalize(ctx, &t->norm3, x, 0);
+    h = sdq_geglu(ctx, sdq_layer_forward(ctx, t->ff_in, h, NULL, mode));
+    return sdq__keep(ctx, mark, sdq_layer_forward(ctx, t->ff_out, h, x, mode));
+}
+
+typedef struct sdq__transformer {
+    sdq__norm norm;
+    sdq_layer *proj_in, *proj_out;
+    sdq__tblock *block;
+    size_t count;
+} sdq__transformer;
+
+/* linear: proj_in and proj_out are stored as Linear, otherwise as 1x1 Conv2d. */
+static void sdq__bk_transformer_build(sdq__builder *b, sdq__transformer *t, size_t c,
+                                      size_t context, size_t heads, size_t depth, size_t groups,
+                                      int linear) {
+    size_t i;
+    if (c % heads != 0)
+        sdq__fail(b->ctx, SDQ_ERR_UNSUPPORTED, "%s: \"attention_head_dim\": %zu heads do not "
+                  "divide the %zu channels of %s", b->file, heads, c, b->path);
+    t->norm = sdq__md_norm(b, "norm", c, groups, 1e-6f);
+    t->proj_in = linear ? sdq__md_linear(b, "proj_in", c, c, 1) : sdq__md_conv1(b, "proj_in", c, c);
+    t->block = SDQ__NEW_N(b->ctx, sdq__tblock, depth);
+    if (!t->block) return;
+    t->count = depth;
+    for (i = 0; i < depth; i++) {
+        const size_t at = sdq__md_enter_item(b, "transformer_blocks", i);
+        sdq__bk_tblock_build(b, &t->block[i], c, context, heads);
+        sdq__md_leave(b, at);
+    }
+    t->proj_out = linear ? sdq__md_linear(b, "proj_out", c, c, 1)
+                         : sdq__md_conv1(b, "proj_out", c, c);
+}
+
+/* One resolution of a network: resnets, each with a transformer behind it or none, and a
+ * convolution to the next resolution. */
+typedef struct sdq__level {
+    sdq__resnet *resnet;
+    sdq__transformer *attn;     /* NULL: none; else one per resnet (one in the middle) */
+    size_t count, attns;
+    sdq_layer *resample;        /* NULL at the end */
+} sdq__level;
+
+static int sdq__bk_level_new(sdq__builder *b, sdq__level *l, size_t count, size_t attns) {
+    l->resnet = SDQ__NEW_N(b->ctx, sdq__resnet, count);
+    l->attn = attns ? SDQ__NEW_N(b->ctx, sdq__transformer, attns) : NULL;
+    if (!l->resnet || (attns && !l->attn)) return 0;
+    l->count = count;
+    l->attns = attns;
+    return 1;
+}
+static void sdq__bk_level_free(sdq_ctx *ctx, sdq__level *l) {
+    size_t i;
+    for (i = 0; i < l->attns; i++) sdq__free(ctx, l->attn[i].block);
+    sdq__free(ctx, l->attn);
+    sdq__free(ctx, l->resnet);
+}
+
+/* ===========================================================================
+ * >>text   CLIP's text encoder (Radford et al. 2021, arXiv 2103.00020)
+ *
+ *   x = token[id] + position;  per layer: x += self(ln1(x)), causal;  x += fc2(act(fc1(ln2(x))))
+ *   y = final_layer_norm(x)
+ * act: x sigmoid(1.702 x) in OpenAI's networks, gelu (erf) in OpenCLIP's (SD 2).
+ * ======================================================================== */
+
+typedef struct sdq__text_layer {
+    sdq__norm norm1, norm2;
+    sdq__attn attn;
+    sdq_layer *fc1, *fc2;
+} sdq__text_layer;
+
+typedef struct sdq__text {
+    sdq_tensor *token, *position;
+    sdq__text_layer *layer;
+    size_t count;
+    int quick;              /* quick_gelu, not gelu */
+    sdq__norm norm;
+} sdq__text;
+
+static const char sdq__tx_defaults[] = SDQ__MD_JSON({
+    "architectures": "CLIPTextModel", "vocab_size": 49408, "hidden_size": 512,
+    "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8,
+    "max_position_embeddings": 77, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+    "initializer_factor": 1.0, "model_type": "clip_text_model"});
+
+/* Normal weights: transformers' deviations for CLIP, smaller where layers add up. */
+static void sdq__tx_layer_build(sdq__builder *b, sdq__text_layer *l, size_t c, size_t wide,
+                                size_t heads, float eps, double factor) {
+    const double in_std = factor / sqrt((double)c) / sqrt(2.0 * (double)b->model->text->count);
+    size_t at = sdq__md_enter(b, "self_attn");
+    b->std = in_std;
+    l->attn.k = sdq__md_linear(b, "k_proj", c, c, 1);
+    l->attn.v = sdq__md_linear(b, "v_proj", c, c, 1);
+    l->attn.q = sdq__md_linear(b, "q_proj", c, c, 1);
+    b->std = factor / sqrt((double)c);
+    l->attn.out = sdq__md_linear(b, "out_proj", c, c, 1);
+    l->attn.heads = (int)heads;
+    sdq__md_leave(b, at);
+    l->norm1 = sdq__md_norm(b, "layer_norm1", c, 0, eps);
+    at = sdq__md_enter(b, "mlp");
+    b->std = factor / sqrt(2.0 * (double)c);
+    l->fc1 = sdq__md_linear(b, "fc1", c, wide, 1);
+    b->std = in_std;
+    l->fc2 = sdq__md_linear(b, "fc2", wide, c, 1);
+    sdq__md_leave(b, at);
+    l->norm2 = sdq__md_norm(b, "layer_norm2", c, 0, eps);
+}
+
+static void sdq__tx_build(sdq__builder *b) {
+    static const char *const fixed[] = {"architectures", "model_type"};
+    sdq_model_info *info = &b->model->info;
+    const size_t c = sdq__md_size(b, "hidden_size", SDQ__MD_CHANNELS);
+    const size_t wide = sdq__md_size(b, "intermediate_size", SDQ__MD_CHANNELS);
+    const size_t heads = sdq__md_size(b, "num_attention_heads", c);
+    const size_t layers = sdq__md_size(b, "num_hidden_layers", 256);
+    const float eps = sdq__md_float(b, "layer_norm_eps", 0, 1);
+    const double factor = (double)sdq__md_float(b, "initializer_factor", 1e-6, 1e6);
+    const sdq__json *act = sdq__md_get(b, "hidden_act");
+    sdq__text *t = b->model->text = SDQ__NEW(b->ctx, sdq__text);
+    size_t i, at;
+    sdq__md_fixed(b, fixed, SDQ__COUNT(fixed));
+    info->context = c;
+    info->vocab = sdq__md_size(b, "vocab_size", (size_t)1 << 24);
+    info->tokens = sdq__md_size(b, "max_position_embeddings", (size_t)1 << 16);
+    if (!t) return;
+    t->quick = act && act->kind == SDQ__JS_STRING && strcmp(act->str, "quick_gelu") == 0;
+    if (!t->quick && !(act && act->kind == SDQ__JS_STRING && strcmp(act->str, "gelu") == 0))
+        sdq__md_refuse(b, "hidden_act", act, "\"quick_gelu\" or \"gelu\"");
+    if (c % heads != 0)
+        sdq__fail(b->ctx, SDQ_ERR_UNSUPPORTED, "%s: \"num_attention_heads\": %zu does not divide "
+                  "\"hidden_size\": %zu", b->file, heads, c);
+    t->layer = SDQ__NEW_N(b->ctx, sdq__text_layer, layers);
+    if (!t->layer || b->ctx->status != SDQ_OK) return;
+    t->count = layers;
+    at = sdq__md_enter(b, "text_model");
+    t->token = sdq__md_own(b, "embeddings.token_embedding", ".weight", 2, info->vocab, c,
+                           SDQ__MD_NORMAL, 0.02 * factor);
+    t->position = sdq__md_own(b, "embeddings.position_embedding", ".weight", 2, info->tokens, c,
+                              SDQ__MD_NORMAL, 0.02 * factor);
+    for (i = 0; i < layers; i++) {
+        const size_t inner = sdq__md_enter_item(b, "encoder.layers", i);
+        sdq__tx_layer_build(b, &t->layer[i], c, wide, heads, eps, factor);
+        sdq__md_leave(b, inner);
+    }
+    t->norm = sdq__md_norm(b, "final_layer_norm", c, 0, eps);
+    sdq__md_leave(b, at);
+}
+
+static void sdq__tx_free(sdq_ctx *ctx, sdq__text *t) {
+    if (t) sdq__free(ctx, t->layer);
+    sdq__free(ctx, t);
+}
+
+static sdq_tensor *sdq__tx_layer(sdq_ctx *ctx, const sdq__text *t, const sdq__text_layer *l,
+                                 sdq_tensor *x) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    const sdq_mode mode = SDQ_FLOAT;
+    sdq_tensor *h = sdq__md_normalize(ctx, &l->norm1, x, 0), *q, *k, *v;
+    q = sdq_layer_forward(ctx, l->attn.q, h, NULL, mode);
+    k = sdq_layer_forward(ctx, l->attn.k, h, NULL, mode);
+    v = sdq_layer_forward(ctx, l->attn.v, h, NULL, mode);
+    h = sdq_attention(ctx, q, k, v, l->attn.heads, 1);
+    x = sdq__keep(ctx, mark, sdq_layer_forward(ctx, l->attn.out, h, x, mode));
+    h = sdq__md_normalize(ctx, &l->norm2, x, 0);
+    h = sdq_layer_forward(ctx, l->fc1, h, NULL, mode);
+    h = t->quick ? sdq_quick_gelu(ctx, h) : sdq_gelu(ctx, h);
+    return sdq__keep(ctx, mark, sdq_layer_forward(ctx, l->fc2, h, x, mode));
+}
+
+SDQ_API sdq_tensor *sdq_text_forward(sdq_ctx *ctx, const sdq_model *m, sdq_tensor *ids) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    const sdq__text *t;
+    sdq_tensor *x;
+    size_t i;
+    if (!sdq__md_is(ctx, "sdq_text_forward", m, SDQ_PART_TEXT)) return NULL;
+    if (!ids || ids->dtype != SDQ_I32 || ids->rank != 2 || ids->dim[1] > m->info.tokens) {
+        char shape[96];
+        sdq__fail(ctx, ids ? SDQ_ERR_SHAPE : SDQ_ERR_ARGUMENT, "sdq_text_forward: ids must be I32 "
+                  "[n,t] with t up to %zu, found %s%s", m->info.tokens,
+                  ids ? sdq_dtype_name(ids->dtype) : "NULL", ids ? sdq__t_shape(ids, shape) : "");
+        return NULL;
+    }
+    t = m->text;
+    x = sdq_add_rows(ctx, sdq_embedding(ctx, ids, t->token), t->position);
+    for (i = 0; i < t->count; i++) x = sdq__keep(ctx, mark, sdq__tx_layer(ctx, t, &t->layer[i], x));
+    return sdq__keep(ctx, mark, sdq__md_normalize(ctx, &t->norm, x, 0));
+}
+
+/* ===========================================================================
+ * >>unet   the denoising network (Rombach et al. 2022, arXiv 2112.10752)
+ *
+ * Down: at every level resnets (and transformers), then a convolution of stride 2. Every
+ * intermediate result is a skip connection, a stack that the way up takes from its top:
+ * resnet(concat(hidden, skip)). Sizes need not be even: going up, the picture gets the size of
+ * the skip it meets next.
+ *
+ * Time: t -> (cos, sin)(t f_i), f_i = 10000^(-i / (half - shift)), -> linear, SiLU, linear, SiLU,
+ * and in every resnet a linear of its own, added between its convolutions. It depends
+ * on the timestep only (time table), keys and values of the cross attention on the text only
+ * (prompt cache).
+ *
+ * attention_head_dim in config.json is the number of heads: the misnomer is diffusers' own
+ * (issue 2011), and every published UNet relies on it.
+ * ======================================================================== */
+
+#define SDQ__UN_SKIPS (SDQ__MD_LEVELS * (SDQ__MD_LAYERS + 1) + 1)
+
+typedef struct sdq__unet {
+    size_t levels, time_in;
+    int flip;                               /* cosines before sines */
+    double shift;
+    sdq_layer *conv_in, *conv_out;
+    sdq_layer *time1, *time2, *cond;        /* cond: NULL or the guidance input of LCM */
+    sdq__norm norm_out;
+    sdq__level down[SDQ__MD_LEVELS], mid, up[SDQ__MD_LEVELS];
+    sdq__resnet **resnet;                   /* all of them, by index */
+    sdq__tblock **block;
+    size_t resnets, resnet_cap, blocks, block_cap;
+} sdq__unet;
+
+static const char sdq__un_defaults[] = SDQ__MD_JSON({
+    "_class_name": "UNet2DConditionModel", "sample_size": null, "in_channels": 4,
+    "out_channels": 4, "center_input_sample": false, "flip_sin_to_cos": true, "freq_shift": 0,
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D",
+                         "DownBlock2D"],
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D",
+                       "CrossAttnUpBlock2D"],
+    "only_cross_attention": false, "block_out_channels": [320, 640, 1280, 1280],
+    "layers_per_block": 2, "downsample_padding": 1, "mid_block_scale_factor": 1,
+    "act_fn": "silu", "norm_num_groups": 32, "norm_eps": 1e-5, "cross_attention_dim": 1280,
+    "transformer_layers_per_block": 1, "reverse_transformer_layers_per_block": null,
+    "encoder_hid_dim": null, "encoder_hid_dim_type": null, "attention_head_dim": 8,
+    "num_attention_heads": null, "dual_cross_attention": false, "use_linear_projection": false,
+    "class_embed_type": null, "addition_embed_type": null, "num_class_embeds": null,
+    "resnet_time_scale_shift": "default", "resnet_skip_time_act": false,
+    "resnet_out_scale_factor": 1.0, "time_embedding_type": "positional",
+    "time_embedding_dim": null, "time_embedding_act_fn": null, "timestep_post_act": null,
+    "time_cond_proj_dim": null, "conv_in_kernel": 3, "conv_out_kernel": 3,
+    "attention_type": "default", "class_embeddings_concat": false,
+    "mid_block_only_cross_attention": null, "cross_attention_norm": null});
+
+static const char *const sdq__un_fixed[] = {
+    "_class_name", "act_fn", "addition_embed_type", "attention_type", "center_input_sample",
+    "class_embed_type", "class_embeddings_concat", "conv_in_kernel", "conv_out_kernel",
+    "cross_attention_norm", "dual_cross_attention", "encoder_hid_dim", "encoder_hid_dim_type",
+    "mid_block_only_cross_attention", "mid_block_scale_factor", "num_class_embeds",
+    "only_cross_attention", "resnet_out_scale_factor", "resnet_skip_time_act",
+    "resnet_time_scale_shift", "reverse_transformer_layers_per_block", "time_embedding_act_fn",
+    "time_embedding_type", "timestep_post_act"};
+
+/* What the builder needs of config.json, and the channels of the skips pushed so far. */
+typedef struct sdq__un_plan {
+    size_t levels, channels[SDQ__MD_LEVELS], layers[SDQ__MD_LEVELS], heads[SDQ__MD_LEVELS];
+    size_t depth[SDQ__MD_LEVELS], context, time, groups;
+    int cross_down[SDQ__MD_LEVELS], cross_up[SDQ__MD_LEVELS], mid, linear, pad;
+    float eps;
+    size_t skip[SDQ__UN_SKIPS], skips;
+} sdq__un_plan;
+
+/* The number of levels: items of block_out_channels. */
+static size_t sdq__md_levels(const sdq__builder *b, size_t *channels) {
+    const sdq__json *v = sdq__md_get(b, "block_out_channels");
+    if (!v || v->kind != SDQ__JS_ARRAY || v->count < 1 || v->count > SDQ__MD_LEVELS) {
+        sdq__md_refuse(b, "block_out_channels", v, "a list of 1..8 channel counts");
+        channels[0] = 1;
+        return 1;
+    }
+    sdq__md_sizes(b, "block_out_channels", SDQ__MD_CHANNELS, v->count, channels);
+    return v->count;
+}
+
+/* One text feeds all levels: a list of widths must repeat one. */
+static size_t sdq__un_context(const sdq__builder *b, size_t levels) {
+    size_t dim[SDQ__MD_LEVELS], i;
+    sdq__md_sizes(b, "cross_attention_dim", SDQ__MD_CHANNELS, levels, dim);
+    for (i = 1; i < levels; i++)
+        if (dim[i] != dim[0])
+            sdq__md_refuse(b, "cross_attention_dim", sdq__md_get(b, "cross_attention_dim"),
+                           "the same for all levels");
+    return dim[0];
+}
+
+static void sdq__un_read(const sdq__builder *b, sdq__un_plan *p, sdq__unet *u) {
+    const sdq__json *mid = sdq__md_get(b, "mid_block_type");
+    const sdq__json *heads = sdq__md_get(b, "num_attention_heads");
+    const int named = heads && heads->kind != SDQ__JS_NULL;
+    const size_t n = p->levels = u->levels = sdq__md_levels(b, p->channels);
+    sdq__md_fixed(b, sdq__un_fixed, SDQ__COUNT(sdq__un_fixed));
+    sdq__md_kinds(b, "down_block_types", "DownBlock2D", "CrossAttnDownBlock2D", n, p->cross_down);
+    sdq__md_kinds(b, "up_block_types", "UpBlock2D", "CrossAttnUpBlock2D", n, p->cross_up);
+    sdq__md_sizes(b, "layers_per_block", SDQ__MD_LAYERS - 1, n, p->layers);
+    sdq__md_sizes(b, named ? "num_attention_heads" : "attention_head_dim", SDQ__MD_CHANNELS, n,
+                  p->heads);
+    sdq__md_sizes(b, "transformer_layers_per_block", SDQ__MD_DEPTH, n, p->depth);
+    p->context = sdq__un_context(b, n);
+    p->mid = mid && mid->kind == SDQ__JS_STRING && !strcmp(mid->str, "UNetMidBlock2DCrossAttn");
+    if (!p->mid && mid && mid->kind != SDQ__JS_NULL)
+        sdq__md_refuse(b, "mid_block_type", mid, "\"UNetMidBlock2DCrossAttn\" or null");
+    p->linear = sdq__md_flag(b, "use_linear_projection");
+    p->groups = sdq__md_size(b, "norm_num_groups", SDQ__MD_CHANNELS);
+    p->eps = sdq__md_float(b, "norm_eps", 0, 1);
+    p->pad = (int)sdq__md_number(b, "downsample_padding", sdq__md_get(b, "downsample_padding"),
+                                 0, 1, 1);
+    p->time = sdq__md_size_or_null(b, "time_embedding_dim", SDQ__MD_CHANNELS);
+    if (p->time == 0) p->time = 4 * p->channels[0];
+    u->time_in = p->channels[0];
+    u->flip = sdq__md_flag(b, "flip_sin_to_cos");
+    u->shift = (double)sdq__md_float(b, "freq_shift", 0, (double)(u->time_in / 2) - 0.5);
+}
+
+static void sdq__un_info(const sdq__builder *b, const sdq__un_plan *p, sdq_model_info *info) {
+    const sdq__json *size = sdq__md_get(b, "sample_size");
+    info->in = sdq__md_size(b, "in_channels", SDQ__MD_CHANNELS);
+    info->out = sdq__md_size(b, "out_channels", SDQ__MD_CHANNELS);
+    info->context = p->context;
+    info->factor = (size_t)1 << (p->levels - 1);
+    info->guidance = sdq__md_size_or_null(b, "time_cond_proj_dim", SDQ__MD_CHANNELS);
+    if (size && size->kind == SDQ__JS_ARRAY) size = size->child;    /* [height, width] */
+    (void)sdq__js_size(size, &info->sample_size);
+}
+
+/* resnets.j of the current level, entered into the list of all. */
+static void sdq__un_resnet_build(sdq__builder *b, const sdq__un_plan *p, sdq__level *l, size_t j,
+                                 size_t in, size_t out, size_t split) {
+    sdq__unet *u = b->model->unet;
+    const size_t at = sdq__md_enter_item(b, "resnets", j);
+    sdq__resnet *r = &l->resnet[j];
+    sdq__bk_resnet_build(b, r, in, out, p->time, p->groups, p->eps, split);
+    if (sdq__grow(b->ctx, (void **)(void *)&u->resnet, &u->resnet_cap, u->resnets + 1,
+                  sizeof *u->resnet)) {
+        r->index = u->resnets;
+        u->resnet[u->resnets++] = r;
+    }
+    sdq__md_leave(b, at);
+}
+
+/* attentions.j of the current level, which has the settings of `level`. */
+static void sdq__un_attn_build(sdq__builder *b, const sdq__un_plan *p, sdq__level *l, size_t j,
+                               size_t level) {
+    sdq__unet *u = b->model->unet;
+    const size_t at = sdq__md_enter_item(b, "attentions", j);
+    sdq__transformer *t = &l->attn[j];
+    size_t i;
+    sdq__bk_transformer_build(b, t, p->channels[level], p->context, p->heads[level],
+                              p->depth[level], p->groups, p->linear);
+    for (i = 0; i < t->count; i++) {
+        if (!sdq__grow(b->ctx, (void **)(void *)&u->block, &u->block_cap, u->blocks + 1,
+                       sizeof *u->block)) break;
+        t->block[i].index = u->blocks;
+        u->block[u->blocks++] = &t->block[i];
+    }
+    sdq__md_leave(b, at);
+}
+
+static void sdq__un_down_build(sdq__builder *b, sdq__un_plan *p, size_t i, size_t in) {
+    sdq__level *l = &b->model->unet->down[i];
+    const size_t out = p->channels[i], at = sdq__md_enter_item(b, "down_blocks", i);
+    size_t j;
+    if (!sdq__bk_level_new(b, l, p->layers[i], p->cross_down[i] ? p->layers[i] : 0)) return;
+    for (j = 0; j < l->count; j++) {
+        sdq__un_resnet_build(b, p, l, j, j ? out : in, out, 0);
+        if (l->attn) sdq__un_attn_build(b, p, l, j, i);
+        p->skip[p->skips++] = out;
+    }
+    if (i + 1 < p->levels) {
+        l->resample = sdq__md_conv3(b, "downsamplers.0.conv", out, out, 2, p->pad);
+        p->skip[p->skips++] = out;
+    }
+    sdq__md_leave(b, at);
+}
+
+static void sdq__un_mid_build(sdq__builder *b, const sdq__un_plan *p) {
+    sdq__level *l = &b->model->unet->mid;
+    const size_t last = p->levels - 1, c = p->channels[last], at = sdq__md_enter(b, "mid_block");
+    if (!sdq__bk_level_new(b, l, 2, 1)) return;
+    sdq__un_resnet_build(b, p, l, 0, c, c, 0);
+    sdq__un_attn_build(b, p, l, 0, last);
+    sdq__un_resnet_build(b, p, l, 1, c, c, 0);
+    sdq__md_leave(b, at);
+}
+
+/* Returns the channels that leave the level. */
+static size_t sdq__un_up_build(sdq__builder *b, sdq__un_plan *p, size_t i, size_t hidden) {
+    sdq__level *l = &b->model->unet->up[i];
+    const size_t level = p->levels - 1 - i, out = p->channels[level];
+    const size_t count = p->layers[level] + 1, at = sdq__md_enter_item(b, "up_blocks", i);
+    size_t j;
+    if (!sdq__bk_level_new(b, l, count, p->cross_up[i] ? count : 0)) return out;
+    for (j = 0; j < count; j++) {
+        sdq__un_resnet_build(b, p, l, j, hidden + p->skip[--p->skips], out, hidden);
+        if (l->attn) sdq__un_attn_build(b, p, l, j, level);
+        hidden = out;
+    }
+    if (i + 1 < p->levels) l->resample = sdq__md_conv3(b, "upsamplers.0.conv", out, out, 1, 1);
+    sdq__md_leave(b, at);
+    return out;
+}
+
+static void sdq__un_build(sdq__builder *b) {
+    sdq_model_info *info = &b->model->info;
+    sdq__unet *u = b->model->unet = SDQ__NEW(b->ctx, sdq__unet);
+    sdq__un_plan p;
+    size_t i, c;
+    if (!u) return;
+    memset(&p, 0, sizeof p);
+    sdq__un_read(b, &p, u);
+    sdq__un_info(b, &p, info);
+    if (b->ctx->status != SDQ_OK) return;
+    c = p.channels[0];
+    u->conv_in = sdq__md_conv3(b, "conv_in", info->in, c, 1, 1);
+    u->time1 = sdq__md_linear(b, "time_embedding.linear_1", c, p.time, 1);
+    if (info->guidance)
+        u->cond = sdq__md_linear(b, "time_embedding.cond_proj", info->guidance, c, 0);
+    u->time2 = sdq__md_linear(b, "time_embedding.linear_2", p.time, p.time, 1);
+    p.skip[p.skips++] = c;
+    for (i = 0; i < p.levels && b->ctx->status == SDQ_OK; i++)
+        sdq__un_down_build(b, &p, i, i ? p.channels[i - 1] : c);
+    if (p.mid && b->ctx->status == SDQ_OK) sdq__un_mid_build(b, &p);
+    c = p.channels[p.levels - 1];
+    for (i = 0; i < p.levels && b->ctx->status == SDQ_OK; i++) c = sdq__un_up_build(b, &p, i, c);
+    u->norm_out = sdq__md_norm(b, "conv_norm_out", c, p.groups, p.eps);
+    u->conv_out = sdq__md_conv3(b, "conv_out", c, info->out, 1, 1);
+}
+
+static void sdq__un_free(sdq_ctx *ctx, sdq__unet *u) {
+    size_t i;
+    if (!u) return;
+    for (i = 0; i < SDQ__MD_LEVELS; i++) {
+        sdq__bk_level_free(ctx, &u->down[i]);
+        sdq__bk_level_free(ctx, &u->up[i]);
+    }
+    sdq__bk_level_free(ctx, &u->mid);
+    sdq__free(ctx, (void *)u->resnet);
+    sdq__free(ctx, (void *)u->block);
+    sdq__free(ctx, u);
+}
+
+/* --- time --- */
+
+/* e^x in double from +, -, *, / and ldexp only, as >>random does and for the same reason: equal on
+ * every machine. x = k ln 2 + r, |r| <= 0.35; 0.35^17 / 17! < 2^-74. */
+static double sdq__un_exp(double x) {
+    const int k = (int)(x * 1.44269504088896340736 + (x < 0 ? -0.5 : 0.5));
+    const double r = (x - k * 6.93147180369123816490e-01) - k * 1.90821492927058770002e-10;
+    double y = 1.0;
+    int i;
+    for (i = 16; i >= 1; i--) y = 1.0 + y * r / i;
+    return ldexp(y, k);
+}
+
+/* Sine and cosine waves of t in `dim` frequencies. Angles are rounded to float where torch does. */
+static void sdq__un_waves(float *out, size_t dim, float t, double shift, int flip) {
+    const size_t half = dim / 2;
+    size_t i;
+    for (i = 0; i < half; i++) {
+        const float e = -9.2103403719761836f * (float)i / (float)((double)half - shift);
+        const float angle = t * (float)sdq__un_exp((double)e);
+        double sine, cosine;
+        sdq__rng_sincos((double)(angle < 0 ? -angle : angle), &sine, &cosine);
+        if (angle < 0) sine = -sine;
+        out[flip ? half + i : i] = (float)sine;
+        out[flip ? i : half + i] = (float)cosine;
+    }
+    if (dim % 2) out[dim - 1] = 0.0f;
+}
+
+/* silu of the time embedding of n timesteps: [n,time]. guidance NULL: without it. */
+static sdq_tensor *sdq__un_time(sdq_ctx *ctx, const sdq_model *m, const float *timesteps,
+                                const float *guidance, size_t n, sdq_mode mode) {
+    const sdq__unet *u = m->unet;
+    sdq_tensor *x = sdq_tensor_2d(ctx, n, u->time_in), *w;
+    size_t i;
+    if (!x) return NULL;
+    /* beyond 10^6 the reduction of the angle is not exact any more; NaN fails as well */
+    for (i = 0; i < n; i++)
+        if (!(timesteps[i] >= -1e6f && timesteps[i] <= 1e6f)) {
+            sdq__fail(ctx, SDQ_ERR_ARGUMENT, "UNet: timestep %g is not within +-10^6",
+                      (double)timesteps[i]);
+            return NULL;
+        }
+    for (i = 0; i < n; i++)
+        sdq__un_waves(sdq_f32(x) + i * u->time_in, u->time_in, timesteps[i], u->shift, u->flip);
+    if (guidance && u->cond) {      /* LCM, arXiv 2310.04378: waves of 1000 (scale - 1) */
+        w = sdq_tensor_2d(ctx, n, m->info.guidance);
+        if (!w) return NULL;
+        for (i = 0; i < n; i++) {
+            const float g = guidance[i] >= -100.0f && guidance[i] <= 900.0f ? guidance[i] : 1.0f;
+            sdq__un_waves(sdq_f32(w) + i * w->dim[1], w->dim[1], (g - 1.0f) * 1000.0f, 1.0, 0);
+        }
+        x = sdq_layer_forward(ctx, u->cond, w, x, mode);
+    }
+    x = sdq_silu(ctx, sdq_layer_forward(ctx, u->time1, x, NULL, mode));
+    return sdq_silu(ctx, sdq_layer_forward(ctx, u->time2, x, NULL, mode));
+}
+
+/* --- caches --- */
+
+struct sdq_prompt_cache {
+    const sdq_model *model;
+    sdq_mode mode;
+    size_t n, blocks;
+    sdq_tensor *kv;             /* keys, values of block 0, of block 1, .. */
+};
+
+struct sdq_time_table {
+    const sdq_model *model;
+    sdq_mode mode;
+    size_t n, resnets;
+    float *timestep;            /* [n] */
+    float *guidance;            /* [n] or NULL */
+    sdq_tensor *row;            /* per resnet [n,out] */
+};
+
+/* A heap copy of an arena tensor. */
+static sdq_status sdq__un_store(sdq_ctx *ctx, sdq_tensor *to, const sdq_tensor *from) {
+    if (!from) return ctx->status;
+    SDQ__TRY(sdq__t_init(ctx, to, from->rank, from->dim));
+    memcpy(to->data, from->data, sdq_tensor_count(from) * sizeof(float));
+    return SDQ_OK;
+}
+
+SDQ_API void sdq_prompt_cache_free(sdq_ctx *ctx, sdq_prompt_cache *c) {
+    size_t i;
+    if (!c) return;
+    for (i = 0; c->kv && i < 2 * c->blocks; i++) sdq__t_free(ctx, &c->kv[i]);
+    sdq__free(ctx, c->kv);
+    sdq__free(ctx, c);
+}
+
+SDQ_API sdq_status sdq_unet_prompt(sdq_ctx *ctx, const sdq_model *m, sdq_tensor *context,
+                                   sdq_mode mode, sdq_prompt_cache **out) {
+    const int recording = ctx->recording;
+    sdq_mark mark;
+    sdq_prompt_cache *c;
+    sdq_status st = SDQ_ERR_OOM;
+    size_t i;
+    *out = NULL;
+    if (!sdq__md_is(ctx, "sdq_unet_prompt", m, SDQ_PART_UNET)
+        || !sdq__md_check(ctx, "sdq_unet_prompt: context", context, 3, m->info.context))
+        return ctx->status;
+    c = SDQ__NEW(ctx, sdq_prompt_cache);
+    if (!c) return SDQ_ERR_OOM;
+    ctx->recording = 0;
+    c->model = m;
+    c->mode = mode;
+    c->n = context->dim[0];
+    c->blocks = m->unet->blocks;
+    c->kv = SDQ__NEW_N(ctx, sdq_tensor, 2 * c->blocks);
+    if (!c->kv) goto done;
+    for (i = 0; i < 2 * c->blocks; i++) {
+        const sdq__attn *a = &m->unet->block[i / 2]->cross;
+        mark = sdq_arena_mark(ctx);
+        st = sdq__un_store(ctx, &c->kv[i],
+                           sdq_layer_forward(ctx, i % 2 ? a->v : a->k, context, NULL, mode));
+        sdq_arena_release(ctx, mark);
+        if (st != SDQ_OK) goto done;
+    }
+    st = SDQ_OK;
+done:
+    ctx->recording = recording;
+    if (st == SDQ_OK) *out = c;
+    else sdq_prompt_cache_free(ctx, c);
+    return st;
+}
+
+SDQ_API void sdq_time_table_free(sdq_ctx *ctx, sdq_time_table *t) {
+    size_t i;
+    if (!t) return;
+    for (i = 0; t->row && i < t->resnets; i++) sdq__t_free(ctx, &t->row[i]);
+    sdq__free(ctx, t->row);
+    sdq__free(ctx, t->timestep);
+    sdq__free(ctx, t->guidance);
+    sdq__free(ctx, t);
+}
+
+static sdq_status sdq__un_fill_times(sdq_ctx *ctx, sdq_time_table *t) {
+    const sdq__unet *u = t->model->unet;
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    sdq_tensor *time = sdq__un_time(ctx, t->model, t->timestep, t->guidance, t->n, t->mode);
+    sdq_status st = time ? SDQ_OK : ctx->status;
+    size_t i;
+    for (i = 0; i < t->resnets && st == SDQ_OK; i++)
+        st = sdq__un_store(ctx, &t->row[i],
+                           sdq_layer_forward(ctx, u->resnet[i]->time, time, NULL, t->mode));
+    sdq_arena_release(ctx, mark);
+    return st;
+}
+
+SDQ_API sdq_status sdq_unet_times(sdq_ctx *ctx, const sdq_model *m, const float *timesteps,
+                                  const float *guidance, size_t n, sdq_mode mode,
+                                  sdq_time_table **out) {
+    const int recording = ctx->recording;
+    sdq_time_table *t;
+    sdq_status st = SDQ_ERR_OOM;
+    *out = NULL;
+    if (!sdq__md_is(ctx, "sdq_unet_times", m, SDQ_PART_UNET)) return ctx->status;
+    if (!timesteps || n == 0)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "sdq_unet_times: no timesteps given");
+    t = SDQ__NEW(ctx, sdq_time_table);
+    if (!t) return SDQ_ERR_OOM;
+    ctx->recording = 0;
+    t->model = m;
+    t->mode = mode;
+    t->n = n;
+    t->resnets = m->unet->resnets;
+    t->timestep = SDQ__NEW_N(ctx, float, n);
+    t->row = SDQ__NEW_N(ctx, sdq_tensor, t->resnets);
+    if (guidance) t->guidance = SDQ__NEW_N(ctx, float, n);
+    if (!t->timestep || !t->row || (guidance && !t->guidance)) goto done;
+    memcpy(t->timestep, timesteps, n * sizeof(float));
+    if (guidance) memcpy(t->guidance, guidance, n * sizeof(float));
+    st = sdq__un_fill_times(ctx, t);
+done:
+    ctx->recording = recording;
+    if (st == SDQ_OK) *out = t;
+    else sdq_time_table_free(ctx, t);
+    return st;
+}
+
+/* --- forward --- */
+
+typedef struct sdq__un_skip { sdq_tensor *t; sdq_mark mark; } sdq__un_skip;
+
+/* One evaluation. It lives in the arena: with checkpointing the backward pass uses it again. */
+typedef struct sdq__un_run {
+    const sdq__unet *net;
+    sdq_mode mode;
+    int checkpoint;
+    sdq_tensor *time;                   /* silu(embedding); a place holder with a table */
+    sdq_tensor *context;                /* a place holder with a prompt cache */
+    const sdq_prompt_cache *prompt;
+    size_t prompt_first;
+    const sdq_time_table *times;
+    size_t *row;                        /* row of the time table, per entry */
+    size_t n;
+    sdq__un_skip skip[SDQ__UN_SKIPS];
+    size_t skips;
+} sdq__un_run;
+
+typedef struct sdq__un_use { const sdq__un_run *run; const void *part; } sdq__un_use;
+
+/* Run a block, through the tape's checkpoint if asked for. */
+static sdq_tensor *sdq__un_call(sdq_ctx *ctx, const sdq__un_run *run, sdq_block_fn fn,
+                                const void *part, sdq_tensor *x, sdq_tensor *extra) {
+    sdq__un_use here, *use = &here;
+    sdq_tensor *in[2];
+    const int checkpoint = run->checkpoint && ctx->recording;
+    if (!x || !extra) return NULL;
+    if (checkpoint) use = SDQ__PUSH_N(ctx, sdq__un_use, 1);
+    if (!use) return NULL;
+    use->run = run;
+    use->part = part;
+    in[0] = x;
+    in[1] = extra;
+    return checkpoint ? sdq_checkpoint(ctx, fn, use, in, 2) : fn(ctx, use, in, 2);
+}
+
+/* The rows of a time table that belong to the entries. */
+static sdq_tensor *sdq__un_gather(sdq_ctx *ctx, const sdq__un_run *run, const sdq_tensor *table) {
+    const size_t c = table->dim[1];
+    sdq_tensor *y = sdq_tensor_2d(ctx, run->n, c);
+    size_t i;
+    if (!y) return NULL;
+    for (i = 0; i < run->n; i++)
+        memcpy(sdq_f32(y) + i * c, sdq_f32(table) + run->row[i] * c, c * sizeof(float));
+    return y;
+}
+
+static sdq_tensor *sdq__un_resnet_fn(sdq_ctx *ctx, void *user, sdq_tensor **in, int n) {
+    const sdq__un_use *use = (const sdq__un_use *)user;
+    const sdq__un_run *run = use->run;
+    const sdq__resnet *r = (const sdq__resnet *)use->part;
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    sdq_tensor *time;
+    (void)n;
+    if (run->times) time = sdq__un_gather(ctx, run, &run->times->row[r->index]);
+    else time = sdq_layer_forward(ctx, r->time, in[1], NULL, run->mode);
+    return sdq__keep(ctx, mark, sdq__bk_resnet(ctx, r, in[0], time, run->mode));
+}
+
+/* Entries first.. of a cached tensor, not copied. */
+static sdq_tensor *sdq__un_view(sdq_ctx *ctx, const sdq_tensor *t, size_t first, size_t n) {
+    sdq_tensor *v = SDQ__PUSH_N(ctx, sdq_tensor, 1);
+    if (!v) return NULL;
+    *v = *t;
+    v->data = sdq_f32(t) + first * t->dim[1] * t->dim[2];
+    v->dim[0] = n;
+    return v;
+}
+
+static sdq_tensor *sdq__un_tblock_fn(sdq_ctx *ctx, void *user, sdq_tensor **in, int n) {
+    const sdq__un_use *use = (const sdq__un_use *)user;
+    const sdq__un_run *run = use->run;
+    const sdq__tblock *t = (const sdq__tblock *)use->part;
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    sdq_tensor *k, *v;
+    (void)n;
+    if (run->prompt) {
+        k = sdq__un_view(ctx, &run->prompt->kv[2 * t->index], run->prompt_first, run->n);
+        v = sdq__un_view(ctx, &run->prompt->kv[2 * t->index + 1], run->prompt_first, run->n);
+    } else {
+        k = sdq_layer_forward(ctx, t->cross.k, in[1], NULL, run->mode);
+        v = sdq_layer_forward(ctx, t->cross.v, in[1], NULL, run->mode);
+    }
+    return sdq__keep(ctx, mark, sdq__bk_tblock(ctx, t, in[0], k, v, run->mode));
+}
+
+static sdq_tensor *sdq__un_transformer(sdq_ctx *ctx, const sdq__un_run *run,
+                                       const sdq__transformer *t, sdq_tensor *x) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    sdq_tensor *h = sdq__md_normalize(ctx, &t->norm, x, 0), *y;
+    size_t i;
+    h = sdq__keep(ctx, mark, sdq_layer_forward(ctx, t->proj_in, h, NULL, run->mode));
+    h = sdq__md_tokens(ctx, h);
+    for (i = 0; i < t->count; i++) {
+        const sdq_mark inner = sdq_arena_mark(ctx);
+        h = sdq__keep(ctx, inner,
+                      sdq__un_call(ctx, run, sdq__un_tblock_fn, &t->block[i], h, run->context));
+    }
+    if (!h || !x) return NULL;
+    h = sdq_reshape(ctx, h, 4, x->dim);
+    y = sdq_layer_forward(ctx, t->proj_out, h, x, run->mode);
+    return sdq__keep(ctx, mark, y);
+}
+
+static void sdq__un_push(sdq__un_run *run, sdq_tensor *t, sdq_mark mark) {
+    SDQ_ASSERT(run->skips < SDQ__UN_SKIPS);
+    run->skip[run->skips].t = t;
+    run->skip[run->skips++].mark = mark;
+}
+
+static sdq_tensor *sdq__un_down(sdq_ctx *ctx, sdq__un_run *run, const sdq__level *l,
+                                sdq_tensor *x) {
+    size_t j;
+    for (j = 0; j < l->count; j++) {
+        const sdq_mark mark = sdq_arena_mark(ctx);
+        x = sdq__un_call(ctx, run, sdq__un_resnet_fn, &l->resnet[j], x, run->time);
+        if (l->attn) x = sdq__keep(ctx, mark, sdq__un_transformer(ctx, run, &l->attn[j], x));
+        sdq__un_push(run, x, mark);
+    }
+    if (l->resample) {
+        const sdq_mark mark = sdq_arena_mark(ctx);
+        x = sdq__keep(ctx, mark, sdq_layer_forward(ctx, l->resample, x, NULL, run->mode));
+        sdq__un_push(run, x, mark);
+    }
+    return x;
+}
+
+static sdq_tensor *sdq__un_mid(sdq_ctx *ctx, const sdq__un_run *run, const sdq__level *l,
+                               sdq_tensor *x) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    x = sdq__un_call(ctx, run, sdq__un_resnet_fn, &l->resnet[0], x, run->time);
+    x = sdq__keep(ctx, mark, sdq__un_transformer(ctx, run, &l->attn[0], x));
+    x = sdq__un_call(ctx, run, sdq__un_resnet_fn, &l->resnet[1], x, run->time);
+    return sdq__keep(ctx, mark, x);
+}
+
+/* A skip lies below everything newer: when it has been used, the arena goes back to where the
+ * skip began, and the result takes its place. */
+static sdq_tensor *sdq__un_up(sdq_ctx *ctx, sdq__un_run *run, const sdq__level *l, sdq_tensor *x) {
+    sdq__un_skip skip;
+    size_t j;
+    memset(&skip, 0, sizeof skip);
+    for (j = 0; j < l->count; j++) {
+        skip = run->skip[--run->skips];
+        x = sdq__keep(ctx, skip.mark, sdq_concat(ctx, x, skip.t));
+        x = sdq__un_call(ctx, run, sdq__un_resnet_fn, &l->resnet[j], x, run->time);
+        x = sdq__keep(ctx, skip.mark, x);
+        if (l->attn) x = sdq__keep(ctx, skip.mark, sdq__un_transformer(ctx, run, &l->attn[j], x));
+    }
+    if (!l->resample || !x) return x;
+    {
+        const sdq_tensor *next = run->skip[run->skips - 1].t;
+        if (!next) return NULL;
+        x = sdq_upsample(ctx, x, next->dim[1], next->dim[2]);
+        return sdq__keep(ctx, skip.mark, sdq_layer_forward(ctx, l->resample, x, NULL, run->mode));
+    }
+}
+
+/* Find the rows of the time table; the guidance must be what the table was made with. */
+static sdq_status sdq__un_rows(sdq_ctx *ctx, sdq__un_run *run, const sdq_unet_input *in) {
+    const sdq_time_table *t = in->times;
+    size_t i, k;
+    run->row = SDQ__PUSH_N(ctx, size_t, run->n);
+    if (!run->row) return SDQ_ERR_OOM;
+    for (i = 0; i < run->n; i++) {
+        for (k = 0; k < t->n; k++)
+            if (t->timestep[k] == in->timesteps[i] && !in->guidance == !t->guidance
+                && (!t->guidance || t->guidance[k] == in->guidance[i])) break;
+        if (k == t->n)
+            return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "UNet: the time table has no row for timestep "
+                             "%g with this guidance; make it with every timestep of the run",
+                             (double)in->timesteps[i]);
+        run->row[i] = k;
+    }
+    return SDQ_OK;
+}
+
+static sdq_status sdq__un_check(sdq_ctx *ctx, const sdq_model *m, const sdq_unet_input *in,
+                                sdq_mode mode) {
+    const sdq_prompt_cache *p = in ? in->prompt : NULL;
+    size_t n;
+    if (!in) return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "UNet: the input is NULL");
+    if (!sdq__md_check(ctx, "UNet: sample", in->sample, 4, m->info.in)) return ctx->status;
+    n = in->sample->dim[0];
+    if (!in->timesteps) return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "UNet: timesteps is NULL");
+    if (in->guidance && !m->info.guidance)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "UNet: this network has no guidance input "
+                         "(time_cond_proj_dim in its config.json); leave guidance NULL");
+    if ((p && (p->model != m || p->mode != mode))
+        || (in->times && (in->times->model != m || in->times->mode != mode)))
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "UNet: the prompt cache or the time table was made "
+                         "with another model or in another mode");
+    if (p) {
+        if (in->prompt_first <= p->n && n <= p->n - in->prompt_first) return SDQ_OK;
+        return sdq__fail(ctx, SDQ_ERR_SHAPE, "UNet: entries %zu..%zu of a prompt cache of %zu",
+                         in->prompt_first, in->prompt_first + n - 1, p->n);
+    }
+    if (!sdq__md_check(ctx, "UNet: context", in->context, 3, m->info.context)) return ctx->status;
+    if (in->context->dim[0] == n) return SDQ_OK;
+    return sdq__fail(ctx, SDQ_ERR_SHAPE, "UNet: %zu samples but %zu contexts", n,
+                     in->context->dim[0]);
+}
+
+static sdq_tensor *sdq__un_eval(sdq_ctx *ctx, sdq__un_run *run, sdq_tensor *sample) {
+    const sdq__unet *u = run->net;
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    sdq_tensor *x = sdq_layer_forward(ctx, u->conv_in, sample, NULL, run->mode);
+    size_t i;
+    sdq__un_push(run, x, mark);
+    for (i = 0; i < u->levels; i++) x = sdq__un_down(ctx, run, &u->down[i], x);
+    if (u->mid.count) x = sdq__un_mid(ctx, run, &u->mid, x);
+    for (i = 0; i < u->levels; i++) x = sdq__un_up(ctx, run, &u->up[i], x);
+    x = sdq__md_normalize(ctx, &u->norm_out, x, 1);
+    return sdq__keep(ctx, mark, sdq_layer_forward(ctx, u->conv_out, x, NULL, run->mode));
+}
+
+SDQ_API sdq_tensor *sdq_unet_forward(sdq_ctx *ctx, const sdq_model *m, const sdq_unet_input *in,
+                                     sdq_mode mode) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    sdq__un_run *run;
+    if (!sdq__md_is(ctx, "sdq_unet_forward", m, SDQ_PART_UNET)
+        || sdq__un_check(ctx, m, in, mode) != SDQ_OK) return NULL;
+    run = SDQ__PUSH_N(ctx, sdq__un_run, 1);
+    if (!run) return NULL;
+    memset(run, 0, sizeof *run);
+    run->net = m->unet;
+    run->mode = mode;
+    run->checkpoint = in->checkpoint;
+    run->prompt = in->prompt;
+    run->prompt_first = in->prompt_first;
+    run->times = in->times;
+    run->n = in->sample->dim[0];
+    run->context = in->prompt ? in->sample : in->context;
+    if (!in->times) run->time = sdq__un_time(ctx, m, in->timesteps, in->guidance, run->n, mode);
+    else if (sdq__un_rows(ctx, run, in) == SDQ_OK) run->time = in->sample;
+    return sdq__keep(ctx, mark, run->time ? sdq__un_eval(ctx, run, in->sample) : NULL);
+}
+
+/* ===========================================================================
+ * >>vae   picture to latent and back (AutoencoderKL; Kingma and Welling 2013, arXiv 1312.6114)
+ *
+ * encoder  conv_in, per level resnets and a convolution of stride 2 (zeros below and to the right
+ *          only), middle, GroupNorm, SiLU, conv_out, quant_conv -> mean | log variance
+ * decoder  post_quant_conv, conv_in, middle, per level one resnet more and nearest x 2 with a
+ *          convolution, GroupNorm, SiLU, conv_out
+ * middle   resnet, attention with one head over all pixels, resnet
+ * ======================================================================== */
+
+typedef struct sdq__vae_half {
+    sdq_layer *conv_in, *conv_out, *quant;  /* quant: NULL when the configuration has none */
+    sdq__level level[SDQ__MD_LEVELS], mid;
+    sdq__norm attn_norm, norm_out;
+    sdq__attn attn;
+    int attends;
+} sdq__vae_half;
+
+typedef struct sdq__vae {
+    size_t levels;
+    sdq__vae_half encoder, decoder;
+} sdq__vae;
+
+static const char sdq__va_defaults[] = SDQ__MD_JSON({
+    "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"], "up_block_types": ["UpDecoderBlock2D"],
+    "block_out_channels": [64], "layers_per_block": 1, "act_fn": "silu", "latent_channels": 4,
+    "norm_num_groups": 32, "sample_size": 32, "scaling_factor": 0.18215, "shift_factor": null,
+    "latents_mean": null, "latents_std": null, "use_quant_conv": true,
+    "use_post_quant_conv": true, "mid_block_add_attention": true});
+
+typedef struct sdq__va_plan {
+    size_t levels, channels[SDQ__MD_LEVELS], layers, groups;
+    int attends;
+} sdq__va_plan;
+
+static void sdq__va_resnet_build(sdq__builder *b, const sdq__va_plan *p, sdq__level *l, size_t j,
+                                 size_t in, size_t out) {
+    const size_t at = sdq__md_enter_item(b, "resnets", j);
+    sdq__bk_resnet_build(b, &l->resnet[j], in, out, 0, p->groups, 1e-6f, 0);
+    sdq__md_leave(b, at);
+}
+
+static void sdq__va_mid_build(sdq__builder *b, const sdq__va_plan *p, sdq__vae_half *h) {
+    const size_t c = p->channels[p->levels - 1], at = sdq__md_enter(b, "mid_block");
+    if (!sdq__bk_level_new(b, &h->mid, 2, 0)) return;
+    sdq__va_resnet_build(b, p, &h->mid, 0, c, c);
+    h->attends = p->attends;
+    if (h->attends) {
+        const size_t inner = sdq__md_enter_item(b, "attentions", 0);
+        h->attn_norm = sdq__md_norm(b, "group_norm", c, p->groups, 1e-6f);
+        sdq__bk_attn_build(b, &h->attn, c, c, 1, 1);
+        sdq__md_leave(b, inner);
+    }
+    sdq__va_resnet_build(b, p, &h->mid, 1, c, c);
+    sdq__md_leave(b, at);
+}
+
+/* Level i in the order of evaluation: `count` resnets, then `resample` unless it is the last. */
+static void sdq__va_level_build(sdq__builder *b, const sdq__va_plan *p, sdq__vae_half *h,
+                                size_t i, size_t in, size_t out, int up) {
+    sdq__level *l = &h->level[i];
+    const size_t at = sdq__md_enter_item(b, up ? "up_blocks" : "down_blocks", i);
+    size_t j;
+    if (!sdq__bk_level_new(b, l, p->layers + (up ? 1 : 0), 0)) return;
+    for (j = 0; j < l->count; j++) sdq__va_resnet_build(b, p, l, j, j ? out : in, out);
+    if (i + 1 < p->levels && up)
+        l->resample = sdq__md_conv3(b, "upsamplers.0.conv", out, out, 1, 1);
+    else if (i + 1 < p->levels)
+        l->resample = sdq__md_conv3(b, "downsamplers.0.conv", out, out, 2, 0);
+    sdq__md_leave(b, at);
+}
+
+static void sdq__va_encoder_build(sdq__builder *b, const sdq__va_plan *p, sdq__vae_half *h) {
+    const sdq_model_info *info = &b->model->info;
+    const size_t at = sdq__md_enter(b, "encoder"), top = p->channels[p->levels - 1];
+    size_t i;
+    h->conv_in = sdq__md_conv3(b, "conv_in", info->in, p->channels[0], 1, 1);
+    for (i = 0; i < p->levels && b->ctx->status == SDQ_OK; i++)
+        sdq__va_level_build(b, p, h, i, p->channels[i ? i - 1 : 0], p->channels[i], 0);
+    if (b->ctx->status == SDQ_OK) sdq__va_mid_build(b, p, h);
+    h->norm_out = sdq__md_norm(b, "conv_norm_out", top, p->groups, 1e-6f);
+    h->conv_out = sdq__md_conv3(b, "conv_out", top, 2 * info->latent, 1, 1);
+    sdq__md_leave(b, at);
+}
+
+static void sdq__va_decoder_build(sdq__builder *b, const sdq__va_plan *p, sdq__vae_half *h) {
+    const sdq_model_info *info = &b->model->info;
+    const size_t at = sdq__md_enter(b, "decoder"), n = p->levels;
+    size_t i;
+    h->conv_in = sdq__md_conv3(b, "conv_in", info->latent, p->channels[n - 1], 1, 1);
+    if (b->ctx->status == SDQ_OK) sdq__va_mid_build(b, p, h);
+    for (i = 0; i < n && b->ctx->status == SDQ_OK; i++)
+        sdq__va_level_build(b, p, h, i, p->channels[i ? n - i : n - 1], p->channels[n - 1 - i], 1);
+    h->norm_out = sdq__md_norm(b, "conv_norm_out", p->channels[0], p->groups, 1e-6f);
+    h->conv_out = sdq__md_conv3(b, "conv_out", p->channels[0], info->out, 1, 1);
+    sdq__md_leave(b, at);
+}
+
+static void sdq__va_read(sdq__builder *b, sdq__va_plan *p) {
+    static const char *const fixed[] = {"_class_name", "act_fn", "latents_mean", "latents_std",
+                                        "shift_factor"};
+    sdq_model_info *info = &b->model->info;
+    int same[SDQ__MD_LEVELS];
+    sdq__md_fixed(b, fixed, SDQ__COUNT(fixed));
+    p->levels = sdq__md_levels(b, p->channels);
+    sdq__md_kinds(b, "down_block_types", "DownEncoderBlock2D", "DownEncoderBlock2D", p->levels,
+                  same);
+    sdq__md_kinds(b, "up_block_types", "UpDecoderBlock2D", "UpDecoderBlock2D", p->levels, same);
+    p->layers = sdq__md_size(b, "layers_per_block", SDQ__MD_LAYERS - 1);
+    p->groups = sdq__md_size(b, "norm_num_groups", SDQ__MD_CHANNELS);
+    p->attends = sdq__md_flag(b, "mid_block_add_attention");
+    info->in = sdq__md_size(b, "in_channels", SDQ__MD_CHANNELS);
+    info->out = sdq__md_size(b, "out_channels", SDQ__MD_CHANNELS);
+    info->latent = sdq__md_size(b, "latent_channels", SDQ__MD_CHANNELS);
+    info->factor = (size_t)1 << (p->levels - 1);
+    info->scaling_factor = sdq__md_float(b, "scaling_factor", 1e-6, 1e6);
+    (void)sdq__js_size(sdq__md_get(b, "sample_size"), &info->sample_size);
+}
+
+static void sdq__va_build(sdq__builder *b) {
+    sdq__vae *v = b->model->vae = SDQ__NEW(b->ctx, sdq__vae);
+    sdq__va_plan p;
+    size_t c;
+    int quant, post;
+    if (!v) return;
+    memset(&p, 0, sizeof p);
+    sdq__va_read(b, &p);
+    quant = sdq__md_flag(b, "use_quant_conv");
+    post = sdq__md_flag(b, "use_post_quant_conv");
+    if (b->ctx->status != SDQ_OK) return;
+    v->levels = p.levels;
+    c = b->model->info.latent;
+    sdq__va_encoder_build(b, &p, &v->encoder);
+    sdq__va_decoder_build(b, &p, &v->decoder);
+    if (quant) v->encoder.quant = sdq__md_conv1(b, "quant_conv", 2 * c, 2 * c);
+    if (post) v->decoder.quant = sdq__md_conv1(b, "post_quant_conv", c, c);
+}
+
+static void sdq__va_free(sdq_ctx *ctx, sdq__vae *v) {
+    size_t i;
+    if (!v) return;
+    for (i = 0; i < SDQ__MD_LEVELS; i++) {
+        sdq__bk_level_free(ctx, &v->encoder.level[i]);
+        sdq__bk_level_free(ctx, &v->decoder.level[i]);
+    }
+    sdq__bk_level_free(ctx, &v->encoder.mid);
+    sdq__bk_level_free(ctx, &v->decoder.mid);
+    sdq__free(ctx, v);
+}
+
+static sdq_tensor *sdq__va_mid(sdq_ctx *ctx, const sdq__vae_half *v, sdq_tensor *x,
+                               sdq_mode mode) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    x = sdq__bk_resnet(ctx, &v->mid.resnet[0], x, NULL, mode);
+    if (v->attends && x) {
+        sdq_tensor *t = sdq__md_tokens(ctx, x), *h = sdq__md_normalize(ctx, &v->attn_norm, x, 0);
+        h = sdq__bk_self(ctx, &v->attn, sdq__md_tokens(ctx, h), t, mode);
+        x = sdq__keep(ctx, mark, sdq_reshape(ctx, h, 4, x->dim));
+    }
+    return sdq__keep(ctx, mark, sdq__bk_resnet(ctx, &v->mid.resnet[1], x, NULL, mode));
+}
+
+static sdq_tensor *sdq__va_level(sdq_ctx *ctx, const sdq__level *l, sdq_tensor *x, int up,
+                                 sdq_mode mode) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    size_t j;
+    for (j = 0; j < l->count; j++)
+        x = sdq__keep(ctx, mark, sdq__bk_resnet(ctx, &l->resnet[j], x, NULL, mode));
+    if (!l->resample || !x) return x;
+    if (up) x = sdq_upsample(ctx, x, 2 * x->dim[1], 2 * x->dim[2]);
+    return sdq__keep(ctx, mark, sdq_layer_forward(ctx, l->resample, x, NULL, mode));
+}
+
+static sdq_tensor *sdq__va_out(sdq_ctx *ctx, const sdq__vae_half *v, sdq_tensor *x,
+                               sdq_mode mode) {
+    x = sdq__md_normalize(ctx, &v->norm_out, x, 1);
+    return sdq_layer_forward(ctx, v->conv_out, x, NULL, mode);
+}
+
+SDQ_API sdq_tensor *sdq_vae_encode(sdq_ctx *ctx, const sdq_model *m, sdq_tensor *image,
+                                   sdq_mode mode) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    const sdq__vae_half *v;
+    sdq_tensor *x;
+    size_t i;
+    if (!sdq__md_is(ctx, "sdq_vae_encode", m, SDQ_PART_VAE)
+        || !sdq__md_check(ctx, "sdq_vae_encode: image", image, 4, m->info.in)) return NULL;
+    if (image->dim[1] < m->info.factor || image->dim[2] < m->info.factor) {
+        sdq__fail(ctx, SDQ_ERR_SHAPE, "sdq_vae_encode: a picture of %zux%zu, but this VAE needs at "
+                  "least %zu each way", image->dim[2], image->dim[1], m->info.factor);
+        return NULL;
+    }
+    v = &m->vae->encoder;
+    x = sdq_layer_forward(ctx, v->conv_in, image, NULL, mode);
+    for (i = 0; i < m->vae->levels; i++)
+        x = sdq__keep(ctx, mark, sdq__va_level(ctx, &v->level[i], x, 0, mode));
+    x = sdq__keep(ctx, mark, sdq__va_mid(ctx, v, x, mode));
+    x = sdq__va_out(ctx, v, x, mode);
+    if (v->quant) x = sdq_layer_forward(ctx, v->quant, x, NULL, mode);
+    return sdq__keep(ctx, mark, x);
+}
+
+SDQ_API sdq_tensor *sdq_vae_decode(sdq_ctx *ctx, const sdq_model *m, sdq_tensor *latent,
+                                   sdq_mode mode) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    const sdq__vae_half *v;
+    sdq_tensor *x = latent;
+    size_t i;
+    if (!sdq__md_is(ctx, "sdq_vae_decode", m, SDQ_PART_VAE)
+        || !sdq__md_check(ctx, "sdq_vae_decode: latent", latent, 4, m->info.latent)) return NULL;
+    v = &m->vae->decoder;
+    if (v->quant) x = sdq_layer_forward(ctx, v->quant, x, NULL, mode);
+    x = sdq_layer_forward(ctx, v->conv_in, x, NULL, mode);
+    x = sdq__keep(ctx, mark, sdq__va_mid(ctx, v, x, mode));
+    for (i = 0; i < m->vae->levels; i++)
+        x = sdq__keep(ctx, mark, sdq__va_level(ctx, &v->level[i], x, 1, mode));
+    return sdq__keep(ctx, mark, sdq__va_out(ctx, v, x, mode));
+}
+
+/* ===========================================================================
+ * >>model-file   load, start from random numbers, save, list
+ * ======================================================================== */
+
+/* What belongs to each part. weights: the name of its file without .safetensors. */
+typedef struct sdq__md_kind {
+    const char *name, *weights, *defaults;
+    void (*build)(sdq__builder *b);
+} sdq__md_kind;
+
+static const sdq__md_kind sdq__md_kinds_of[SDQ_PART_COUNT] = {
+    {"?", "", "{}", NULL},
+    {"text_encoder", "model", sdq__tx_defaults, sdq__tx_build},
+    {"unet", "diffusion_pytorch_model", sdq__un_defaults, sdq__un_build},
+    {"vae", "diffusion_pytorch_model", sdq__va_defaults, sdq__va_build}};
+
+SDQ_API const char *sdq_part_name(sdq_part part) {
+    return sdq__md_kinds_of[(unsigned)part < SDQ_PART_COUNT ? part : SDQ_PART_NONE].name;
+}
+
+static sdq_tensor *sdq__md_tensor(const sdq__param *p) {
+    if (!p->layer) return p->own;
+    return p->rank > 1 ? sdq_layer_weight(p->layer) : sdq_layer_bias(p->layer);
+}
+
+SDQ_API void sdq_model_free(sdq_ctx *ctx, sdq_model *m) {
+    size_t i;
+    if (!m) return;
+    for (i = 0; i < m->params; i++) {
+        if (m->param[i].own) sdq__t_free(ctx, m->param[i].own);
+        sdq__free(ctx, m->param[i].own);
+        sdq__free(ctx, m->param[i].name);
+    }
+    for (i = 0; i < m->layers; i++) sdq_layer_free(ctx, m->layer[i]);
+    sdq__tx_free(ctx, m->text);
+    sdq__un_free(ctx, m->unet);
+    sdq__va_free(ctx, m->vae);
+    sdq__free(ctx, m->param);
+    sdq__free(ctx, (void *)m->layer);
+    sdq__free(ctx, m->config);
+    sdq__free(ctx, m);
+}
+
+/* The network with zero weights from the text of its configuration; file names it in sentences.
+ * set: NULL, or the checkpoint that must have all of its tensors. */
+static sdq_status sdq__md_create(sdq_ctx *ctx, const char *file, const char *text, size_t len,
+                                 sdq_part part, const sdq__st_set *set, sdq_model **out) {
+    const sdq__md_kind *kind = &sdq__md_kinds_of[part];
+    sdq__builder b;
+    sdq__json *root = NULL, *defaults = NULL;
+    sdq_status st = SDQ_ERR_OOM;
+    *out = NULL;
+    memset(&b, 0, sizeof b);
+    b.ctx = ctx;
+    b.file = file;
+    b.set = set;
+    b.model = SDQ__NEW(ctx, sdq_model);
+    if (!b.model) return st;
+    b.model->info.part = part;
+    b.model->config = sdq__strdup(ctx, text);
+    if (!b.model->config) goto done;
+    SDQ__TRY_DONE(sdq__js_parse(ctx, text, len, file, &root));
+    SDQ__TRY_DONE(sdq__js_parse(ctx, kind->defaults, strlen(kind->defaults), kind->name,
+                                &defaults));
+    if (root->kind != SDQ__JS_OBJECT) {
+        st = sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: not a JSON object", file);
+        goto done;
+    }
+    b.root = root;
+    b.defaults = defaults;
+    kind->build(&b);
+    st = ctx->status;
+done:
+    sdq__js_free(ctx, root);
+    sdq__js_free(ctx, defaults);
+    if (st == SDQ_OK) *out = b.model;
+    else sdq_model_free(ctx, b.model);
+    return st;
+}
+
+/* The same from config.json in `dir`, which ends in '/'. */
+static sdq_status sdq__md_open(sdq_ctx *ctx, const char *dir, sdq_part part,
+                               const sdq__st_set *set, sdq_model **out) {
+    char *file = sdq__io_join(ctx, dir, "config.json", ""), *text = NULL;
+    size_t len;
+    sdq_status st;
+    *out = NULL;
+    if (!file) return SDQ_ERR_OOM;
+    st = sdq__io_read(ctx, file, (size_t)1 << 20, &text, &len);
+    if (st == SDQ_OK) st = sdq__md_create(ctx, file, text, len, part, set, out);
+    sdq__free(ctx, file);
+    sdq__free(ctx, text);
+    return st;
+}
+
+/* The network's own folder with a '/' behind it: `folder`, or its subfolder of that name. */
+static sdq_status sdq__md_folder(sdq_ctx *ctx, const char *folder, sdq_part part, char **out) {
+    const char *name = sdq_part_name(part), *slash;
+    int i;
+    *out = NULL;
+    if (ctx->status != SDQ_OK) return ctx->status;
+    if (!folder || part <= SDQ_PART_NONE || part >= SDQ_PART_COUNT)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "model: folder is NULL or part %d is not valid",
+                         (int)part);
+    slash = *folder && !sdq__io_ends(folder, "/") ? "/" : "";
+    for (i = 0; i < 2; i++) {
+        char sub[32] = "", *dir, *config;
+        int found;
+        if (i == 1) (void)snprintf(sub, sizeof sub, "%s/", name);
+        dir = sdq__io_join(ctx, folder, slash, sub);
+        config = dir ? sdq__io_join(ctx, dir, "config.json", "") : NULL;
+        if (!config) { sdq__free(ctx, dir); return SDQ_ERR_OOM; }
+        found = sdq__io_exists(config);
+        sdq__free(ctx, config);
+        if (found) { *out = dir; return SDQ_OK; }
+        sdq__free(ctx, dir);
+    }
+    return sdq__fail(ctx, SDQ_ERR_MISSING, "%s: holds no config.json, nor does its folder %s: not "
+                     "a diffusers model", *folder ? folder : "(empty path)", name);
+}
+
+/* One output channel's kernel between [ic][plane] (diffusers) and [plane][ic] (here). */
+static void sdq__md_turn(float *to, const float *from, size_t rows, size_t cols) {
+    size_t i, j;
+    for (i = 0; i < rows; i++)
+        for (j = 0; j < cols; j++) to[j * rows + i] = from[i * cols + j];
+}
+
+/* The numbers of an entry that has been checked. */
+static sdq_status sdq__md_read(sdq_ctx *ctx, const sdq__param *p, const sdq_entry *e) {
+    float *to = sdq_f32(sdq__md_tensor(p)), *buf;
+    const size_t plane = p->dim[2] * p->dim[3], ic = p->dim[1];
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    sdq_entry row = *e;
+    sdq_status st = SDQ_OK;
+    size_t o;
+    if (plane == 1) return sdq_entry_to_f32(ctx, e, to);
+    buf = SDQ__PUSH_N(ctx, float, ic * plane);
+    if (!buf) return SDQ_ERR_OOM;
+    row.bytes = e->bytes / p->dim[0];
+    for (o = 0; o < p->dim[0] && st == SDQ_OK; o++) {
+        row.data = (const char *)e->data + o * row.bytes;
+        st = sdq_entry_to_f32(ctx, &row, buf);
+        sdq__md_turn(to + o * ic * plane, buf, ic, plane);
+    }
+    sdq_arena_release(ctx, mark);
+    return st;
+}
+
+/* Some entry has no parameter: name the first that is not known to be dead weight. */
+static sdq_status sdq__md_surplus(sdq_ctx *ctx, const sdq__st_set *set, const sdq_model *m) {
+    const size_t n = sdq__st_set_count(set);
+    char old[320], shape[192];
+    size_t i, k;
+    for (i = 0; i < n; i++) {
+        const sdq_entry *e = sdq__st_set_entry(set, i);
+        if (strcmp(e->name, "text_model.embeddings.position_ids") == 0) continue;   /* 0,1,2,.. */
+        for (k = 0; k < m->params; k++) {
+            if (strcmp(e->name, m->param[k].name) == 0) break;
+            if (m->info.part == SDQ_PART_VAE && sdq__md_old_name(m->param[k].name, old, sizeof old)
+                && strcmp(e->name, old) == 0) break;
+        }
+        if (k < m->params) continue;
+        sdq__md_shape(e->rank, e->dim, shape, sizeof shape);
+        return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s: %s %s has no place in the network that "
+                         "config.json describes", set->path, e->name, shape);
+    }
+    return SDQ_OK;
+}
+
+static sdq_status sdq__md_fill(sdq_ctx *ctx, sdq_model *m, const sdq__st_set *set) {
+    size_t i;
+    for (i = 0; i < m->params; i++)
+        SDQ__TRY(sdq__md_read(ctx, &m->param[i], sdq__md_find(set, m, m->param[i].name)));
+    return sdq__st_set_count(set) == m->params ? SDQ_OK : sdq__md_surplus(ctx, set, m);
+}
+
+SDQ_API sdq_status sdq_model_load(sdq_ctx *ctx, const char *folder, sdq_part part,
+                                  sdq_model **out) {
+    char *dir = NULL, *stem = NULL;
+    sdq__st_set *set = NULL;
+    sdq_model *m = NULL;
+    sdq_status st;
+    if (!out) return SDQ_ERR_ARGUMENT;
+    *out = NULL;
+    SDQ__TRY(sdq__md_folder(ctx, folder, part, &dir));
+    st = SDQ_ERR_OOM;
+    stem = sdq__io_join(ctx, dir, sdq__md_kinds_of[part].weights, "");
+    if (!stem) goto done;
+    SDQ__TRY_DONE(sdq__st_set_open(ctx, stem, NULL, &set));
+    SDQ__TRY_DONE(sdq__md_open(ctx, dir, part, set, &m));
+    st = sdq__md_fill(ctx, m, set);
+done:
+    sdq__st_set_close(ctx, set);
+    sdq__free(ctx, stem);
+    sdq__free(ctx, dir);
+    if (st == SDQ_OK) *out = m;
+    else sdq_model_free(ctx, m);
+    return st;
+}
+
+/* Numbers are drawn in diffusers' layout, output channel after output channel. */
+static sdq_status sdq__md_draw(sdq_ctx *ctx, const sdq__param *p, sdq_rng *rng) {
+    float *x = sdq_f32(sdq__md_tensor(p)), *buf;
+    const size_t plane = p->dim[2] * p->dim[3], ic = p->dim[1], row = ic * plane;
+    const float low = (float)-p->value, width = (float)p->value - low;
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    size_t i, o;
+    if (p->init == SDQ__MD_NORMAL) {
+        sdq_rng_normal(rng, x, p->dim[0] * row);
+        for (i = 0; i < p->dim[0] * row; i++) x[i] *= (float)p->value;
+        return SDQ_OK;
+    }
+    if (p->init == SDQ__MD_CONSTANT) {
+        for (i = 0; i < p->dim[0] * row; i++) x[i] = (float)p->value;
+        return SDQ_OK;
+    }
+    buf = SDQ__PUSH_N(ctx, float, row);
+    if (!buf) return SDQ_ERR_OOM;
+    for (o = 0; o < p->dim[0]; o++) {
+        sdq_rng_uniform(rng, buf, row);
+        for (i = 0; i < row; i++) buf[i] = fmaf(buf[i], width, low);   /* one rounding, as torch */
+        sdq__md_turn(x + o * row, buf, ic, plane);
+    }
+    sdq_arena_release(ctx, mark);
+    return SDQ_OK;
+}
+
+SDQ_API sdq_status sdq_model_init(sdq_ctx *ctx, const char *folder, sdq_part part, uint64_t seed,
+                                  sdq_model **out) {
+    char *dir = NULL;
+    sdq_model *m = NULL;
+    sdq_rng rng;
+    sdq_status st;
+    size_t i;
+    if (!out) return SDQ_ERR_ARGUMENT;
+    *out = NULL;
+    SDQ__TRY(sdq__md_folder(ctx, folder, part, &dir));
+    st = sdq__md_open(ctx, dir, part, NULL, &m);
+    sdq__free(ctx, dir);
+    if (st != SDQ_OK) return st;
+    sdq_rng_init(&rng, SDQ_RNG_TORCH, seed);
+    for (i = 0; i < m->params && st == SDQ_OK; i++) st = sdq__md_draw(ctx, &m->param[i], &rng);
+    if (st == SDQ_OK) *out = m;
+    else sdq_model_free(ctx, m);
+    return st;
+}
+
+SDQ_API sdq_model_info sdq_model_get_info(const sdq_model *m) { return m->info; }
+
+SDQ_API size_t sdq_model_param_count(const sdq_model *m) { return m->params; }
+
+SDQ_API sdq_tensor *sdq_model_param(const sdq_model *m, size_t i, const char **name) {
+    if (name) *name = i < m->params ? m->param[i].name : "";
+    return i < m->params ? sdq__md_tensor(&m->param[i]) : NULL;
+}
+
+SDQ_API size_t sdq_model_layer_count(const sdq_model *m) { return m->layers; }
+
+SDQ_API sdq_layer *sdq_model_layer(const sdq_model *m, size_t i, const char **name) {
+    if (name) *name = i < m->layers ? sdq_layer_name(m->layer[i]) : "";
+    return i < m->layers ? m->layer[i] : NULL;
+}
+
+/* src in our layout to diffusers'. */
+static void sdq__md_export(const sdq__param *p, float *to, const float *from) {
+    const size_t plane = p->dim[2] * p->dim[3], row = p->dim[1] * plane;
+    size_t o;
+    for (o = 0; o < p->dim[0]; o++)
+        sdq__md_turn(to + o * row, from + o * row, plane, p->dim[1]);
+}
+
+SDQ_API sdq_tensor *sdq_model_param_copy(sdq_ctx *ctx, const sdq_model *m, size_t i,
+                                         int gradient) {
+    const sdq_tensor *t = sdq_model_param(m, i, NULL);
+    sdq_tensor *y;
+    if (!t) {
+        sdq__fail(ctx, SDQ_ERR_ARGUMENT, "model: parameter %zu of %zu is not there", i, m->params);
+        return NULL;
+    }
+    y = sdq_tensor_new(ctx, SDQ_F32, m->param[i].rank, m->param[i].dim);
+    if (!y) return NULL;
+    if (!gradient) sdq__md_export(&m->param[i], sdq_f32(y), sdq_f32(t));
+    else if (t->grad) sdq__md_export(&m->param[i], sdq_f32(y), t->grad);
+    return y;
+}
+
+/* --- save --- */
+
+/* Entries for all parameters; those stored in another order here get a copy, listed in `copy`. */
+static sdq_status sdq__md_entries(sdq_ctx *ctx, const sdq_model *m, sdq_dtype dtype,
+                                  sdq_entry *entry, float **copy) {
+    size_t i;
+    for (i = 0; i < m->params; i++) {
+        const sdq__param *p = &m->param[i];
+        const sdq_tensor *t = sdq__md_tensor(p);
+        const size_t count = p->dim[0] * p->dim[1] * p->dim[2] * p->dim[3];
+        size_t k;
+        if (!t)
+            return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s: the layer holds int8 weights only and "
+                             "cannot be saved as float", p->name);
+        entry[i].name = p->name;
+        entry[i].dtype = SDQ_F32;
+        entry[i].store = dtype == SDQ_F32 ? SDQ_F32 : dtype;
+        entry[i].rank = p->rank;
+        for (k = 0; k < 8; k++) entry[i].dim[k] = k < 4 ? p->dim[k] : 1;
+        entry[i].bytes = count * sizeof(float);
+        entry[i].data = t->data;
+        if (p->dim[2] * p->dim[3] == 1) continue;
+        copy[i] = SDQ__NEW_N(ctx, float, count);
+        if (!copy[i]) return SDQ_ERR_OOM;
+        sdq__md_export(p, copy[i], sdq_f32(t));
+        entry[i].data = copy[i];
+    }
+    return SDQ_OK;
+}
+
+static sdq_status sdq__md_write(sdq_ctx *ctx, const sdq_model *m, const char *path,
+                                sdq_dtype dtype) {
+    sdq_entry *entry = SDQ__NEW_N(ctx, sdq_entry, m->params);
+    float **copy = SDQ__NEW_N(ctx, float *, m->params);
+    sdq_pair meta;
+    sdq_status st = SDQ_ERR_OOM;
+    size_t i;
+    meta.key = "format";
+    meta.value = "pt";
+    if (!entry || !copy) goto done;
+    SDQ__TRY_DONE(sdq__md_entries(ctx, m, dtype, entry, copy));
+    st = sdq_file_write(ctx, path, entry, m->params, &meta, 1);
+done:
+    for (i = 0; copy && i < m->params; i++) sdq__free(ctx, copy[i]);
+    sdq__free(ctx, (void *)copy);
+    sdq__free(ctx, entry);
+    return st;
+}
+
+SDQ_API sdq_status sdq_model_save(sdq_ctx *ctx, const sdq_model *m, const char *folder,
+                                  sdq_dtype dtype) {
+    char *config = NULL, *weights = NULL, *dir = NULL;
+    sdq_status st = SDQ_ERR_OOM;
+    if (ctx->status != SDQ_OK) return ctx->status;
+    if (!m || !folder || (dtype != SDQ_F32 && dtype != SDQ_F16 && dtype != SDQ_BF16))
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "sdq_model_save: model or folder is NULL, or the "
+                         "dtype is not F32, F16 or BF16");
+    dir = sdq__io_join(ctx, folder, *folder && !sdq__io_ends(folder, "/") ? "/" : "", "");
+    if (!dir) goto done;
+    config = sdq__io_join(ctx, dir, "config.json", "");
+    weights = sdq__io_join(ctx, dir, sdq__md_kinds_of[m->info.part].weights, ".safetensors");
+    if (!config || !weights) goto done;
+    SDQ__TRY_DONE(sdq__md_write(ctx, m, weights, dtype));
+    st = sdq__io_write(ctx, config, m->config, strlen(m->config));
+done:
+    sdq__free(ctx, config);
+    sdq__free(ctx, weights);
+    sdq__free(ctx, dir);
+    return st;
+}
+
+/* Where the value of a key stands in the text of a flat JSON object: its first byte and the
+ * byte behind it; 0 when the key is not there. The text has been parsed: it is valid. */
+static int sdq__md_value_at(const char *text, const char *key, size_t *from, size_t *to) {
+    char quoted[64];
+    const char *p = text;
+    (void)snprintf(quoted, sizeof quoted, "\"%s\"", key);
+    while ((p = strstr(p, quoted)) != NULL) {
+        p += strlen(quoted);
+        p += strspn(p, " \t\r\n");
+        if (*p != ':') continue;
+        p += 1 + strspn(p + 1, " \t\r\n");
+        *from = (size_t)(p - text);
+        *to = *from + strcspn(p, ",} \t\r\n");
+        return 1;
+    }
+    return 0;
+}
+
+SDQ_API sdq_status sdq_model_set_scaling(sdq_ctx *ctx, sdq_model *m, float scaling_factor) {
+    size_t from = 0, to = 0;
+    sdq__str s;
+    if (!sdq__md_is(ctx, "sdq_model_set_scaling", m, SDQ_PART_VAE)) return ctx->status;
+    if (!(scaling_factor >= 1e-6f && scaling_factor <= 1e6f))
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "sdq_model_set_scaling: %g is not a usable factor",
+                         (double)scaling_factor);
+    memset(&s, 0, sizeof s);
+    if (sdq__md_value_at(m->config, "scaling_factor", &from, &to)) {
+        sdq__str_add(ctx, &s, m->config, from);
+        sdq__str_number(ctx, &s, (double)scaling_factor, 9);
+    } else {                                    /* a new first member */
+        const char *first;
+        to = strcspn(m->config, "{") + 1;
+        first = m->config + to + strspn(m->config + to, " \t\r\n");
+        sdq__str_add(ctx, &s, m->config, to);
+        sdq__str_format(ctx, &s, "\n  \"scaling_factor\": ");
+        sdq__str_number(ctx, &s, (double)scaling_factor, 9);
+        if (*first != '}') sdq__str_add(ctx, &s, ",", 1);
+    }
+    sdq__str_add(ctx, &s, m->config + to, strlen(m->config + to));
+    if (s.bad) { sdq__str_free(ctx, &s); return SDQ_ERR_OOM; }
+    sdq__free(ctx, m->config);
+    m->config = s.s;
+    m->info.scaling_factor = scaling_factor;
+    return SDQ_OK;
+}
+
+/* ===========================================================================
+ * >>scheduler   noise schedules and the solvers that walk down them
+ *
+ * Training adds noise e to a picture x0 in T small steps; with beta[t] the variance of one step,
+ *     a[t] = product of (1 - beta[0..t]),   x_t = sqrt(a) x0 + sqrt(1-a) e.
+ * A network predicts e, v = sqrt(a) e - sqrt(1-a) x0, or x0. A solver goes from t = T to 0:
+ *     PNDM    linear multistep on the gradient field of DDIM (Liu et al. 2022, arXiv 2202.09778)
+ *     DDIM    (Song et al. 2020, arXiv 2010.02502), eq. 12 and 16
+ *     Euler   in sigma = sqrt((1-a)/a), x over sqrt(a) (Karras et al. 2022, arXiv 2206.00364)
+ *     DPM++   second order multistep in lambda = ln(alpha/sigma) (Lu et al. 2022, arXiv 2211.01095)
+ *     LCM     jumps to x0 and adds new noise (Luo et al. 2023, arXiv 2310.04378)
+ *
+ * Tables and steps are float and follow diffusers 0.39 with torch 2.8 operation by operation; where
+ * these compute in double (cumulative product, interpolation, Karras sigmas) so does this.
+ * Logarithms and exponentials are the exact ones of >>random, rounded to float, so that
+ * the numbers are equal on every machine. No Runge-Kutta start for PNDM (Stable Diffusion does not
+ * use it), no thresholding, no third order. One deviation: numpy's rounding makes "trailing" with
+ * 62 of the step counts below 1001 (61, 103, ..) one timestep too long, ending at -1: here it is N.
+ * ======================================================================== */
+
+#define SDQ__SCH_TRAIN_MAX ((size_t)1 << 20)
+enum { SDQ__SCH_KEPT = 4, SDQ__SCH_SLOTS = 6 };     /* history, saved sample, noise */
+
+struct sdq_scheduler {
+    sdq_scheduler_desc d;       /* resolved: no field means "default" any more */
+    size_t count;
+    float *alpha;               /* [train_steps] cumulative product a[t] */
+    float *time;                /* [count] */
+    float *sigma;               /* [count + 1] */
+    float init;
+    size_t ratio;               /* train_steps / steps: what DDIM and PNDM step back */
+    /* one run */
+    float *slot[SDQ__SCH_SLOTS];    /* slot[0] newest output .. slot[3]; [4] sample; [5] noise */
+    float *store;
+    size_t size, shape[4];      /* elements per slot; n, h, w, c of this run */
+    size_t calls, kept, next;   /* steps taken; outputs in the history; evaluation expected */
+};
+
+static const char *const sdq__sch_names[SDQ_SCHEDULER_COUNT] =
+    {"default", "pndm", "ddim", "euler", "euler_a", "dpmpp2m", "lcm"};
+
+SDQ_API const char *sdq_scheduler_name(sdq_scheduler_kind kind) {
+    return (unsigned)kind < (unsigned)SDQ_SCHEDULER_COUNT ? sdq__sch_names[kind] : "?";
+}
+
+SDQ_API sdq_scheduler_kind sdq_scheduler_kind_from_name(const char *name) {
+    int k;
+    for (k = SDQ_PNDM; k < SDQ_SCHEDULER_COUNT; k++)
+        if (strcmp(name, sdq__sch_names[k]) == 0) return (sdq_scheduler_kind)k;
+    return SDQ_SCHEDULER_COUNT;
+}
+
+/* e^x: x = k ln 2 + r, |r| < 0.347, Taylor to r^14/14! (below 2^-60), then 2^k exactly. */
+static double sdq__sch_exp(double x) {
+    double r, sum = 0.0;
+    int k, j;
+    if (x < -700.0) return 0.0;
+    if (x > 700.0) return (double)HUGE_VAL;
+    k = (int)floor(x * 1.44269504088896340736 + 0.5);
+    r = (x - k * 6.93147180369123816490e-01) - k * 1.90821492927058770002e-10;
+    for (j = 14; j >= 1; j--) sum = (1.0 + sum) * r / j;
+    return ldexp(1.0 + sum, k);
+}
+
+/* ln x with ln 0 = -infinity: the last sigma may be 0. */
+static float sdq__sch_logf(float x) {
+    return x > 0.0f ? (float)sdq__rng_log((double)x) : -(float)HUGE_VAL;
+}
+
+static int sdq__sch_has_sigma(sdq_scheduler_kind k) {
+    return k == SDQ_EULER || k == SDQ_EULER_A || k == SDQ_DPMPP_2M;
+}
+
+static sdq_scheduler_desc sdq__sch_defaults(const sdq_scheduler_desc *desc) {
+    sdq_scheduler_desc d;
+    memset(&d, 0, sizeof d);
+    if (desc) d = *desc;
+    if (d.kind == SDQ_SCHEDULER_DEFAULT) d.kind = SDQ_PNDM;
+    if (d.steps == 0) d.steps = d.kind == SDQ_LCM ? 4 : 50;
+    if (d.train_steps == 0) d.train_steps = 1000;
+    if (d.beta_start == 0) d.beta_start = 0.00085;
+    if (d.beta_end == 0) d.beta_end = 0.012;
+    if (d.spacing == SDQ_SPACING_DEFAULT)
+        d.spacing = sdq__sch_has_sigma(d.kind) ? SDQ_SPACING_LINSPACE : SDQ_SPACING_LEADING;
+    d.steps_offset = d.steps_offset < 0 ? 0 : d.steps_offset == 0 ? 1 : d.steps_offset;
+    if (d.clip_range == 0) d.clip_range = 1.0;
+    if (d.lcm_steps == 0) d.lcm_steps = 50;
+    if (d.timestep_scaling == 0) d.timestep_scaling = 10.0;
+    return d;
+}
+
+/* Which numbers of a description cannot be; NULL when all can. */
+static const char *sdq__sch_wrong(const sdq_scheduler_desc *d) {
+    const size_t points = d->steps + (d->kind == SDQ_DPMPP_2M ? 1 : 0);
+    if ((unsigned)d->kind >= (unsigned)SDQ_SCHEDULER_COUNT) return "kind is unknown";
+    if ((unsigned)d->beta_schedule >= (unsigned)SDQ_BETA_COUNT) return "beta_schedule is unknown";
+    if ((unsigned)d->prediction >= (unsigned)SDQ_PREDICT_COUNT) return "prediction is unknown";
+    if ((unsigned)d->spacing >= (unsigned)SDQ_SPACING_COUNT) return "spacing is unknown";
+    if (d->train_steps < 2 || d->train_steps > SDQ__SCH_TRAIN_MAX)
+        return "train_steps must be 2..1048576";
+    if (d->steps > d->train_steps) return "steps must not be more than train_steps";
+    if (!(d->beta_start > 0 && d->beta_start < 1 && d->beta_end > 0 && d->beta_end < 1))
+        return "beta_start and beta_end must lie between 0 and 1";
+    if (!(d->clip_range > 0)) return "clip_range must be positive";
+    if (!(d->eta >= 0 && d->eta <= 1)) return "eta must be 0..1";
+    if (d->kind != SDQ_LCM && d->spacing == SDQ_SPACING_LEADING && points > d->train_steps)
+        return "DPM-Solver++ with leading timesteps needs steps below train_steps";
+    if (d->kind == SDQ_LCM && d->lcm_steps > d->train_steps)
+        return "lcm_steps must not be more than train_steps";
+    if (d->kind == SDQ_LCM && d->steps > d->lcm_steps)
+        return "LCM can take at most lcm_steps steps";
+    if (!(d->timestep_scaling > 0)) return "timestep_scaling must be positive";
+    return NULL;
+}
+
+/* beta as torch.linspace in float: from both ends towards the middle; a[t] as torch.cumprod: summed
+ * up in double, stored as float. */
+static void sdq__sch_make_alpha(sdq_scheduler *s) {
+    const int square = s->d.beta_schedule == SDQ_BETA_SCALED_LINEAR;
+    const float first = (float)(square ? sqrt(s->d.beta_start) : s->d.beta_start);
+    const float last = (float)(square ? sqrt(s->d.beta_end) : s->d.beta_end);
+    const size_t n = s->d.train_steps;
+    const float step = (last - first) / (float)(n - 1);
+    double product = 1.0;
+    size_t i;
+    for (i = 0; i < n; i++) {
+        float beta = i < n / 2 ? fmaf(step, (float)i, first)
+                               : fmaf(-step, (float)(n - 1 - i), last);
+        if (square) beta = beta * beta;
+        product *= (double)(1.0f - beta);
+        s->alpha[i] = (float)product;
+    }
+}
+
+/* Timestep number k counted from the noisy end, for N steps. */
+static double sdq__sch_grid(const sdq_scheduler *s, size_t k) {
+    const int dpm = s->d.kind == SDQ_DPMPP_2M;
+    const size_t total = s->d.train_steps, points = s->d.steps + (dpm ? 1 : 0);
+    const size_t i = points - 1 - k;        /* DPM-Solver++ has one point more and drops i = 0 */
+    double t;
+    if (s->d.spacing == SDQ_SPACING_TRAILING) {
+        const double step = -((double)total / (double)s->d.steps);
+        const double delta = ((double)total + step) - (double)total;    /* numpy.arange's */
+        return rint((double)total + (double)k * delta) - 1.0;
+    }
+    if (s->d.spacing == SDQ_SPACING_LEADING)
+        return (double)(i * (total / points)) + (double)s->d.steps_offset;
+    if (points == 1) return 0.0;
+    t = i + 1 == points ? (double)(total - 1)
+                        : (double)i * ((double)(total - 1) / (double)(points - 1));
+    return s->d.kind == SDQ_EULER || s->d.kind == SDQ_EULER_A ? (double)(float)t : rint(t);
+}
+
+/* k-th of N entries, picked evenly from the lcm_steps that were distilled (999, 979, .. 19). */
+static double sdq__sch_lcm_time(const sdq_scheduler *s, size_t k) {
+    const double each = (double)s->d.lcm_steps / (double)s->d.steps;
+    const size_t at = (size_t)floor((double)k * each);
+    return (double)((s->d.lcm_steps - at) * (s->d.train_steps / s->d.lcm_steps) - 1);
+}
+
+static float sdq__sch_sigma_of(float alpha) { return sqrtf((1.0f - alpha) / alpha); }
+
+/* sigma at a time between timesteps, linear, in double as numpy.interp. */
+static double sdq__sch_sigma_at(const sdq_scheduler *s, double t) {
+    const size_t last = s->d.train_steps - 1;
+    size_t j;
+    double low, high;
+    if (t <= 0) return (double)sdq__sch_sigma_of(s->alpha[0]);
+    if (t >= (double)last) return (double)sdq__sch_sigma_of(s->alpha[last]);
+    j = (size_t)t;
+    low = (double)sdq__sch_sigma_of(s->alpha[j]);
+    high = (double)sdq__sch_sigma_of(s->alpha[j + 1]);
+    return (high - low) * (t - (double)j) + low;
+}
+
+/* The inverse, linear in ln sigma. sigma grows with t: bisect for the last one not above. */
+static double sdq__sch_time_of(const sdq_scheduler *s, double sigma) {
+    const double want = sdq__rng_log(sigma > 1e-10 ? sigma : 1e-10);
+    size_t low = 0, high = s->d.train_steps - 1;
+    float a, b;
+    double w;
+    while (high - low > 1) {
+        const size_t mid = (low + high) / 2;
+        if ((double)sdq__sch_logf(sdq__sch_sigma_of(s->alpha[mid])) <= want) low = mid;
+        else high = mid;
+    }
+    a = sdq__sch_logf(sdq__sch_sigma_of(s->alpha[low]));
+    b = sdq__sch_logf(sdq__sch_sigma_of(s->alpha[low + 1]));
+    w = ((double)a - want) / (double)(a - b);
+    w = w < 0 ? 0 : w > 1 ? 1 : w;
+    return (1.0 - w) * (double)low + w * (double)(low + 1);
+}
+
+/* sigma_k = (max^(1/7) + k/(N-1) (min^(1/7) - max^(1/7)))^7, Karras et al. eq. 5. */
+static double sdq__sch_karras(double max, double min, size_t k, size_t n) {
+    const double a = sdq__sch_exp(sdq__rng_log(max) / 7.0);
+    const double b = sdq__sch_exp(sdq__rng_log(min) / 7.0);
+    const double ramp = n < 2 ? 0.0 : k + 1 == n ? 1.0 : (double)k * (1.0 / (double)(n - 1));
+    const double r = a + ramp * (b - a), r2 = r * r;
+    return r2 * r2 * r2 * r;
+}
+
+/* Euler takes the ends of the Karras sigmas from this run, DPM-Solver++ from training. */
+static void sdq__sch_make_sigma(sdq_scheduler *s) {
+    const size_t n = s->count;
+    const int euler = s->d.kind == SDQ_EULER, dpm = s->d.kind == SDQ_DPMPP_2M;
+    const int karras = s->d.karras && (euler || dpm);
+    const double max = euler ? sdq__sch_sigma_at(s, (double)s->time[0])
+                             : sdq__sch_sigma_at(s, (double)s->d.train_steps);
+    const double min = euler ? sdq__sch_sigma_at(s, (double)s->time[n - 1])
+                             : sdq__sch_sigma_at(s, 0);
+    size_t k;
+    for (k = 0; k < n; k++) {
+        double sigma;
+        if (karras) {
+            sigma = sdq__sch_karras(max, min, k, n);
+            s->time[k] = (float)sdq__sch_time_of(s, sigma);
+            if (dpm) s->time[k] = (float)rint(sdq__sch_time_of(s, sigma));
+        } else {
+            sigma = sdq__sch_sigma_at(s, (double)s->time[k]);
+        }
+        s->sigma[k] = (float)sigma;
+    }
+    if (s->d.final_sigma_min && s->d.kind != SDQ_EULER_A)
+        s->sigma[n] = sdq__sch_sigma_of(s->alpha[0]);
+}
+
+/* PNDM evaluates its second timestep twice: t0 t1 t1 t2 t3 .. */
+static sdq_status sdq__sch_make_times(sdq_ctx *ctx, sdq_scheduler *s) {
+    size_t i;
+    for (i = 0; i < s->count; i++) {
+        const size_t k = s->d.kind == SDQ_PNDM && i >= 2 ? i - 1 : i;
+        const double t = s->d.kind == SDQ_LCM ? sdq__sch_lcm_time(s, k) : sdq__sch_grid(s, k);
+        if (!(t >= 0 && t <= (double)(s->d.train_steps - 1)))
+            return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "scheduler %s: evaluation %zu is at timestep "
+                             "%.0f, outside 0..%zu: use fewer steps or a smaller steps_offset",
+                             sdq_scheduler_name(s->d.kind), i, t, s->d.train_steps - 1);
+        s->time[i] = (float)t;
+    }
+    return SDQ_OK;
+}
+
+static void sdq__sch_make_init(sdq_scheduler *s) {
+    s->init = 1.0f;
+    if (s->d.kind != SDQ_EULER && s->d.kind != SDQ_EULER_A) return;
+    s->init = s->sigma[0];
+    if (s->d.spacing == SDQ_SPACING_LEADING) s->init = sqrtf(s->init * s->init + 1.0f);
+}
+
+SDQ_API sdq_status sdq_scheduler_create(sdq_ctx *ctx, const sdq_scheduler_desc *desc,
+                                        sdq_scheduler **out) {
+    const sdq_scheduler_desc d = sdq__sch_defaults(desc);
+    const char *wrong = sdq__sch_wrong(&d);
+    sdq_scheduler *s = NULL;
+    sdq_status st = SDQ_ERR_OOM;
+    *out = NULL;
+    if (wrong) return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "scheduler: %s", wrong);
+    if (d.prediction == SDQ_PREDICT_SAMPLE && (d.kind == SDQ_PNDM || d.kind == SDQ_EULER_A))
+        return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "scheduler %s: a network that predicts the "
+                         "sample is not supported; use ddim, euler, dpmpp2m or lcm",
+                         sdq_scheduler_name(d.kind));
+    s = SDQ__NEW(ctx, sdq_scheduler);
+    if (!s) return SDQ_ERR_OOM;
+    s->d = d;
+    s->ratio = d.train_steps / d.steps;
+    s->count = d.kind == SDQ_PNDM && d.steps > 1 ? d.steps + 1 : d.steps;
+    s->alpha = SDQ__NEW_N(ctx, float, d.train_steps);
+    s->time = SDQ__NEW_N(ctx, float, s->count);
+    s->sigma = SDQ__NEW_N(ctx, float, s->count + 1);
+    if (!s->alpha || !s->time || !s->sigma) goto done;
+    sdq__sch_make_alpha(s);
+    SDQ__TRY_DONE(sdq__sch_make_times(ctx, s));
+    if (sdq__sch_has_sigma(d.kind)) sdq__sch_make_sigma(s);
+    sdq__sch_make_init(s);
+    sdq_scheduler_reset(s);
+    st = SDQ_OK;
+done:
+    if (st == SDQ_OK) *out = s;
+    else sdq_scheduler_free(ctx, s);
+    return st;
+}
+
+SDQ_API void sdq_scheduler_free(sdq_ctx *ctx, sdq_scheduler *s) {
+    if (!s) return;
+    sdq__free(ctx, s->store);
+    sdq__free(ctx, s->sigma);
+    sdq__free(ctx, s->time);
+    sdq__free(ctx, s->alpha);
+    sdq__free(ctx, s);
+}
+
+SDQ_API void sdq_scheduler_reset(sdq_scheduler *s) { s->calls = s->kept = s->next = 0; }
+
+SDQ_API const sdq_scheduler_desc *sdq_scheduler_get_desc(const sdq_scheduler *s) { return &s->d; }
+SDQ_API size_t sdq_scheduler_count(const sdq_scheduler *s) { return s->count; }
+SDQ_API float sdq_scheduler_timestep(const sdq_scheduler *s, size_t i) {
+    return s->time[sdq__u_min(i, s->count - 1)];
+}
+SDQ_API float sdq_scheduler_sigma(const sdq_scheduler *s, size_t i) {
+    return s->sigma[sdq__u_min(i, s->count)];
+}
+SDQ_API float sdq_scheduler_init_sigma(const sdq_scheduler *s) { return s->init; }
+
+SDQ_API void sdq_scheduler_scale_input(const sdq_scheduler *s, size_t i, const float *x,
+                                       float *out, size_t count) {
+    const float sigma = sdq_scheduler_sigma(s, i), divisor = sqrtf(sigma * sigma + 1.0f);
+    size_t j;
+    if (s->d.kind == SDQ_EULER || s->d.kind == SDQ_EULER_A)
+        for (j = 0; j < count; j++) out[j] = x[j] / divisor;
+    else if (out != x)
+        memcpy(out, x, count * sizeof(float));
+}
+
+SDQ_API size_t sdq_scheduler_first(const sdq_scheduler *s, double strength) {
+    const double n = (double)s->d.steps, keep = n * (strength > 0 ? strength : 0);
+    return keep >= n ? 0 : s->d.steps - (size_t)keep;
+}
+
+SDQ_API void sdq_scheduler_noise_at(const sdq_scheduler *s, size_t i, const float *x,
+                                    const float *noise, float *out, size_t count) {
+    const float sigma = sdq_scheduler_sigma(s, i);
+    size_t j;
+    if (s->d.kind == SDQ_EULER || s->d.kind == SDQ_EULER_A) {
+        for (j = 0; j < count; j++) out[j] = x[j] + noise[j] * sigma;
+    } else if (s->d.kind == SDQ_DPMPP_2M) {
+        const float alpha = 1.0f / sqrtf(sigma * sigma + 1.0f), part = sigma * alpha;
+        for (j = 0; j < count; j++) out[j] = alpha * x[j] + part * noise[j];
+    } else {
+        sdq_scheduler_add_noise(s, (size_t)sdq_scheduler_timestep(s, i), x, noise, out, count);
+    }
+}
+
+/* One call of sdq_scheduler_step. */
+typedef struct sdq__sch_step {
+    const float *eps, *x;
+    float *prev;
+    const float *noise;         /* NULL when the step draws none */
+    size_t i, count;
+} sdq__sch_step;
+
+/* The oldest slot of the history becomes the newest and receives the output. */
+static float *sdq__sch_push(sdq_scheduler *s, const float *eps, size_t count) {
+    float *const oldest = s->slot[SDQ__SCH_KEPT - 1];
+    memmove(&s->slot[1], &s->slot[0], (SDQ__SCH_KEPT - 1) * sizeof s->slot[0]);
+    s->slot[0] = oldest;
+    if (eps) memcpy(oldest, eps, count * sizeof(float));
+    if (s->kept < SDQ__SCH_KEPT) s->kept++;
+    return oldest;
+}
+
+/* a at timestep t, also for the t < 0 that comes after the last step. */
+static float sdq__sch_alpha_before(const sdq_scheduler *s, ptrdiff_t t) {
+    if (t >= 0) return s->alpha[t];
+    return s->d.alpha_to_one ? 1.0f : s->alpha[0];
+}
+
+/* Adams-Bashforth of order `kept` on the history; e1 is the newest. */
+static float sdq__sch_adams(const sdq_scheduler *s, size_t j) {
+    const float e1 = s->slot[0][j], e2 = s->slot[1][j];
+    float e3, e4;
+    if (s->kept == 2) return (3.0f * e1 - e2) / 2.0f;
+    e3 = s->slot[2][j];
+    if (s->kept == 3) return (23.0f * e1 - 16.0f * e2 + 5.0f * e3) / 12.0f;
+    e4 = s->slot[3][j];
+    return (float)(1.0 / 24.0) * (55.0f * e1 - 59.0f * e2 + 37.0f * e3 - 9.0f * e4);
+}
+
+/* PLMS. The first step is taken twice: forward with e(t0), then again from the saved sample with
+ * the mean of e(t0) and e(t1); that second output is not kept. Paper, eq. 9:
+ *   x' = sqrt(a'/a) x - (a' - a) e / (a sqrt(1-a') + sqrt(a (1-a) a')) */
+static sdq_status sdq__sch_pndm(sdq_ctx *ctx, sdq_scheduler *s, const sdq__sch_step *p) {
+    ptrdiff_t t = (ptrdiff_t)s->time[p->i], to = t - (ptrdiff_t)s->ratio;
+    const int again = s->calls == 1;
+    const float *x = again ? s->slot[4] : p->x;
+    float a, b, at, coef, denom, root_a, root_b;
+    size_t j;
+    if (again) { to = t; t += (ptrdiff_t)s->ratio; }
+    else sdq__sch_push(s, p->eps, p->count);
+    if (t > (ptrdiff_t)(s->d.train_steps - 1))
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "scheduler pndm: the second evaluation of a run "
+                         "would go back to timestep %zd of %zu", t, s->d.train_steps);
+    if (s->calls == 0) memcpy(s->slot[4], p->x, p->count * sizeof(float));
+    a = s->alpha[t];
+    at = sdq__sch_alpha_before(s, to);
+    b = 1.0f - a;
+    root_a = sqrtf(a);
+    root_b = sqrtf(b);
+    coef = sqrtf(at / a);
+    denom = a * sqrtf(1.0f - at) + sqrtf(a * b * at);
+    for (j = 0; j < p->count; j++) {
+        float e = s->calls == 0 ? p->eps[j] : again ? (p->eps[j] + s->slot[0][j]) / 2.0f
+                                                    : sdq__sch_adams(s, j);
+        if (s->d.prediction == SDQ_PREDICT_V) e = root_a * e + root_b * x[j];
+        p->prev[j] = coef * x[j] - (at - a) * e / denom;
+    }
+    return SDQ_OK;
+}
+
+static float sdq__sch_clip(const sdq_scheduler *s, float x0) {
+    const float r = (float)s->d.clip_range;
+    if (!s->d.clip_sample) return x0;
+    return x0 < -r ? -r : x0 > r ? r : x0;
+}
+
+/* x' = sqrt(a') x0 + sqrt(1 - a' - sd^2) e + sd z, sd = eta sqrt((1-a')/(1-a) (1 - a/a')) */
+static void sdq__sch_ddim(sdq_scheduler *s, const sdq__sch_step *p) {
+    const ptrdiff_t t = (ptrdiff_t)s->time[p->i];
+    const float a = s->alpha[t], at = sdq__sch_alpha_before(s, t - (ptrdiff_t)s->ratio);
+    const float b = 1.0f - a, root_a = sqrtf(a), root_b = sqrtf(b), root_at = sqrtf(at);
+    const float sd = (float)s->d.eta * sqrtf((1.0f - at) / b * (1.0f - a / at));
+    const float direction = sqrtf(1.0f - at - sd * sd);
+    size_t j;
+    for (j = 0; j < p->count; j++) {
+        const float x = p->x[j], m = p->eps[j];
+        float x0, e, next;
+        switch (s->d.prediction) {
+        case SDQ_PREDICT_V: x0 = root_a * x - root_b * m; e = root_a * m + root_b * x; break;
+        case SDQ_PREDICT_SAMPLE: x0 = m; e = (x - root_a * m) / root_b; break;
+        default: x0 = (x - root_b * m) / root_a; e = m; break;
+        }
+        next = root_at * sdq__sch_clip(s, x0) + direction * e;
+        p->prev[j] = p->noise ? next + sd * p->noise[j] : next;
+    }
+}
+
+/* dx/dsigma = (x - x0) / sigma; ancestral: down to sigma_down, then noise of sigma_up, so that
+ * sigma_down^2 + sigma_up^2 = sigma'^2. */
+static void sdq__sch_euler(sdq_scheduler *s, const sdq__sch_step *p) {
+    const float sigma = s->sigma[p->i], to = s->sigma[p->i + 1];
+    const float from2 = sigma * sigma, to2 = to * to;
+    const float up = p->noise ? sqrtf(to2 * (from2 - to2) / from2) : 0.0f;
+    const float down = p->noise ? sqrtf(to2 - up * up) : to;
+    const float c_out = -sigma / sqrtf(from2 + 1.0f), dt = down - sigma;
+    size_t j;
+    for (j = 0; j < p->count; j++) {
+        const float x = p->x[j], m = p->eps[j];
+        float x0, next;
+        switch (s->d.prediction) {
+        case SDQ_PREDICT_V: x0 = m * c_out + x / (from2 + 1.0f); break;
+        case SDQ_PREDICT_SAMPLE: x0 = m; break;
+        default: x0 = x - sigma * m; break;
+        }
+        next = x + (x - x0) / sigma * dt;
+        p->prev[j] = p->noise ? next + p->noise[j] * up : next;
+    }
+}
+
+/* sigma of the variance-exploding form -> alpha, sigma of x = alpha x0 + sigma e, lambda. */
+typedef struct sdq__sch_point { float alpha, sigma, lambda; } sdq__sch_point;
+
+static sdq__sch_point sdq__sch_point_at(const sdq_scheduler *s, size_t i) {
+    const float sigma = s->sigma[i];
+    sdq__sch_point p;
+    p.alpha = 1.0f / sqrtf(sigma * sigma + 1.0f);
+    p.sigma = sigma * p.alpha;
+    p.lambda = sdq__sch_logf(p.alpha) - sdq__sch_logf(p.sigma);
+    return p;
+}
+
+/* DPM-Solver++(2M), midpoint form, h = lambda' - lambda, r = h_before / h:
+ *   x' = sigma'/sigma x - alpha' (e^-h - 1) (m0 + (m0 - m1) / (2 r)),   m: predicted x0.
+ * First order (without m1) at the start, at a last step to sigma 0 where h is infinite, and at the
+ * last step of runs below 15 steps. */
+static void sdq__sch_dpm(sdq_scheduler *s, const sdq__sch_step *p) {
+    const size_t i = p->i;
+    const int last = i + 1 == s->count;
+    const int lower = last && (s->d.euler_at_final || !s->d.final_sigma_min
+                               || (!s->d.no_lower_order_final && s->count < 15));
+    const sdq__sch_point now = sdq__sch_point_at(s, i), to = sdq__sch_point_at(s, i + 1);
+    const float h = to.lambda - now.lambda, ratio = to.sigma / now.sigma;
+    const float gain = to.alpha * ((float)sdq__sch_exp(-(double)h) - 1.0f);
+    float *const m0 = sdq__sch_push(s, NULL, 0);
+    const float *const m1 = s->slot[1];
+    float inverse = 0.0f;
+    size_t j;
+    const int second = s->kept > 1 && !lower;
+    if (second) inverse = 1.0f / ((now.lambda - sdq__sch_point_at(s, i - 1).lambda) / h);
+    for (j = 0; j < p->count; j++) {
+        const float x = p->x[j], m = p->eps[j];
+        float next;
+        switch (s->d.prediction) {
+        case SDQ_PREDICT_V: m0[j] = now.alpha * x - now.sigma * m; break;
+        case SDQ_PREDICT_SAMPLE: m0[j] = m; break;
+        default: m0[j] = (x - now.sigma * m) / now.alpha; break;
+        }
+        next = ratio * x - gain * m0[j];
+        p->prev[j] = second ? next - 0.5f * gain * (inverse * (m0[j] - m1[j])) : next;
+    }
+}
+
+/* denoised = c_out x0 + c_skip x with c_skip = d^2 / (t'^2 + d^2), c_out = t' / sqrt(t'^2 + d^2),
+ * d = 1/2, t' = 10 t; then noise of the next timestep. */
+static void sdq__sch_lcm(sdq_scheduler *s, const sdq__sch_step *p) {
+    const size_t t = (size_t)s->time[p->i];
+    const size_t to = (size_t)s->time[p->i + 1 < s->count ? p->i + 1 : p->i];
+    const float scaled = s->time[p->i] * (float)s->d.timestep_scaling;
+    const float sum = scaled * scaled + 0.25f, c_skip = 0.25f / sum, c_out = scaled / sqrtf(sum);
+    const float root_a = sqrtf(s->alpha[t]), root_b = sqrtf(1.0f - s->alpha[t]);
+    const float next_a = sqrtf(s->alpha[to]), next_b = sqrtf(1.0f - s->alpha[to]);
+    size_t j;
+    for (j = 0; j < p->count; j++) {
+        const float x = p->x[j], m = p->eps[j];
+        float x0, y;
+        switch (s->d.prediction) {
+        case SDQ_PREDICT_V: x0 = root_a * x - root_b * m; break;
+        case SDQ_PREDICT_SAMPLE: x0 = m; break;
+        default: x0 = (x - root_b * m) / root_a; break;
+        }
+        y = c_out * sdq__sch_clip(s, x0) + c_skip * x;
+        p->prev[j] = p->noise ? next_a * y + next_b * p->noise[j] : y;
+    }
+}
+
+/* The first step of a run fixes its shape and makes room for the history. */
+static sdq_status sdq__sch_begin(sdq_ctx *ctx, sdq_scheduler *s, const size_t *shape, size_t i) {
+    size_t count, all, k;
+    if (s->calls > 0) {
+        if (memcmp(shape, s->shape, sizeof s->shape) != 0)
+            return sdq__fail(ctx, SDQ_ERR_SHAPE, "scheduler: [%zu,%zu,%zu,%zu] in a run of "
+                             "[%zu,%zu,%zu,%zu]; call sdq_scheduler_reset before another picture",
+                             shape[0], shape[1], shape[2], shape[3], s->shape[0], s->shape[1],
+                             s->shape[2], s->shape[3]);
+        if (i != s->next)
+            return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "scheduler: evaluation %zu after %zu; they go "
+                             "in order, sdq_scheduler_reset begins a new run", i, s->next - 1);
+        return SDQ_OK;
+    }
+    if (!sdq__u_mul(shape[0], shape[1], &count) || !sdq__u_mul(count, shape[2], &count)
+        || !sdq__u_mul(count, shape[3], &count) || !sdq__u_mul(count, SDQ__SCH_SLOTS, &all))
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "scheduler: [%zu,%zu,%zu,%zu] is too large",
+                         shape[0], shape[1], shape[2], shape[3]);
+    if (count > s->size || !s->store) {
+        sdq__free(ctx, s->store);
+        s->size = 0;
+        s->store = SDQ__NEW_N(ctx, float, all);
+        if (!s->store) return SDQ_ERR_OOM;
+        s->size = count;
+    }
+    for (k = 0; k < SDQ__SCH_SLOTS; k++) s->slot[k] = s->store + k * s->size;
+    memcpy(s->shape, shape, sizeof s->shape);
+    return SDQ_OK;
+}
+
+static int sdq__sch_draws(const sdq_scheduler *s, size_t i) {
+    return s->d.kind == SDQ_EULER_A || (s->d.kind == SDQ_LCM && i + 1 < s->count)
+        || (s->d.kind == SDQ_DDIM && s->d.eta > 0);
+}
+
+SDQ_API sdq_status sdq_scheduler_step(sdq_ctx *ctx, sdq_scheduler *s, size_t i, const float *eps,
+                                      const float *sample, float *prev, size_t n, size_t h,
+                                      size_t w, size_t c, sdq_rng *rng) {
+    size_t shape[4];
+    sdq__sch_step p;
+    shape[0] = n; shape[1] = h; shape[2] = w; shape[3] = c;
+    if (i >= s->count)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "scheduler %s: evaluation %zu of %zu",
+                         sdq_scheduler_name(s->d.kind), i, s->count);
+    if (sdq__sch_draws(s, i) && !rng)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "scheduler %s: draws noise and needs a generator",
+                         sdq_scheduler_name(s->d.kind));
+    SDQ__TRY(sdq__sch_begin(ctx, s, shape, i));
+    memset(&p, 0, sizeof p);
+    p.eps = eps; p.x = sample; p.prev = prev; p.i = i; p.count = n * h * w * c;
+    if (sdq__sch_draws(s, i)) {
+        sdq_rng_normal_nchw(rng, s->slot[5], n, h, w, c);
+        p.noise = s->slot[5];
+    }
+    switch (s->d.kind) {
+    case SDQ_DDIM: sdq__sch_ddim(s, &p); break;
+    case SDQ_EULER: case SDQ_EULER_A: sdq__sch_euler(s, &p); break;
+    case SDQ_DPMPP_2M: sdq__sch_dpm(s, &p); break;
+    case SDQ_LCM: sdq__sch_lcm(s, &p); break;
+    default: SDQ__TRY(sdq__sch_pndm(ctx, s, &p)); break;
+    }
+    s->calls++;
+    s->next = i + 1;
+    return SDQ_OK;
+}
+
+SDQ_API const float *sdq_scheduler_alphas_cumprod(const sdq_scheduler *s) { return s->alpha; }
+
+static float sdq__sch_alpha(const sdq_scheduler *s, size_t t) {
+    return s->alpha[sdq__u_min(t, s->d.train_steps - 1)];
+}
+
+SDQ_API void sdq_scheduler_add_noise(const sdq_scheduler *s, size_t t, const float *x,
+                                     const float *noise, float *out, size_t count) {
+    const float a = sdq__sch_alpha(s, t), root_a = sqrtf(a), root_b = sqrtf(1.0f - a);
+    size_t j;
+    for (j = 0; j < count; j++) out[j] = root_a * x[j] + root_b * noise[j];
+}
+
+SDQ_API void sdq_scheduler_velocity(const sdq_scheduler *s, size_t t, const float *x,
+                                    const float *noise, float *out, size_t count) {
+    const float a = sdq__sch_alpha(s, t), root_a = sqrtf(a), root_b = sqrtf(1.0f - a);
+    size_t j;
+    for (j = 0; j < count; j++) out[j] = root_a * noise[j] - root_b * x[j];
+}
+
+SDQ_API double sdq_scheduler_snr_weight(const sdq_scheduler *s, size_t t, double gamma) {
+    const double a = (double)sdq__sch_alpha(s, t), snr = a / (1.0 - a);
+    const double least = snr < gamma ? snr : gamma;
+    if (!(gamma > 0)) return 1.0;
+    switch (s->d.prediction) {
+    case SDQ_PREDICT_V: return least / (snr + 1.0);
+    case SDQ_PREDICT_SAMPLE: return least;
+    default: return least / snr;
+    }
+}
+
+SDQ_API void sdq_guidance_embedding(double g, float *out, size_t dim) {
+    const size_t half = dim / 2;
+    const float w = (float)((g - 1.0) * 1000.0);
+    const float step = half > 1 ? (float)sdq__rng_log(10000.0) / (float)(half - 1) : 0.0f;
+    size_t j;
+    for (j = 0; j < half; j++) {
+        const float angle = w * (float)sdq__sch_exp(-(double)((float)j * step));
+        double sine, cosine;
+        sdq__rng_sincos(fabs((double)angle), &sine, &cosine);
+        out[j] = (float)(angle < 0 ? -sine : sine);
+        out[half + j] = (float)cosine;
+    }
+    if (dim % 2) out[dim - 1] = 0.0f;
+}
+
+/* ---- scheduler_config.json ---------------------------------------------------------------- */
+
+#define SDQ__SCH_BIT(kind) (1u << (unsigned)(kind))
+#define SDQ__SCH_ALL 0x7eu
+#define SDQ__SCH_SIG (SDQ__SCH_BIT(SDQ_EULER) | SDQ__SCH_BIT(SDQ_DPMPP_2M))
+#define SDQ__SCH_CLIPS (SDQ__SCH_BIT(SDQ_DDIM) | SDQ__SCH_BIT(SDQ_LCM))
+
+/* Settings that sdq does not implement: for which kinds they matter and the value that is the same
+ * as not having them (text: the string; NULL: false, null or absent; a number: that number). */
+typedef struct sdq__sch_rule { const char *key; unsigned kinds; const char *text; int number; }
+    sdq__sch_rule;
+
+static const sdq__sch_rule sdq__sch_rules[] = {
+    {"algorithm_type", SDQ__SCH_BIT(SDQ_DPMPP_2M), "dpmsolver++", 0},
+    {"interpolation_type", SDQ__SCH_BIT(SDQ_EULER), "linear", 0},
+    {"lambda_min_clipped", SDQ__SCH_BIT(SDQ_DPMPP_2M), NULL, 0},
+    {"rescale_betas_zero_snr", SDQ__SCH_ALL & ~SDQ__SCH_BIT(SDQ_PNDM), NULL, 0},
+    {"sigma_max", SDQ__SCH_BIT(SDQ_EULER), NULL, 0},
+    {"sigma_min", SDQ__SCH_BIT(SDQ_EULER), NULL, 0},
+    {"solver_order", SDQ__SCH_BIT(SDQ_DPMPP_2M), NULL, 2},
+    {"solver_type", SDQ__SCH_BIT(SDQ_DPMPP_2M), "midpoint", 0},
+    {"thresholding", SDQ__SCH_CLIPS | SDQ__SCH_BIT(SDQ_DPMPP_2M), NULL, 0},
+    {"timestep_type", SDQ__SCH_BIT(SDQ_EULER), "discrete", 0},
+    {"trained_betas", SDQ__SCH_ALL, NULL, 0},
+    {"use_beta_sigmas", SDQ__SCH_SIG, NULL, 0},
+    {"use_dynamic_shifting", SDQ__SCH_BIT(SDQ_DPMPP_2M), NULL, 0},
+    {"use_exponential_sigmas", SDQ__SCH_SIG, NULL, 0},
+    {"use_flow_sigmas", SDQ__SCH_BIT(SDQ_DPMPP_2M), NULL, 0},
+    {"use_lu_lambdas", SDQ__SCH_BIT(SDQ_DPMPP_2M), NULL, 0},
+    {"variance_type", SDQ__SCH_BIT(SDQ_DPMPP_2M), NULL, 0}
+};
+
+static int sdq__sch_neutral(const sdq__json *v, const sdq__sch_rule *rule) {
+    if (!v || v->kind == SDQ__JS_NULL) return 1;
+    if (v->kind == SDQ__JS_STRING && rule->text) return strcmp(v->str, rule->text) == 0;
+    if (v->kind == SDQ__JS_NUMBER && rule->number) return v->num == (double)rule->number;
+    return v->kind == SDQ__JS_BOOL && v->num == 0;
+}
+
+/* A word of the file as its number in a list; the sentence names key and word. */
+static sdq_status sdq__sch_word(sdq_ctx *ctx, const sdq__json *root, const char *what,
+                                const char *key, const char *const *words, int count, int *value) {
+    const sdq__json *v = sdq__js_get(root, key);
+    int i;
+    if (!v || v->kind == SDQ__JS_NULL) return SDQ_OK;
+    if (v->kind == SDQ__JS_STRING)
+        for (i = 0; i < count; i++)
+            if (words[i] && strcmp(words[i], v->str) == 0) { *value = i; return SDQ_OK; }
+    return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s: \"%s\" is %s%s, which sdq does not have", what,
+                     key, v->kind == SDQ__JS_STRING ? "" : "no string but a value",
+                     v->kind == SDQ__JS_STRING ? v->str : "");
+}
+
+static sdq_status sdq__sch_kind_of(sdq_ctx *ctx, const sdq__json *root, const char *what,
+                                   sdq_scheduler_kind *kind) {
+    static const char *const classes[SDQ_SCHEDULER_COUNT] = {
+        NULL, "PNDMScheduler", "DDIMScheduler", "EulerDiscreteScheduler",
+        "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "LCMScheduler"};
+    int k = 0;
+    if (*kind != SDQ_SCHEDULER_DEFAULT) return SDQ_OK;
+    SDQ__TRY(sdq__sch_word(ctx, root, what, "_class_name", classes, SDQ_SCHEDULER_COUNT, &k));
+    if (k == 0) return sdq__fail(ctx, SDQ_ERR_MISSING, "%s: \"_class_name\" is missing; name the "
+                                 "scheduler yourself", what);
+    *kind = (sdq_scheduler_kind)k;
+    return SDQ_OK;
+}
+
+static sdq_status sdq__sch_refuse(sdq_ctx *ctx, const sdq__json *root, const char *what,
+                                  sdq_scheduler_kind kind) {
+    size_t i;
+    for (i = 0; i < SDQ__COUNT(sdq__sch_rules); i++) {
+        const sdq__sch_rule *r = &sdq__sch_rules[i];
+        if (!(r->kinds & SDQ__SCH_BIT(kind)) || sdq__sch_neutral(sdq__js_get(root, r->key), r))
+            continue;
+        return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s: \"%s\" has a value that sdq does not "
+                         "implement for %s; remove it or choose another scheduler", what, r->key,
+                         sdq_scheduler_name(kind));
+    }
+    if (kind == SDQ_PNDM && !sdq__js_bool(root, "skip_prk_steps", 0))
+        return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s: \"skip_prk_steps\" must be true: sdq has "
+                         "no Runge-Kutta start", what);
+    return SDQ_OK;
+}
+
+/* A number that must be one if it is there: def if absent or null. */
+static sdq_status sdq__sch_number(sdq_ctx *ctx, const sdq__json *root, const char *what,
+                                  const char *key, double def, double low, double high,
+                                  int whole, double *out) {
+    const sdq__json *v = sdq__js_get(root, key);
+    *out = def;
+    if (!v || v->kind == SDQ__JS_NULL) return SDQ_OK;
+    if (v->kind != SDQ__JS_NUMBER || !(v->num >= low && v->num <= high)
+        || (whole && v->num != floor(v->num)))
+        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: \"%s\" must be a %snumber from %g to %g", what,
+                         key, whole ? "whole " : "", low, high);
+    *out = v->num;
+    return SDQ_OK;
+}
+
+static sdq_status sdq__sch_read_words(sdq_ctx *ctx, const sdq__json *root, const char *what,
+                                      sdq_scheduler_desc *d) {
+    static const char *const betas[] = {"scaled_linear", "linear"};
+    static const char *const predictions[] = {"epsilon", "v_prediction", "sample"};
+    static const char *const spacings[] = {NULL, "leading", "trailing", "linspace"};
+    static const char *const finals[] = {"zero", "sigma_min"};
+    int beta = d->kind == SDQ_LCM ? 0 : 1, prediction = 0, spacing = 0;
+    SDQ__TRY(sdq__sch_word(ctx, root, what, "beta_schedule", betas, 2, &beta));
+    SDQ__TRY(sdq__sch_word(ctx, root, what, "prediction_type", predictions, 3, &prediction));
+    if (d->kind != SDQ_LCM)
+        SDQ__TRY(sdq__sch_word(ctx, root, what, "timestep_spacing", spacings, 4, &spacing));
+    if (SDQ__SCH_SIG & SDQ__SCH_BIT(d->kind))
+        SDQ__TRY(sdq__sch_word(ctx, root, what, "final_sigmas_type", finals, 2,
+                               &d->final_sigma_min));
+    d->beta_schedule = (sdq_beta_schedule)beta;
+    d->prediction = (sdq_prediction)prediction;
+    d->spacing = (sdq_spacing)spacing;
+    return SDQ_OK;
+}
+
+/* Defaults are those of the class's constructor, not of Stable Diffusion. */
+static sdq_status sdq__sch_read(sdq_ctx *ctx, const sdq__json *root, const char *what,
+                                sdq_scheduler_desc *d) {
+    const int lcm = d->kind == SDQ_LCM, ddim = d->kind == SDQ_DDIM;
+    double train, offset, steps;
+    SDQ__TRY(sdq__sch_read_words(ctx, root, what, d));
+    SDQ__TRY(sdq__sch_number(ctx, root, what, "num_train_timesteps", 1000, 2,
+                             (double)SDQ__SCH_TRAIN_MAX, 1, &train));
+    SDQ__TRY(sdq__sch_number(ctx, root, what, "beta_start", lcm ? 0.00085 : 0.0001, 1e-12, 1, 0,
+                             &d->beta_start));
+    SDQ__TRY(sdq__sch_number(ctx, root, what, "beta_end", lcm ? 0.012 : 0.02, 1e-12, 1, 0,
+                             &d->beta_end));
+    SDQ__TRY(sdq__sch_number(ctx, root, what, "steps_offset", 0, 0, 1e6, 1, &offset));
+    SDQ__TRY(sdq__sch_number(ctx, root, what, "clip_sample_range", 1, 1e-12, 1e12, 0,
+                             &d->clip_range));
+    SDQ__TRY(sdq__sch_number(ctx, root, what, "original_inference_steps", 50, 1,
+                             (double)SDQ__SCH_TRAIN_MAX, 1, &steps));
+    SDQ__TRY(sdq__sch_number(ctx, root, what, "timestep_scaling", 10, 1e-12, 1e12, 0,
+                             &d->timestep_scaling));
+    d->train_steps = (size_t)train;
+    d->steps_offset = offset > 0 ? (int)offset : -1;
+    d->lcm_steps = (size_t)steps;
+    d->alpha_to_one = sdq__js_bool(root, "set_alpha_to_one", ddim);
+    d->clip_sample = (ddim || lcm) && sdq__js_bool(root, "clip_sample", ddim);
+    if (SDQ__SCH_SIG & SDQ__SCH_BIT(d->kind))
+        d->karras = sdq__js_bool(root, "use_karras_sigmas", 0);
+    d->no_lower_order_final = !sdq__js_bool(root, "lower_order_final", 1);
+    d->euler_at_final = sdq__js_bool(root, "euler_at_final", 0);
+    return SDQ_OK;
+}
+
+/* diffusers writes "lambda_min_clipped": -Infinity, its default, which is not JSON. A copy of the
+ * text with that word, outside strings, as null; NULL when out of memory. */
+static char *sdq__sch_plain_json(sdq_ctx *ctx, const char *text, size_t len) {
+    static const char word[] = "-Infinity";
+    const size_t n = sizeof word - 1;
+    char *copy = SDQ__NEW_N(ctx, char, sdq__u_max(len, 1));
+    size_t i;
+    int quoted = 0;
+    if (!copy) return NULL;
+    if (len) memcpy(copy, text, len);
+    for (i = 0; i < len; i++) {
+        if (quoted && copy[i] == '\\') i++;
+        else if (copy[i] == '"') quoted = !quoted;
+        else if (!quoted && len - i >= n && memcmp(copy + i, word, n) == 0)
+            memcpy(copy + i, "null     ", n);
+    }
+    return copy;
+}
+
+SDQ_API sdq_status sdq_scheduler_desc_from_json(sdq_ctx *ctx, const char *text, size_t len,
+                                                const char *what, sdq_scheduler_kind kind,
+                                                sdq_scheduler_desc *out) {
+    sdq__json *root = NULL;
+    char *plain = NULL;
+    sdq_scheduler_desc d;
+    sdq_status st;
+    memset(out, 0, sizeof *out);
+    memset(&d, 0, sizeof d);
+    if (!what) what = "scheduler_config.json";
+    if ((unsigned)kind >= (unsigned)SDQ_SCHEDULER_COUNT)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "%s: unknown scheduler kind %d", what, (int)kind);
+    d.kind = kind;
+    plain = sdq__sch_plain_json(ctx, text, len);
+    if (!plain) return SDQ_ERR_OOM;
+    SDQ__TRY_DONE(sdq__js_parse(ctx, plain, len, what, &root));
+    if (root->kind != SDQ__JS_OBJECT) {
+        st = sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: not a JSON object", what);
+        goto done;
+    }
+    SDQ__TRY_DONE(sdq__sch_kind_of(ctx, root, what, &d.kind));
+    SDQ__TRY_DONE(sdq__sch_refuse(ctx, root, what, d.kind));
+    SDQ__TRY_DONE(sdq__sch_read(ctx, root, what, &d));
+    *out = d;
+done:
+    sdq__js_free(ctx, root);
+    sdq__free(ctx, plain);
+    return st;
+}
+/* ===========================================================================
+ * >>pipeline   prompt -> tokens -> context -> denoising loop -> picture
+ *
+ * Guidance (Ho and Salimans, arXiv 2207.12598): eps = u + g (c - u); both branches are one batch
+ * of two, negative prompt first. The order of random draws is that of diffusers on a CPU.
+ * ======================================================================== */
+
+SDQ_API void sdq_pipeline_free(sdq_ctx *ctx, sdq_pipeline *p) {
+    if (!p) return;
+    sdq_tokenizer_free(ctx, p->tokenizer);
+    sdq_model_free(ctx, p->text);
+    sdq_model_free(ctx, p->vae);
+    sdq_model_free(ctx, p->unet);
+    sdq_model_free(ctx, p->unet_int8);
+    sdq__free(ctx, p->policy);
+    sdq__free(ctx, p->folder);
+    sdq__free(ctx, p);
+}
+
+static sdq_status sdq__pl_load_scheduler(sdq_ctx *ctx, const char *folder, sdq_scheduler_desc *out) {
+    char *path = sdq__io_join(ctx, folder, "/scheduler/", "scheduler_config.json");
+    char *text = NULL;
+    size_t len = 0;
+    sdq_status st = path ? SDQ_OK : ctx->status;
+    memset(out, 0, sizeof *out);
+    if (st == SDQ_OK && sdq__io_exists(path)) {
+        st = sdq__io_read(ctx, path, (size_t)1 << 20, &text, &len);
+        if (st == SDQ_OK)
+            st = sdq_scheduler_desc_from_json(ctx, text, len, path, SDQ_SCHEDULER_DEFAULT, out);
+    }
+    sdq__free(ctx, text);
+    sdq__free(ctx, path);
+    return st;
+}
+
+SDQ_API sdq_status sdq_pipeline_load(sdq_ctx *ctx, const char *folder, const sdq_pipeline_desc *desc,
+                                     sdq_pipeline **out) {
+    sdq_pipeline *p = SDQ__NEW(ctx, sdq_pipeline);
+    sdq_pipeline_desc d;
+    char *tok = NULL;
+    sdq_status st;
+    *out = NULL;
+    if (!p) return ctx->status;
+    memset(&d, 0, sizeof d);
+    if (desc) d = *desc;
+    p->folder = sdq__strdup(ctx, folder);
+    tok = sdq__io_join(ctx, folder, "/tokenizer", "");
+    st = ctx->status;
+    if (st == SDQ_OK) st = sdq_tokenizer_load(ctx, tok, &p->tokenizer);
+    if (st == SDQ_OK) st = sdq__pl_load_scheduler(ctx, folder, &p->scheduler);
+    if (st == SDQ_OK) st = sdq_model_load(ctx, folder, SDQ_PART_TEXT, &p->text);
+    if (st == SDQ_OK) st = sdq_model_load(ctx, folder, SDQ_PART_VAE, &p->vae);
+    if (st == SDQ_OK && !d.int8_only) st = sdq_model_load(ctx, folder, SDQ_PART_UNET, &p->unet);
+    if (st == SDQ_OK && d.unet_int8) {
+        p->policy = SDQ__NEW(ctx, sdq_policy);
+        st = ctx->status;
+        if (st == SDQ_OK) st = sdq_model_load_int8(ctx, folder, d.unet_int8, &p->unet_int8, p->policy);
+    }
+    if (st == SDQ_OK && !p->unet && !p->unet_int8)
+        st = sdq__fail(ctx, SDQ_ERR_ARGUMENT, "%s: neither a float nor an int8 UNet was asked for", folder);
+    if (st == SDQ_OK) st = sdq_model_freeze(ctx, p->text);
+    if (st == SDQ_OK) st = sdq_model_freeze(ctx, p->vae);
+    if (st == SDQ_OK && p->unet && !d.trainable) st = sdq_model_freeze(ctx, p->unet);
+    sdq__free(ctx, tok);
+    if (st == SDQ_OK) *out = p;
+    else sdq_pipeline_free(ctx, p);
+    return st;
+}
+
+SDQ_API sdq_tensor *sdq_pipeline_ids(sdq_ctx *ctx, const sdq_pipeline *p, const char *const *texts,
+                                     size_t n) {
+    const size_t t = sdq_tokenizer_length(p->tokenizer);
+    size_t dim[2], i, count;
+    sdq_tensor *ids;
+    dim[0] = n; dim[1] = t;
+    ids = sdq_tensor_new(ctx, SDQ_I32, 2, dim);
+    for (i = 0; ids && i < n; i++)
+        if (sdq_tokenizer_encode(ctx, p->tokenizer, texts[i] ? texts[i] : "",
+                                 (int32_t *)ids->data + i * t, t, &count) != SDQ_OK) return NULL;
+    return ids;
+}
+
+/* ---- the precision of every evaluation ---- */
+
+/* A schedule found for other settings: every evaluation takes the precision of the nearest
+ * timestep. */
+static void sdq__pl_map_policy(const sdq_policy *p, const sdq_scheduler *s, unsigned char *is_float) {
+    size_t i, j;
+    for (i = 0; i < sdq_scheduler_count(s); i++) {
+        size_t best = 0;
+        for (j = 1; j < p->count; j++) {
+            const double t = (double)sdq_scheduler_timestep(s, i);
+            if (fabs((double)p->timestep[j] - t) < fabs((double)p->timestep[best] - t)) best = j;
+        }
+        is_float[i] = p->is_float[best];
+    }
+}
+
+static sdq_status sdq__pl_precision(sdq_ctx *ctx, const sdq_pipeline *p, const sdq_txt2img_desc *d,
+                                    const sdq_scheduler *s, unsigned char *is_float,
+                                    const char **notice) {
+    const size_t n = sdq_scheduler_count(s);
+    size_t i;
+    switch (d->precision) {
+    case SDQ_PRECISION_FLOAT: memset(is_float, 1, n); return SDQ_OK;
+    case SDQ_PRECISION_INT8: memset(is_float, 0, n); return SDQ_OK;
+    case SDQ_PRECISION_EDGES:
+        for (i = 0; i < n; i++) is_float[i] = (unsigned char)(i < d->k_first || i + d->k_last > n - 1);
+        return SDQ_OK;
+    case SDQ_PRECISION_LIST:
+        if (!d->is_float) return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "precision list: none was given");
+        memcpy(is_float, d->is_float, n);
+        return SDQ_OK;
+    default:
+        if (!p->policy || p->policy->count == 0)
+            return sdq__fail(ctx, SDQ_ERR_MISSING, "the int8 network has no precision schedule; make one with"
+                             " sdq schedule, or choose first and last evaluations");
+        sdq__pl_map_policy(p->policy, s, is_float);
+        if (notice && (p->policy->count != n || p->policy->scheduler != sdq_scheduler_get_desc(s)->kind))
+            *notice = "the precision schedule was made for other steps or another scheduler;"
+                      " it was mapped by timestep";
+        return SDQ_OK;
+    }
+}
+
+/* ---- the loop ---- */
+
+/* One of the two networks with its caches. */
+typedef struct sdq__pl_net {
+    const sdq_model *model;
+    sdq_mode mode;
+    sdq_prompt_cache *prompt;
+    sdq_time_table *times;
+} sdq__pl_net;
+
+typedef struct sdq__pl_run {
+    const sdq_txt2img_desc *d;
+    sdq_scheduler *s;
+    sdq__pl_net net[2];             /* [0] int8, [1] float */
+    sdq_tensor *context;            /* [branches * count, t, c] */
+    sdq_tensor *x;
+    sdq_rng rng;
+    size_t branches, count;
+    unsigned char is_float[1001];
+} sdq__pl_run;
+
+static sdq_status sdq__pl_caches(sdq_ctx *ctx, sdq__pl_run *r, sdq__pl_net *net) {
+    const size_t n = sdq_scheduler_count(r->s);
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    float *t = SDQ__PUSH_N(ctx, float, n);
+    sdq_status st = ctx->status;
+    size_t i;
+    for (i = 0; t && i < n; i++) t[i] = sdq_scheduler_timestep(r->s, i);
+    if (st == SDQ_OK) st = sdq_unet_prompt(ctx, net->model, r->context, net->mode, &net->prompt);
+    if (st == SDQ_OK) st = sdq_unet_times(ctx, net->model, t, NULL, n, net->mode, &net->times);
+    sdq_arena_release(ctx, mark);
+    return st;
+}
+
+/* Evaluation i: input for both branches, network, guidance, scheduler. */
+static sdq_status sdq__pl_step(sdq_ctx *ctx, sdq__pl_run *r, size_t i) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    sdq__pl_net *net = &r->net[r->is_float[i] != 0];
+    const size_t n = sdq_tensor_count(r->x), all = r->branches * r->count;
+    const float g = r->d->guidance;
+    sdq_tensor *in, *raw, *eps;
+    sdq_unet_input u;
+    float *times;
+    size_t j;
+    memset(&u, 0, sizeof u);
+    if (!net->prompt) SDQ__TRY(sdq__pl_caches(ctx, r, net));
+    in = sdq_tensor_4d(ctx, all, r->x->dim[1], r->x->dim[2], r->x->dim[3]);
+    times = SDQ__PUSH_N(ctx, float, all);
+    if (!in || !times) return ctx->status;
+    for (j = 0; j < all; j++) times[j] = sdq_scheduler_timestep(r->s, i);
+    for (j = 0; j < r->branches; j++)
+        sdq_scheduler_scale_input(r->s, i, sdq_f32(r->x), sdq_f32(in) + j * n, n);
+    u.sample = in;
+    u.timesteps = times;
+    u.prompt = net->prompt;
+    u.times = net->times;
+    raw = eps = sdq_unet_forward(ctx, net->model, &u, net->mode);
+    if (!raw) return ctx->status;
+    if (r->branches == 2) {
+        eps = sdq__t_like(ctx, r->x);
+        if (!eps) return ctx->status;
+        for (j = 0; j < n; j++) {
+            const float un = sdq_f32(raw)[j];
+            sdq_f32(eps)[j] = un + g * (sdq_f32(raw)[n + j] - un);
+        }
+    }
+    if (r->d->step) {
+        sdq_step_info info;
+        info.i = i; info.count = sdq_scheduler_count(r->s); info.timestep = times[0];
+        info.is_float = r->is_float[i];
+        info.x = r->x; info.eps = eps; info.input = in; info.raw = raw; info.context = r->context;
+        if (r->d->step(r->d->user, &info))
+            return sdq__fail(ctx, SDQ_ERR_CANCELLED, "drawing: cancelled at evaluation %zu", i);
+    }
+    SDQ__TRY(sdq_scheduler_step(ctx, r->s, i, sdq_f32(eps), sdq_f32(r->x), sdq_f32(r->x), r->count,
+                                r->x->dim[1], r->x->dim[2], r->x->dim[3], &r->rng));
+    sdq_arena_release(ctx, mark);
+    return SDQ_OK;
+}
+
+/* The context of both branches: negative prompt first, each repeated for every picture. */
+static sdq_tensor *sdq__pl_context(sdq_ctx *ctx, const sdq_pipeline *p, const sdq__pl_run *r) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    const char *text[2];
+    sdq_tensor *c, *all;
+    size_t dim[3], i, size;
+    text[0] = r->d->negative;
+    text[1] = r->d->prompt;
+    c = sdq_text_forward(ctx, p->text, sdq_pipeline_ids(ctx, p, text + (2 - r->branches), r->branches));
+    if (!c) return NULL;
+    memcpy(dim, c->dim, sizeof dim);
+    size = dim[1] * dim[2];
+    dim[0] *= r->count;
+    all = sdq__t_raw(ctx, SDQ_F32, 3, dim);
+    for (i = 0; all && i < dim[0]; i++)
+        memcpy(sdq_f32(all) + i * size, sdq_f32(c) + i / r->count * size, size * sizeof(float));
+    return sdq__keep(ctx, mark, all);
+}
+
+static sdq_status sdq__pl_noise(sdq_ctx *ctx, const sdq_pipeline *p, sdq__pl_run *r) {
+    const sdq_txt2img_desc *d = r->d;
+    const sdq_model_info vae = sdq_model_get_info(p->vae);
+    const sdq_model_info unet = sdq_model_get_info(p->unet ? p->unet : p->unet_int8);
+    const size_t f = vae.factor, side = unet.sample_size ? unet.sample_size * f : 512;
+    const size_t w = d->width ? d->width : side, h = d->height ? d->height : side;
+    const float sigma = sdq_scheduler_init_sigma(r->s);
+    size_t i, n;
+    if (w % f || h % f || w > 65536 || h > 65536)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "a picture of %zu x %zu: sides must be multiples of %zu and"
+                         " at most 65536", w, h, f);
+    r->x = sdq_tensor_4d(ctx, r->count, h / f, w / f, unet.in);
+    if (!r->x) return ctx->status;
+    n = sdq_tensor_count(r->x);
+    if (d->init_latents) memcpy(r->x->data, d->init_latents, n * sizeof(float));
+    else sdq_rng_normal_nchw(&r->rng, sdq_f32(r->x), r->count, h / f, w / f, unet.in);
+    for (i = 0; i < n; i++) sdq_f32(r->x)[i] *= sigma;
+    return SDQ_OK;
+}
+
+static sdq_status sdq__pl_networks(sdq_ctx *ctx, const sdq_pipeline *p, sdq__pl_run *r) {
+    size_t i;
+    r->net[1].model = p->unet ? p->unet : p->unet_int8;
+    r->net[1].mode = SDQ_FLOAT;
+    r->net[0].model = r->d->mode == SDQ_FAKE ? p->unet : p->unet_int8;
+    r->net[0].mode = r->d->mode == SDQ_FAKE ? SDQ_FAKE : SDQ_INT8;
+    for (i = 0; i < sdq_scheduler_count(r->s); i++)
+        if (!r->net[r->is_float[i] != 0].model)
+            return sdq__fail(ctx, SDQ_ERR_MISSING, "no int8 UNet is loaded; make one with sdq quantize");
+    return SDQ_OK;
+}
+
+static sdq_status sdq__pl_denoise(sdq_ctx *ctx, const sdq_pipeline *p, sdq__pl_run *r, const char **notice) {
+    size_t i, n;
+    sdq_scheduler_desc sd = p->scheduler;
+    const sdq_txt2img_desc *d = r->d;
+    if (d->scheduler != SDQ_SCHEDULER_DEFAULT) sd.kind = d->scheduler;
+    if (d->karras) sd.karras = 1;
+    sd.steps = d->steps;
+    SDQ__TRY(sdq_scheduler_create(ctx, &sd, &r->s));
+    n = sdq_scheduler_count(r->s);
+    if (n > 1001) return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "%zu evaluations: at most 1001 are possible", n);
+    SDQ__TRY(sdq__pl_precision(ctx, p, d, r->s, r->is_float, notice));
+    SDQ__TRY(sdq__pl_networks(ctx, p, r));
+    sdq_rng_init(&r->rng, d->rng, d->seed);
+    SDQ__TRY(sdq__pl_noise(ctx, p, r));
+    r->context = sdq__pl_context(ctx, p, r);
+    if (!r->context) return ctx->status;
+    for (i = 0; i < n; i++) {
+        SDQ__TRY(sdq__pl_step(ctx, r, i));
+        if (d->progress && d->progress(d->user, "unet", i + 1, n, 0.0))
+            return sdq__fail(ctx, SDQ_ERR_CANCELLED, "drawing: cancelled after evaluation %zu", i);
+    }
+    return SDQ_OK;
+}
+
+SDQ_API sdq_tensor *sdq_txt2img_latents(sdq_ctx *ctx, const sdq_pipeline *p,
+                                        const sdq_txt2img_desc *desc, size_t *float_count,
+                                        const char **notice) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    sdq_txt2img_desc d = *desc;
+    sdq__pl_run *r = SDQ__NEW(ctx, sdq__pl_run);
+    sdq_tensor *x = NULL;
+    size_t i;
+    if (!r) return NULL;
+    if (notice) *notice = "";
+    if (d.guidance == 0.0f) d.guidance = 7.5f;
+    if (d.steps == 0) d.steps = 50;
+    r->d = &d;
+    r->count = d.count ? d.count : 1;
+    r->branches = d.guidance > 1.0f ? 2 : 1;
+    if (sdq__pl_denoise(ctx, p, r, notice) == SDQ_OK) x = r->x;
+    for (i = 0; float_count && r->s && i < sdq_scheduler_count(r->s); i++) {
+        if (i == 0) *float_count = 0;
+        *float_count += r->is_float[i] != 0;
+    }
+    for (i = 0; i < 2; i++) {
+        sdq_prompt_cache_free(ctx, r->net[i].prompt);
+        sdq_time_table_free(ctx, r->net[i].times);
+    }
+    if (r->s) sdq_scheduler_free(ctx, r->s);
+    sdq__free(ctx, r);
+    return sdq__keep(ctx, mark, x);
+}
+
+SDQ_API sdq_status sdq_decode_latents(sdq_ctx *ctx, const sdq_pipeline *p, sdq_tensor *latents,
+                                      sdq_image *images) {
+    const float scaling = sdq_model_get_info(p->vae).scaling_factor;
+    size_t i, j, done = 0;
+    sdq_status st = ctx->status;
+    if (!latents || st != SDQ_OK) return st;
+    for (i = 0; i < latents->dim[0] && st == SDQ_OK; i++) {      /* one at a time: less memory */
+        const sdq_mark mark = sdq_arena_mark(ctx);
+        const size_t size = sdq_tensor_count(latents) / latents->dim[0];
+        sdq_tensor *z = sdq_tensor_4d(ctx, 1, latents->dim[1], latents->dim[2], latents->dim[3]), *y;
+        for (j = 0; z && j < size; j++) sdq_f32(z)[j] = sdq_f32(latents)[i * size + j] / scaling;
+        y = sdq_vae_decode(ctx, p->vae, z, SDQ_FLOAT);
+        st = y ? sdq_image_new(ctx, y->dim[2], y->dim[1], y->dim[3], &images[i]) : ctx->status;
+        for (j = 0; st == SDQ_OK && j < sdq_tensor_count(y); j++) {
+            float v = sdq_f32(y)[j] * 0.5f + 0.5f;
+            v = v < 0.0f ? 0.0f : v > 1.0f ? 1.0f : v;
+            images[i].px[j] = (unsigned char)sdq__q_rint(v * 255.0f);
+        }
+        if (st == SDQ_OK) done++;
+        sdq_arena_release(ctx, mark);
+    }
+    for (i = 0; st != SDQ_OK && i < done; i++) sdq_image_free(ctx, &images[i]);
+    return st;
+}
+
+SDQ_API sdq_status sdq_txt2img(sdq_ctx *ctx, const sdq_pipeline *p, const sdq_txt2img_desc *d,
+                               sdq_image *images) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    sdq_tensor *x = sdq_txt2img_latents(ctx, p, d, NULL, NULL);
+    sdq_status st = x ? sdq_decode_latents(ctx, p, x, images) : ctx->status;
+    sdq_arena_release(ctx, mark);
+    return st;
+}
+
+/* ===========================================================================
+ * >>report   PSNR, SSIM, Frechet distance, percentiles, bootstrap, nearest neighbour
+ *
+ * Everything is computed in double, in one fixed order, with the ln and exp of this file: equal
+ * inputs give equal bits. Nothing here is tuned for speed; a report is made once.
+ *
+ * PSNR and SSIM compare two pictures pixel by pixel and say how far an int8 picture is from the
+ * float one of the same seed. The Frechet distance compares two sets of pictures by features that
+ * the caller computes; with another feature network than Inception it is not "the FID".
+ * ======================================================================== */
+
+SDQ_API double sdq_psnr(const unsigned char *a, const unsigned char *b, size_t count) {
+    double sum = 0.0, db;
+    size_t i;
+    for (i = 0; i < count; i++) {
+        const int d = (int)a[i] - (int)b[i];
+        sum += (double)(d * d);
+    }
+    if (sum <= 0.0) return 99.0;
+    db = 10.0 / 2.30258509299404568402 * sdq__rng_log(65025.0 * (double)count / sum);  /* ln 10 */
+    return db < 99.0 ? db : 99.0;
+}
+
+enum { SDQ__REP_WINDOW = 11 };
+
+static void sdq__rep_gauss(double *g) {
+    double sum = 0.0;
+    int i;
+    for (i = 0; i < SDQ__REP_WINDOW; i++) {
+        const double x = (i - SDQ__REP_WINDOW / 2) / 1.5;
+        g[i] = sdq__sch_exp(-0.5 * x * x);
+        sum += g[i];
+    }
+    for (i = 0; i < SDQ__REP_WINDOW; i++) g[i] /= sum;
+}
+
+static double sdq__rep_luma(const unsigned char *px, size_t c) {
+    return c < 3 ? (double)px[0] : 0.299 * px[0] + 0.587 * px[1] + 0.114 * px[2];
+}
+
+/* out [h-10,w-10] = the window's weighted mean of a*b [h,w]; b NULL: of a. line: [h,w-10]. */
+static void sdq__rep_blur(const double *g, const double *a, const double *b, size_t h, size_t w,
+                          double *line, double *out) {
+    const size_t ow = w - SDQ__REP_WINDOW + 1, oh = h - SDQ__REP_WINDOW + 1;
+    size_t x, y, k;
+    for (y = 0; y < h; y++)
+        for (x = 0; x < ow; x++) {
+            double sum = 0.0;
+            for (k = 0; k < SDQ__REP_WINDOW; k++) {
+                const size_t at = y * w + x + k;
+                sum += g[k] * (b ? a[at] * b[at] : a[at]);
+            }
+            line[y * ow + x] = sum;
+        }
+    for (y = 0; y < oh; y++)
+        for (x = 0; x < ow; x++) {
+            double sum = 0.0;
+            for (k = 0; k < SDQ__REP_WINDOW; k++) sum += g[k] * line[(y + k) * ow + x];
+            out[y * ow + x] = sum;
+        }
+}
+
+/* Mean of (2 ma mb + C1)(2 sab + C2) / ((ma^2 + mb^2 + C1)(saa + sbb + C2)), Wang eq. 13;
+ * the variances are E[xy] - E[x] E[y]. m: ma, mb, E[aa], E[bb], E[ab], each of n values. */
+static double sdq__rep_ssim_mean(const double *m, size_t n) {
+    const double c1 = 0.01 * 255 * (0.01 * 255), c2 = 0.03 * 255 * (0.03 * 255);
+    double sum = 0.0;
+    size_t i;
+    for (i = 0; i < n; i++) {
+        const double ma = m[i], mb = m[n + i], aa = m[2 * n + i] - ma * ma;
+        const double bb = m[3 * n + i] - mb * mb, ab = m[4 * n + i] - ma * mb;
+        sum += (2.0 * ma * mb + c1) * (2.0 * ab + c2)
+             / ((ma * ma + mb * mb + c1) * (aa + bb + c2));
+    }
+    return sum / (double)n;
+}
+
+SDQ_API sdq_status sdq_ssim(sdq_ctx *ctx, const unsigned char *a, const unsigned char *b, size_t h,
+                            size_t w, size_t c, double *out) {
+    double g[SDQ__REP_WINDOW], *all, *pa, *pb, *line, *m;
+    size_t n, pixels, room, i;
+    *out = 0.0;
+    if (h < SDQ__REP_WINDOW || w < SDQ__REP_WINDOW || c == 0)
+        return sdq__fail(ctx, SDQ_ERR_SHAPE, "ssim: %zux%zux%zu; at least 11x11 pixels of one "
+                         "channel are needed", h, w, c);
+    if (!sdq__u_mul(h, w, &pixels) || !sdq__u_mul(pixels, 8, &room))
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "ssim: %zux%zu is too large", h, w);
+    all = SDQ__NEW_N(ctx, double, room);        /* two pictures, one buffer, five maps */
+    if (!all) return SDQ_ERR_OOM;
+    n = (h - SDQ__REP_WINDOW + 1) * (w - SDQ__REP_WINDOW + 1);
+    pa = all; pb = all + pixels; line = all + 2 * pixels; m = all + 3 * pixels;
+    for (i = 0; i < pixels; i++) {
+        pa[i] = sdq__rep_luma(a + i * c, c);
+        pb[i] = sdq__rep_luma(b + i * c, c);
+    }
+    sdq__rep_gauss(g);
+    sdq__rep_blur(g, pa, NULL, h, w, line, m);
+    sdq__rep_blur(g, pb, NULL, h, w, line, m + n);
+    sdq__rep_blur(g, pa, pa, h, w, line, m + 2 * n);
+    sdq__rep_blur(g, pb, pb, h, w, line, m + 3 * n);
+    sdq__rep_blur(g, pa, pb, h, w, line, m + 4 * n);
+    *out = sdq__rep_ssim_mean(m, n);
+    sdq__free(ctx, all);
+    return SDQ_OK;
+}
+
+/* Mean [d] and covariance [d,d] of n rows. */
+static void sdq__rep_moments(const float *x, size_t n, size_t d, double *mean, double *cov) {
+    size_t i, j, k;
+    memset(mean, 0, d * sizeof(double));
+    memset(cov, 0, d * d * sizeof(double));
+    for (i = 0; i < n; i++)
+        for (j = 0; j < d; j++) mean[j] += (double)x[i * d + j];
+    for (j = 0; j < d; j++) mean[j] /= (double)n;
+    for (i = 0; i < n; i++)
+        for (j = 0; j < d; j++) {
+            const double dj = (double)x[i * d + j] - mean[j];
+            for (k = 0; k <= j; k++) cov[j * d + k] += dj * ((double)x[i * d + k] - mean[k]);
+        }
+    for (j = 0; j < d; j++)
+        for (k = 0; k <= j; k++) {
+            cov[j * d + k] /= (double)(n - 1);
+            cov[k * d + j] = cov[j * d + k];
+        }
+}
+
+/* One rotation in the plane (p,q) that makes a[p][q] zero; rows p, q of v turn along. */
+static void sdq__rep_rotate(double *a, double *v, size_t n, size_t p, size_t q) {
+    const double apq = a[p * n + q], theta = (a[q * n + q] - a[p * n + p]) / (2.0 * apq);
+    const double root = fabs(theta) + sqrt(theta * theta + 1.0);
+    const double t = (theta < 0 ? -1.0 : 1.0) / root, c = 1.0 / sqrt(t * t + 1.0), s = t * c;
+    size_t k;
+    for (k = 0; k < n; k++) {
+        const double x = a[k * n + p], y = a[k * n + q];
+        a[k * n + p] = c * x - s * y;
+        a[k * n + q] = s * x + c * y;
+    }
+    for (k = 0; k < n; k++) {
+        const double x = a[p * n + k], y = a[q * n + k];
+        a[p * n + k] = c * x - s * y;
+        a[q * n + k] = s * x + c * y;
+    }
+    a[p * n + q] = a[q * n + p] = 0.0;
+    for (k = 0; v && k < n; k++) {
+        const double x = v[p * n + k], y = v[q * n + k];
+        v[p * n + k] = c * x - s * y;
+        v[q * n + k] = s * x + c * y;
+    }
+}
+
+/* Eigenvalues of the symmetric a onto its diagonal by cyclic Jacobi (Golub and Van Loan, 8.5), the
+ * vectors into the rows of v if not NULL. 0 when it does not converge: not finite. */
+static int sdq__rep_jacobi(double *a, double *v, size_t n) {
+    double scale = 0.0;
+    size_t i, p, q;
+    int sweep;
+    for (i = 0; i < n * n; i++) scale += a[i] * a[i];
+    if (!(scale < (double)HUGE_VAL)) return 0;
+    if (v) {
+        memset(v, 0, n * n * sizeof(double));
+        for (i = 0; i < n; i++) v[i * n + i] = 1.0;
+    }
+    for (sweep = 0; sweep < 60; sweep++) {
+        double off = 0.0;
+        for (p = 0; p < n; p++)
+            for (q = p + 1; q < n; q++) off += a[p * n + q] * a[p * n + q];
+        if (off <= 1e-30 * scale) return 1;
+        for (p = 0; p < n; p++)
+            for (q = p + 1; q < n; q++)
+                if (a[p * n + q] * a[p * n + q] > 1e-36 * scale) sdq__rep_rotate(a, v, n, p, q);
+    }
+    return 0;
+}
+
+/* c = a b, all [n,n]. */
+static void sdq__rep_product(const double *a, const double *b, double *c, size_t n) {
+    size_t i, j, k;
+    memset(c, 0, n * n * sizeof(double));
+    for (i = 0; i < n; i++)
+        for (k = 0; k < n; k++)
+            for (j = 0; j < n; j++) c[i * n + j] += a[i * n + k] * b[k * n + j];
+}
+
+/* root = V^T sqrt(L) V of the symmetric a = V^T L V (rows of v are eigenvectors). Destroys a. */
+static int sdq__rep_root(double *a, double *v, double *root, size_t n) {
+    size_t i, j, k;
+    if (!sdq__rep_jacobi(a, v, n)) return 0;
+    memset(root, 0, n * n * sizeof(double));
+    for (k = 0; k < n; k++) {
+        const double l = a[k * n + k], r = l > 0 ? sqrt(l) : 0.0;
+        for (i = 0; i < n; i++)
+            for (j = 0; j < n; j++) root[i * n + j] += v[k * n + i] * r * v[k * n + j];
+    }
+    return 1;
+}
+
+/* tr (C1 C2)^(1/2) = tr (S C2 S)^(1/2) with S = C1^(1/2): the right one is symmetric and has the
+ * same eigenvalues. m: 4 matrices, C1 and C2 first; all are overwritten. -1 when not finite. */
+static double sdq__rep_cross_trace(double *m, size_t n) {
+    const size_t nn = n * n;
+    double *c1 = m, *c2 = m + nn, *v = m + 2 * nn, *s = m + 3 * nn, sum = 0.0;
+    size_t i, j;
+    if (!sdq__rep_root(c1, v, s, n)) return -1.0;
+    sdq__rep_product(s, c2, v, n);
+    sdq__rep_product(v, s, c1, n);
+    for (i = 0; i < n; i++)             /* rounding left it a little unsymmetric */
+        for (j = 0; j < i; j++)
+            c1[i * n + j] = c1[j * n + i] = 0.5 * (c1[i * n + j] + c1[j * n + i]);
+    if (!sdq__rep_jacobi(c1, NULL, n)) return -1.0;
+    for (i = 0; i < n; i++) sum += c1[i * n + i] > 0 ? sqrt(c1[i * n + i]) : 0.0;
+    return sum;
+}
+
+SDQ_API sdq_status sdq_frechet(sdq_ctx *ctx, const float *x, size_t nx, const float *y, size_t ny,
+                               size_t dim, double *out) {
+    double *m, *mean, cross, sum = 0.0;
+    size_t nn, room, i;
+    *out = 0.0;
+    if (nx < 2 || ny < 2 || dim == 0)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "frechet: sets of %zu and %zu vectors of %zu "
+                         "numbers; 2 vectors and 1 number are the least", nx, ny, dim);
+    if (!sdq__u_mul(dim, dim, &nn) || !sdq__u_mul(nn, 6, &room))
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "frechet: %zu numbers per vector", dim);
+    m = SDQ__NEW_N(ctx, double, room);          /* 4 [dim,dim] and 2 [dim] <= 2 [dim,dim] */
+    if (!m) return SDQ_ERR_OOM;
+    mean = m + 4 * nn;
+    sdq__rep_moments(x, nx, dim, mean, m);
+    sdq__rep_moments(y, ny, dim, mean + dim, m + nn);
+    for (i = 0; i < dim; i++) {
+        const double d = mean[i] - mean[dim + i];
+        sum += d * d + m[i * dim + i] + m[nn + i * dim + i];
+    }
+    cross = sdq__rep_cross_trace(m, dim);
+    sdq__free(ctx, m);
+    if (cross < 0 || !(sum < (double)HUGE_VAL))
+        return sdq__fail(ctx, SDQ_ERR_NUMERIC, "frechet: a feature is not finite");
+    sum -= 2.0 * cross;
+    *out = sum > 0 ? sum : 0.0;
+    return SDQ_OK;
+}
+
+static int sdq__rep_compare(const void *a, const void *b) {
+    const double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+/* Rank p/100 (n-1), between ranks linear. */
+static double sdq__rep_rank(const double *sorted, size_t n, double p) {
+    const double at = p / 100.0 * (double)(n - 1);
+    const size_t low = sdq__u_min((size_t)at, n - 1), high = sdq__u_min(low + 1, n - 1);
+    return sorted[low] + (sorted[high] - sorted[low]) * (at - (double)low);
+}
+
+SDQ_API sdq_status sdq_percentile(sdq_ctx *ctx, const double *x, size_t n, double p, double *out) {
+    double *sorted;
+    *out = 0.0;
+    if (!(p >= 0 && p <= 100))
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "percentile: %g is not within 0..100", p);
+    if (n == 0) return SDQ_OK;
+    sorted = SDQ__NEW_N(ctx, double, n);
+    if (!sorted) return SDQ_ERR_OOM;
+    memcpy(sorted, x, n * sizeof(double));
+    qsort(sorted, n, sizeof(double), sdq__rep_compare);
+    *out = sdq__rep_rank(sorted, n, p);
+    sdq__free(ctx, sorted);
+    return SDQ_OK;
+}
+
+SDQ_API sdq_status sdq_bootstrap(sdq_ctx *ctx, const double *x, size_t n, size_t rounds,
+                                 double confidence, sdq_rng *rng, double *low, double *high) {
+    double *means;
+    size_t i, j;
+    *low = *high = 0.0;
+    if (rounds == 0) rounds = 2000;
+    if (confidence == 0) confidence = 0.95;
+    if (n == 0 || !(confidence > 0 && confidence < 1))
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "bootstrap: %zu values, confidence %g; needed are "
+                         "one value and a confidence between 0 and 1", n, confidence);
+    means = SDQ__NEW_N(ctx, double, rounds);
+    if (!means) return SDQ_ERR_OOM;
+    for (i = 0; i < rounds; i++) {
+        double sum = 0.0;
+        for (j = 0; j < n; j++) sum += x[sdq_rng_below(rng, n)];
+        means[i] = sum / (double)n;
+    }
+    qsort(means, rounds, sizeof(double), sdq__rep_compare);
+    *low = sdq__rep_rank(means, rounds, 50.0 * (1.0 - confidence));
+    *high = sdq__rep_rank(means, rounds, 50.0 * (1.0 + confidence));
+    sdq__free(ctx, means);
+    return SDQ_OK;
+}
+
+SDQ_API size_t sdq_nearest(const float *query, const float *table, size_t n, size_t dim,
+                           double *cosine) {
+    double best = -2.0, length = 0.0;
+    size_t i, j, at = 0;
+    for (j = 0; j < dim; j++) length += (double)query[j] * (double)query[j];
+    for (i = 0; i < n; i++) {
+        const float *row = table + i * dim;
+        double dot = 0.0, square = 0.0, cos_i;
+        for (j = 0; j < dim; j++) {
+            dot += (double)query[j] * (double)row[j];
+            square += (double)row[j] * (double)row[j];
+        }
+        cos_i = length > 0 && square > 0 ? dot / (sqrt(length) * sqrt(square)) : 0.0;
+        if (cos_i > best) { best = cos_i; at = i; }
+    }
+    if (cosine) *cosine = n > 0 ? best : 0.0;
+    return at;
+}
+/* ===========================================================================
+ * >>tasks   batches and losses of the autoencoder and of the diffusion model
+ * ======================================================================== */
+
+struct sdq_samples {
+    size_t count, size, tokens;
+    unsigned char *px;          /* [count][size][size][3] */
+    int32_t *ids, *empty;       /* [count][tokens], [tokens] */
+    double *sum;                /* cumulative weights: samples are drawn in proportion */
+    float *moments;             /* [count][2][lh][lw][2c]: as it is, mirrored */
+    size_t lh, lw, lc;
+    float scaling;
+};
+
+SDQ_API void sdq_samples_free(sdq_ctx *ctx, sdq_samples *s) {
+    if (!s) return;
+    sdq__free(ctx, s->px);
+    sdq__free(ctx, s->ids);
+    sdq__free(ctx, s->empty);
+    sdq__free(ctx, s->sum);
+    sdq__free(ctx, s->moments);
+    sdq__free(ctx, s);
+}
+SDQ_API size_t sdq_samples_count(const sdq_samples *s) { return s->count; }
+SDQ_API float sdq_samples_scaling(const sdq_samples *s) { return s->scaling; }
+
+static sdq_status sdq__task_load(sdq_ctx *ctx, const sdq_dataset *data, size_t i, sdq_samples *s,
+                                 const sdq_tokenizer *tok) {
+    sdq_image raw, fit;
+    size_t count;
+    sdq_status st = sdq_dataset_image(ctx, data, i, &raw);
+    if (st != SDQ_OK) return st;
+    st = sdq_image_fit(ctx, &raw, s->size, s->size, &fit);
+    sdq_image_free(ctx, &raw);
+    if (st != SDQ_OK) return st;
+    memcpy(s->px + i * s->size * s->size * 3, fit.px, s->size * s->size * 3);
+    sdq_image_free(ctx, &fit);
+    s->sum[i] = (i ? s->sum[i - 1] : 0.0) + (double)sdq_dataset_weight(data, i);
+    if (!tok) return SDQ_OK;
+    return sdq_tokenizer_encode(ctx, tok, sdq_dataset_caption(data, i), s->ids + i * s->tokens,
+                                s->tokens, &count);
+}
+
+SDQ_API sdq_status sdq_samples_load(sdq_ctx *ctx, const sdq_dataset *data, size_t size,
+                                    const sdq_tokenizer *tok, sdq_samples **out) {
+    sdq_samples *s = SDQ__NEW(ctx, sdq_samples);
+    size_t bytes, i;
+    sdq_status st;
+    *out = NULL;
+    if (!s) return ctx->status;
+    s->count = sdq_dataset_count(data);
+    s->size = size;
+    s->tokens = tok ? sdq_tokenizer_length(tok) : 0;
+    if (s->count == 0 || !sdq__u_mul(size, size, &bytes) || !sdq__u_mul(bytes, 3, &bytes)) {
+        st = sdq__fail(ctx, SDQ_ERR_ARGUMENT, "dataset: no pictures, or a size of %zu", size);
+        goto done;
+    }
+    s->px = (unsigned char *)sdq__alloc(ctx, s->count, bytes);
+    s->sum = SDQ__NEW_N(ctx, double, s->count);
+    if (tok) {
+        s->ids = (int32_t *)sdq__alloc(ctx, s->count, s->tokens * sizeof(int32_t));
+        s->empty = SDQ__NEW_N(ctx, int32_t, s->tokens);
+    }
+    st = ctx->status;
+    if (st == SDQ_OK && tok) st = sdq_tokenizer_encode(ctx, tok, "", s->empty, s->tokens, &i);
+    for (i = 0; st == SDQ_OK && i < s->count; i++) st = sdq__task_load(ctx, data, i, s, tok);
+    if (st == SDQ_OK && !(s->sum[s->count - 1] > 0.0))
+        st = sdq__fail(ctx, SDQ_ERR_ARGUMENT, "dataset: the weights of the pictures sum to 0");
+done:
+    if (st == SDQ_OK) *out = s;
+    else sdq_samples_free(ctx, s);
+    return st;
+}
+
+/* One picture, mirrored or not, to [-1,1]. */
+static void sdq__task_pixels(const sdq_samples *s, size_t i, int mirror, float *out) {
+    const unsigned char *px = s->px + i * s->size * s->size * 3;
+    size_t y, x, c;
+    for (y = 0; y < s->size; y++)
+        for (x = 0; x < s->size; x++)
+            for (c = 0; c < 3; c++) {
+                const size_t sx = mirror ? s->size - 1 - x : x;
+                *out++ = (float)px[(y * s->size + sx) * 3 + c] / 127.5f - 1.0f;
+            }
+}
+
+/* Draw an index in proportion to the weights. */
+static size_t sdq__task_draw(const sdq_samples *s, sdq_rng *rng) {
+    const double at = (double)sdq_rng_below(rng, (uint64_t)1 << 53) / 9007199254740992.0
+                    * s->sum[s->count - 1];
+    size_t lo = 0, hi = s->count - 1;
+    while (lo < hi) {
+        const size_t mid = (lo + hi) / 2;
+        if (s->sum[mid] > at) hi = mid;
+        else lo = mid + 1;
+    }
+    return lo;
+}
+
+SDQ_API sdq_status sdq_samples_encode(sdq_ctx *ctx, sdq_samples *s, const sdq_model *vae,
+                                      sdq_progress_fn progress, void *user) {
+    double sum = 0.0, sum2 = 0.0, n = 0.0;
+    size_t i, j, size = 0;
+    for (i = 0; i < s->count; i++) {
+        const sdq_mark mark = sdq_arena_mark(ctx);
+        sdq_tensor *x = sdq_tensor_4d(ctx, 2, s->size, s->size, 3), *m;
+        if (!x) return ctx->status;
+        sdq__task_pixels(s, i, 0, sdq_f32(x));
+        sdq__task_pixels(s, i, 1, sdq_f32(x) + s->size * s->size * 3);
+        m = sdq_vae_encode(ctx, vae, x, SDQ_FLOAT);
+        if (!m) return ctx->status;
+        if (!s->moments) {
+            s->lh = m->dim[1]; s->lw = m->dim[2]; s->lc = m->dim[3] / 2;
+            size = sdq_tensor_count(m);
+            s->moments = (float *)sdq__alloc(ctx, s->count, size * sizeof(float));
+            if (!s->moments) return ctx->status;
+        }
+        size = sdq_tensor_count(m);
+        memcpy(s->moments + i * size, m->data, size * sizeof(float));
+        for (j = 0; j < size; j++) {
+            const double v = (double)sdq_f32(m)[j];
+            if (j % (2 * s->lc) >= s->lc) continue;     /* means only */
+            sum += v; sum2 += v * v; n += 1.0;
+        }
+        sdq_arena_release(ctx, mark);
+        if (progress && progress(user, "encode", i + 1, s->count, 0.0))
+            return sdq__fail(ctx, SDQ_ERR_CANCELLED, "encoding: cancelled");
+    }
+    s->scaling = (float)(1.0 / sqrt(sum2 / n - (sum / n) * (sum / n)));
+    return SDQ_OK;
+}
+
+SDQ_API sdq_tensor *sdq_vae_task_loss(sdq_ctx *ctx, void *arg, sdq_rng *rng, size_t step) {
+    const sdq_vae_task *t = (const sdq_vae_task *)arg;
+    const size_t size = t->samples->size, pixels = size * size * 3;
+    sdq_tensor *x = sdq_tensor_4d(ctx, t->batch, size, size, 3), *moments, *noise, *y, *loss;
+    size_t i;
+    (void)step;
+    if (!x) return NULL;
+    for (i = 0; i < t->batch; i++) {
+        const size_t at = sdq__task_draw(t->samples, rng);
+        sdq__task_pixels(t->samples, at, (int)sdq_rng_below(rng, 2), sdq_f32(x) + i * pixels);
+    }
+    moments = sdq_vae_encode(ctx, t->vae, x, SDQ_FLOAT);
+    if (!moments) return NULL;
+    noise = sdq_tensor_4d(ctx, t->batch, moments->dim[1], moments->dim[2], moments->dim[3] / 2);
+    if (!noise) return NULL;
+    sdq_rng_normal(rng, sdq_f32(noise), sdq_tensor_count(noise));
+    y = sdq_vae_decode(ctx, t->vae, sdq_sample_gaussian(ctx, moments, noise), SDQ_FLOAT);
+    loss = sdq_add(ctx, sdq_l1(ctx, y, x),
+                   sdq_scale(ctx, sdq_l1_edges(ctx, y, x), t->edges == 0.0f ? 1.0f : t->edges));
+    return sdq_add(ctx, loss, sdq_scale(ctx, sdq_kl(ctx, moments), t->kl == 0.0f ? 1e-4f : t->kl));
+}
+
+/* A batch of noised latents with its times, ids and loss weights; all in the arena. */
+typedef struct sdq__batch {
+    sdq_tensor *noisy, *target, *ids;
+    float *times, *weight;
+} sdq__batch;
+
+static sdq_status sdq__task_batch(sdq_ctx *ctx, const sdq_diffusion_task *t, sdq_rng *rng,
+                                  sdq__batch *b) {
+    const sdq_samples *s = t->samples;
+    const size_t size = s->lh * s->lw * s->lc;
+    const sdq_scheduler_desc *d = sdq_scheduler_get_desc(t->scheduler);
+    size_t dim[2], i, j;
+    float *noise;
+    dim[0] = t->batch; dim[1] = s->tokens;
+    b->noisy = sdq_tensor_4d(ctx, t->batch, s->lh, s->lw, s->lc);
+    b->target = sdq_tensor_4d(ctx, t->batch, s->lh, s->lw, s->lc);
+    b->ids = sdq_tensor_new(ctx, SDQ_I32, 2, dim);
+    b->times = SDQ__PUSH_N(ctx, float, t->batch);
+    b->weight = SDQ__PUSH_N(ctx, float, t->batch);
+    noise = SDQ__PUSH_N(ctx, float, 2 * size);
+    if (!b->noisy || !b->target || !b->ids || !b->times || !b->weight || !noise) return ctx->status;
+    for (i = 0; i < t->batch; i++) {
+        const size_t at = sdq__task_draw(s, rng), flip = (size_t)sdq_rng_below(rng, 2);
+        const size_t time = (size_t)sdq_rng_below(rng, (uint64_t)d->train_steps);
+        const float *m = s->moments + (at * 2 + flip) * 2 * size;
+        float *x = sdq_f32(b->noisy) + i * size, *target = sdq_f32(b->target) + i * size;
+        float drop;
+        sdq_rng_uniform(rng, &drop, 1);
+        sdq_rng_normal(rng, noise, 2 * size);
+        for (j = 0; j < size; j++) {            /* a draw from the posterior, scaled */
+            const size_t p = j / s->lc * 2 * s->lc + j % s->lc;
+            int in;
+            const float sd = (float)exp(0.5 * (double)sdq__op_logvar(m[p + s->lc], &in));
+            x[j] = (m[p] + sd * noise[size + j]) * t->scaling;
+        }
+        if (d->prediction == SDQ_PREDICT_V)
+            sdq_scheduler_velocity(t->scheduler, time, x, noise, target, size);
+        else
+            memcpy(target, d->prediction == SDQ_PREDICT_SAMPLE ? x : noise, size * sizeof(float));
+        sdq_scheduler_add_noise(t->scheduler, time, x, noise, x, size);
+        b->times[i] = (float)time;
+        b->weight[i] = t->snr_gamma > 0.0
+                     ? (float)sdq_scheduler_snr_weight(t->scheduler, time, t->snr_gamma) : 1.0f;
+        memcpy((int32_t *)b->ids->data + i * s->tokens,
+               drop < t->drop ? s->empty : s->ids + at * s->tokens, s->tokens * sizeof(int32_t));
+    }
+    return SDQ_OK;
+}
+
+SDQ_API sdq_tensor *sdq_diffusion_task_loss(sdq_ctx *ctx, void *arg, sdq_rng *rng, size_t step) {
+    const sdq_diffusion_task *t = (const sdq_diffusion_task *)arg;
+    sdq_unet_input in;
+    sdq__batch b;
+    (void)step;
+    memset(&in, 0, sizeof in);
+    if (!t->samples->moments || !t->samples->ids) {
+        sdq__fail(ctx, SDQ_ERR_ARGUMENT, "training: the samples have no latents or no captions");
+        return NULL;
+    }
+    if (sdq__task_batch(ctx, t, rng, &b) != SDQ_OK) return NULL;
+    in.sample = b.noisy;
+    in.timesteps = b.times;
+    in.context = sdq_text_forward(ctx, t->text, b.ids);
+    in.checkpoint = t->checkpoint;
+    if (!in.context) return NULL;
+    return sdq_mse(ctx, sdq_unet_forward(ctx, t->unet, &in, t->mode), b.target, b.weight);
+}
+
+SDQ_API sdq_status sdq_optim_add_model(sdq_ctx *ctx, sdq_optim *o, sdq_model *m, const char *prefix) {
+    size_t i;
+    for (i = 0; i < sdq_model_param_count(m); i++) {
+        const char *name;
+        char full[256];
+        sdq_tensor *t = sdq_model_param(m, i, &name);
+        const size_t n = strlen(name);
+        const int weight = n > 7 && strcmp(name + n - 7, ".weight") == 0 && t && t->rank > 1;
+        (void)snprintf(full, sizeof full, "%s%s", prefix, name);
+        SDQ__TRY(sdq_optim_add(ctx, o, t, full, 0.0f, 0.0f, weight));
+    }
+    return SDQ_OK;
+}
+/* ===========================================================================
+ * >>recipe   which layers are quantized, and how
+ *
+ * Kept float by the default recipe: conv_in, conv_out (under 1 % of the work, much of the
+ * quality), the time path (depends on the timestep only: a table per run) and the keys and values
+ * of cross-attention (depend on the prompt only: once per picture).
+ * ======================================================================== */
+
+SDQ_API sdq_recipe sdq_recipe_default(void) {
+    sdq_recipe r;
+    memset(&r, 0, sizeof r);
+    r.range_linear = SDQ_RANGE_POSITION;
+    r.range_conv = SDQ_RANGE_POSITION;
+    r.split_skip = 1;
+    r.bias_correction = 1;
+    r.learn_scales = 1;
+    r.weight_scale = SDQ_WEIGHT_FIXED;
+    r.teacher_loss = 1.0f;
+    return r;
+}
+
+SDQ_API sdq_recipe sdq_recipe_reference(void) {
+    sdq_recipe r;
+    memset(&r, 0, sizeof r);
+    r.range_linear = r.range_conv = SDQ_RANGE_STATIC;
+    r.quantize_outputs = r.quantize_edges = r.quantize_time = r.quantize_context = 1;
+    r.moving = 0.01f;
+    r.weight_scale = SDQ_WEIGHT_MOVING;
+    r.calibrate_on_data = 1;
+    r.noise_loss = r.teacher_loss = 1.0f;
+    return r;
+}
+
+static const char *const sdq__rc_range[SDQ_RANGE_COUNT] = {"default", "static", "picture", "position", "block"};
+
+SDQ_API void sdq_recipe_to_str(const sdq_recipe *r, char *buf, size_t size) {
+    (void)snprintf(buf, size, "range_linear=%s range_conv=%s quantize_outputs=%d quantize_edges=%d "
+                   "quantize_time=%d quantize_context=%d split_skip=%d bias_correction=%d "
+                   "learn_scales=%d freeze_weights=%d moving=%g weight_scale=%d calibrate_on_data=%d "
+                   "noise_loss=%g teacher_loss=%g", sdq__rc_range[r->range_linear],
+                   sdq__rc_range[r->range_conv], r->quantize_outputs, r->quantize_edges,
+                   r->quantize_time, r->quantize_context, r->split_skip, r->bias_correction,
+                   r->learn_scales, r->freeze_weights, (double)r->moving, (int)r->weight_scale,
+                   r->calibrate_on_data, (double)r->noise_loss, (double)r->teacher_loss);
+}
+
+static int sdq__rc_starts(const char *s, const char *with) { return strncmp(s, with, strlen(with)) == 0; }
+
+static int sdq__rc_quantized(const sdq_recipe *r, const char *name, const char *const *keep) {
+    size_t i;
+    if (!r->quantize_edges && (!strcmp(name, "conv_in") || !strcmp(name, "conv_out"))) return 0;
+    if (!r->quantize_time && (sdq__rc_starts(name, "time_embedding.") || sdq__io_ends(name, ".time_emb_proj")))
+        return 0;
+    if (!r->quantize_context && (sdq__io_ends(name, ".attn2.to_k") || sdq__io_ends(name, ".attn2.to_v")))
+        return 0;
+    for (i = 0; keep && keep[i]; i++)
+        if (!strcmp(name, keep[i]) || (sdq__io_ends(keep[i], ".") && sdq__rc_starts(name, keep[i]))) return 0;
+    return 1;
+}
+
+SDQ_API sdq_status sdq_recipe_apply(sdq_ctx *ctx, sdq_model *unet, const sdq_recipe *r,
+                                    const char *const *keep_float) {
+    size_t i;
+    for (i = 0; i < unet->layers; i++) {
+        sdq_layer *l = unet->layer[i];
+        sdq_quant q;
+        memset(&q, 0, sizeof q);
+        q.enabled = sdq__rc_quantized(r, l->name, keep_float);
+        q.range = sdq__ly_taps(l) == 1 ? r->range_linear : r->range_conv;
+        q.split = r->split_skip ? l->concat : 0;
+        q.quantize_output = r->quantize_outputs;
+        q.moving = r->moving;
+        q.weight_scale = r->weight_scale;
+        q.learn_scales = r->learn_scales;
+        SDQ__TRY(sdq_layer_set_quant(ctx, l, &q));
+    }
+    return SDQ_OK;
+}
+
+SDQ_API void sdq_model_observe(sdq_model *m, int on) {
+    size_t i;
+    for (i = 0; i < m->layers; i++) sdq_layer_observe(m->layer[i], on);
+}
+
+/* ===========================================================================
+ * >>calibrate   ranges before training: on the sampler's trajectories or on noised pictures
+ * ======================================================================== */
+
+struct sdq_states {
+    size_t count, cap, size, context_size, contexts, context_cap;
+    size_t h, w, c, t, d;
+    float *x, *eps;             /* [count][size]: what the network saw and said */
+    float *time;
+    size_t *context_of;
+    float *context;             /* [contexts][t*d] */
+};
+
+SDQ_API void sdq_states_free(sdq_ctx *ctx, sdq_states *s) {
+    if (!s) return;
+    sdq__free(ctx, s->x);
+    sdq__free(ctx, s->eps);
+    sdq__free(ctx, s->time);
+    sdq__free(ctx, s->context_of);
+    sdq__free(ctx, s->context);
+    sdq__free(ctx, s);
+}
+SDQ_API size_t sdq_states_count(const sdq_states *s) { return s->count; }
+
+/* The states of one evaluation: one per branch. */
+typedef struct sdq__cal_collect { sdq_ctx *ctx; sdq_states *s; const sdq_txt2img_desc *d; size_t at; } sdq__cal_collect;
+
+static int sdq__cal_keep(void *user, const sdq_step_info *info) {
+    sdq__cal_collect *w = (sdq__cal_collect *)user;
+    sdq_states *s = w->s;
+    const size_t branches = info->input->dim[0];
+    size_t b;
+    for (b = 0; b < branches; b++, s->count++) {
+        memcpy(s->x + s->count * s->size, sdq_f32(info->input) + b * s->size, s->size * sizeof(float));
+        memcpy(s->eps + s->count * s->size, sdq_f32(info->raw) + b * s->size, s->size * sizeof(float));
+        s->time[s->count] = info->timestep;
+        s->context_of[s->count] = w->at + b;
+        if (info->i == 0)
+            memcpy(s->context + (w->at + b) * s->context_size,
+                   sdq_f32(info->context) + b * s->context_size, s->context_size * sizeof(float));
+    }
+    return w->d->progress ? w->d->progress(w->d->user, "states", s->count, s->cap, 0.0) : 0;
+}
+
+SDQ_API sdq_status sdq_states_collect(sdq_ctx *ctx, const sdq_pipeline *p, const char *const *prompts,
+                                      size_t n, const sdq_txt2img_desc *desc, sdq_states **out) {
+    const sdq_model_info unet = sdq_model_get_info(p->unet ? p->unet : p->unet_int8);
+    const sdq_model_info vae = sdq_model_get_info(p->vae);
+    const float g = desc->guidance == 0.0f ? 7.5f : desc->guidance;
+    const size_t branches = g > 1.0f ? 2 : 1, steps = desc->steps ? desc->steps : 50;
+    sdq_states *s = SDQ__NEW(ctx, sdq_states);
+    sdq__cal_collect w;
+    size_t i;
+    *out = NULL;
+    if (!s) return ctx->status;
+    s->h = desc->height ? desc->height / vae.factor : unet.sample_size ? unet.sample_size : 64;
+    s->w = desc->width ? desc->width / vae.factor : unet.sample_size ? unet.sample_size : 64;
+    s->c = unet.in;
+    s->t = sdq_tokenizer_length(p->tokenizer);
+    s->d = unet.context;
+    s->size = s->h * s->w * s->c;
+    s->context_size = s->t * s->d;
+    s->cap = n * branches * (steps + 1);        /* PNDM evaluates once more */
+    s->contexts = n * branches;
+    s->x = (float *)sdq__alloc(ctx, s->cap, s->size * sizeof(float));
+    s->eps = (float *)sdq__alloc(ctx, s->cap, s->size * sizeof(float));
+    s->time = SDQ__NEW_N(ctx, float, s->cap);
+    s->context_of = SDQ__NEW_N(ctx, size_t, s->cap);
+    s->context = (float *)sdq__alloc(ctx, s->contexts, s->context_size * sizeof(float));
+    w.ctx = ctx; w.s = s; w.d = desc; w.at = 0;
+    for (i = 0; i < n && ctx->status == SDQ_OK; i++, w.at += branches) {
+        const sdq_mark mark = sdq_arena_mark(ctx);
+        sdq_txt2img_desc d = *desc;
+        d.prompt = prompts[i];
+        d.seed = desc->seed + i;
+        d.precision = SDQ_PRECISION_FLOAT;
+        d.count = 1;
+        d.progress = NULL;
+        d.step = sdq__cal_keep;
+        d.user = &w;
+        (void)sdq_txt2img_latents(ctx, p, &d, NULL, NULL);
+        sdq_arena_release(ctx, mark);
+    }
+    if (ctx->status == SDQ_OK) *out = s;
+    else sdq_states_free(ctx, s);
+    return ctx->status;
+}
+
+/* States idx[0..n) as a batch; target: what the teacher said. */
+static sdq_status sdq__cal_batch(sdq_ctx *ctx, const sdq_states *s, const size_t *idx, size_t n,
+                                 sdq_unet_input *in, sdq_tensor **target) {
+    float *times = SDQ__PUSH_N(ctx, float, n);
+    size_t i;
+    memset(in, 0, sizeof *in);
+    in->sample = sdq_tensor_4d(ctx, n, s->h, s->w, s->c);
+    in->context = sdq_tensor_3d(ctx, n, s->t, s->d);
+    *target = sdq_tensor_4d(ctx, n, s->h, s->w, s->c);
+    if (!times || !in->sample || !in->context || !*target) return ctx->status;
+    for (i = 0; i < n; i++) {
+        memcpy(sdq_f32(in->sample) + i * s->size, s->x + idx[i] * s->size, s->size * sizeof(float));
+        memcpy(sdq_f32(*target) + i * s->size, s->eps + idx[i] * s->size, s->size * sizeof(float));
+        memcpy(sdq_f32(in->context) + i * s->context_size,
+               s->context + s->context_of[idx[i]] * s->context_size, s->context_size * sizeof(float));
+        times[i] = s->time[idx[i]];
+    }
+    in->timesteps = times;
+    return SDQ_OK;
+}
+
+/* One pass over all states in a mode. */
+static sdq_status sdq__cal_pass(sdq_ctx *ctx, const sdq_model *unet, const sdq_states *s, size_t batch,
+                                sdq_mode mode, const char *stage, sdq_progress_fn progress, void *user) {
+    size_t i, j, idx[64];
+    batch = batch == 0 ? 8 : batch > 64 ? 64 : batch;
+    for (i = 0; i < s->count; i += batch) {
+        const sdq_mark mark = sdq_arena_mark(ctx);
+        const size_t n = sdq__u_min(batch, s->count - i);
+        sdq_unet_input in;
+        sdq_tensor *target;
+        for (j = 0; j < n; j++) idx[j] = i + j;
+        SDQ__TRY(sdq__cal_batch(ctx, s, idx, n, &in, &target));
+        if (!sdq_unet_forward(ctx, unet, &in, mode)) return ctx->status;
+        sdq_arena_release(ctx, mark);
+        if (progress && progress(user, stage, i + n, s->count, 0.0))
+            return sdq__fail(ctx, SDQ_ERR_CANCELLED, "calibration: cancelled");
+    }
+    return SDQ_OK;
+}
+
+/* b += mean(FLOAT - FAKE) of every quantized layer, measured on the quantized network's inputs. */
+static sdq_status sdq__cal_bias(sdq_ctx *ctx, sdq_model *m, const sdq_states *s, size_t batch,
+                                sdq_progress_fn progress, void *user) {
+    sdq_status st = SDQ_OK;
+    size_t i, o;
+    for (i = 0; i < m->layers && st == SDQ_OK; i++) {
+        sdq_layer *l = m->layer[i];
+        if (!l->quant.enabled || !l->b.data) continue;
+        l->bias_rows = 0.0;
+        l->bias_sum = SDQ__NEW_N(ctx, double, l->out);
+        if (!l->bias_sum) st = ctx->status;
+    }
+    if (st == SDQ_OK) st = sdq__cal_pass(ctx, m, s, batch, SDQ_FAKE, "bias", progress, user);
+    for (i = 0; i < m->layers; i++) {
+        sdq_layer *l = m->layer[i];
+        for (o = 0; st == SDQ_OK && l->bias_sum && l->bias_rows > 0.0 && o < l->out; o++)
+            sdq_f32(&l->b)[o] += (float)(l->bias_sum[o] / l->bias_rows);
+        sdq__free(ctx, l->bias_sum);
+        l->bias_sum = NULL;
+    }
+    return st;
+}
+
+SDQ_API sdq_status sdq_calibrate_states(sdq_ctx *ctx, sdq_model *unet, const sdq_states *s, size_t batch,
+                                        int bias_correction, sdq_progress_fn progress, void *user) {
+    sdq_status st;
+    sdq_model_observe(unet, 1);
+    st = sdq__cal_pass(ctx, unet, s, batch, SDQ_FLOAT, "calibrate", progress, user);
+    sdq_model_observe(unet, 0);
+    if (st == SDQ_OK && bias_correction) st = sdq__cal_bias(ctx, unet, s, batch, progress, user);
+    return st;
+}
+
+SDQ_API sdq_status sdq_calibrate_data(sdq_ctx *ctx, const sdq_diffusion_task *task, size_t batches,
+                                      uint64_t seed, sdq_progress_fn progress, void *user) {
+    sdq_diffusion_task t = *task;
+    size_t i;
+    t.mode = SDQ_FAKE;
+    sdq_model_observe(t.unet, 1);
+    for (i = 0; i < batches; i++) {
+        const sdq_mark mark = sdq_arena_mark(ctx);
+        sdq_rng rng;
+        sdq__opt_rng(&rng, seed, i, 0);
+        if (!sdq_diffusion_task_loss(ctx, &t, &rng, i)) return ctx->status;
+        sdq_arena_release(ctx, mark);
+        if (progress && progress(user, "calibrate", i + 1, batches, 0.0))
+            return sdq__fail(ctx, SDQ_ERR_CANCELLED, "calibration: cancelled");
+    }
+    sdq_model_observe(t.unet, 0);
+    return SDQ_OK;
+}
+
+/* ===========================================================================
+ * >>distill   the float network teaches the fake-quantized one
+ * ======================================================================== */
+
+static sdq_tensor *sdq__ds_forward(sdq_ctx *ctx, const sdq_model *m, const sdq_unet_input *in,
+                                   sdq_mode mode, const sdq_distill_task *t, sdq__tap *tap) {
+    sdq__taps taps;
+    sdq_tensor *y;
+    size_t i;
+    for (i = 0; i < t->maps; i++) tap[i].name = t->map[i].layer;
+    taps.tap = tap;
+    taps.n = t->maps;
+    ctx->taps = t->maps ? &taps : NULL;
+    y = sdq_unet_forward(ctx, m, in, mode);
+    ctx->taps = NULL;
+    return y;
+}
+
+/* Run the teacher: none of its tensors needs a gradient, so nothing is noted. Where outputs of inner
+ * layers are wanted the tape stays on all the same, because the arena then keeps everything. */
+static sdq_tensor *sdq__ds_teacher(sdq_ctx *ctx, const sdq_distill_task *t, const sdq_unet_input *in,
+                                   sdq__tap *tap) {
+    const int recording = ctx->recording;
+    sdq_unet_input i = *in;
+    sdq_tensor *y;
+    i.checkpoint = 0;
+    if (!t->maps) ctx->recording = 0;
+    y = sdq__ds_forward(ctx, t->teacher, &i, SDQ_FLOAT, t, tap);
+    ctx->recording = recording;
+    return y;
+}
+
+static sdq_tensor *sdq__ds_add(sdq_ctx *ctx, sdq_tensor *sum, sdq_tensor *loss, float weight) {
+    if (weight != 1.0f) loss = sdq_scale(ctx, loss, weight);
+    return sum ? sdq_add(ctx, sum, loss) : loss;
+}
+
+static sdq_status sdq__ds_batch(sdq_ctx *ctx, const sdq_distill_task *t, sdq_rng *rng,
+                                sdq_unet_input *in, sdq_tensor **noise, sdq_tensor **teacher) {
+    size_t i, idx[64];
+    if (t->batch > 64) return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "distillation: a batch of %zu, at most 64", t->batch);
+    if (t->states) {
+        for (i = 0; i < t->batch; i++) idx[i] = (size_t)sdq_rng_below(rng, t->states->count);
+        return sdq__cal_batch(ctx, t->states, idx, t->batch, in, teacher);
+    } else {
+        sdq_diffusion_task d = *t->data;
+        sdq__batch b;
+        d.batch = t->batch;
+        SDQ__TRY(sdq__task_batch(ctx, &d, rng, &b));
+        memset(in, 0, sizeof *in);
+        in->sample = b.noisy;
+        in->timesteps = b.times;
+        in->context = sdq_text_forward(ctx, d.text, b.ids);
+        *noise = b.target;
+        return in->context ? SDQ_OK : ctx->status;
+    }
+}
+
+SDQ_API sdq_tensor *sdq_distill_task_loss(sdq_ctx *ctx, void *arg, sdq_rng *rng, size_t step) {
+    const sdq_distill_task *t = (const sdq_distill_task *)arg;
+    sdq_tensor *noise = NULL, *teacher = NULL, *y, *sum = NULL;
+    sdq__tap tap[2][16];
+    sdq_unet_input in;
+    size_t i;
+    (void)step;
+    memset(tap, 0, sizeof tap);
+    if (t->maps > 16 || (t->maps && t->checkpoint) || (!t->states && !t->data)) {
+        sdq__fail(ctx, SDQ_ERR_ARGUMENT, "distillation: at most 16 mapped layers, none with checkpointing,"
+                  " and states or data must be given");
+        return NULL;
+    }
+    if (sdq__ds_batch(ctx, t, rng, &in, &noise, &teacher) != SDQ_OK) return NULL;
+    if (t->teacher && (!teacher || t->maps)) teacher = sdq__ds_teacher(ctx, t, &in, tap[0]);
+    in.checkpoint = t->checkpoint;
+    y = sdq__ds_forward(ctx, t->student, &in, SDQ_FAKE, t, tap[1]);
+    if (t->teacher_loss != 0.0f) sum = sdq__ds_add(ctx, sum, sdq_mse(ctx, y, teacher, NULL), t->teacher_loss);
+    if (t->noise_loss != 0.0f && noise)
+        sum = sdq__ds_add(ctx, sum, sdq_mse(ctx, y, noise, NULL), t->noise_loss);
+    for (i = 0; i < t->maps; i++) {
+        sdq_tensor *a = tap[1][i].y, *b = tap[0][i].y;
+        if (!a || !b) {
+            sdq__fail(ctx, SDQ_ERR_MISSING, "distillation: no layer %s in student and teacher", t->map[i].layer);
+            return NULL;
+        }
+        sum = sdq__ds_add(ctx, sum, t->map[i].l1 ? sdq_l1(ctx, a, b) : sdq_mse(ctx, a, b, NULL),
+                          t->map[i].weight);
+    }
+    return sum;
+}
+
+SDQ_API sdq_status sdq_optim_add_student(sdq_ctx *ctx, sdq_optim *o, sdq_model *m, const sdq_recipe *r,
+                                         float scale_lr) {
+    char name[256];
+    size_t i, p;
+    if (!r->freeze_weights) SDQ__TRY(sdq_optim_add_model(ctx, o, m, ""));
+    for (i = 0; r->moving > 0.0f && i < m->layers; i++) {       /* observers that go on moving */
+        sdq_layer *l = m->layer[i];
+        if (!l->quant.enabled) continue;
+        if (l->quant.weight_scale == SDQ_WEIGHT_MOVING && !l->w_mn) SDQ__TRY(sdq__ly_observe_weights(ctx, l));
+        (void)snprintf(name, sizeof name, "%s.observers", l->name);
+        SDQ__TRY(sdq__opt_add_state(ctx, o, name, sdq__ly_state_count(l), sdq__ly_state, l));
+    }
+    for (i = 0; r->learn_scales && i < m->layers; i++) {
+        sdq_layer *l = m->layer[i];
+        if (!l->quant.enabled) continue;
+        if (l->quant.weight_scale == SDQ_WEIGHT_FIXED) {
+            SDQ__TRY(sdq__ly_weight_scales(ctx, l));
+            (void)snprintf(name, sizeof name, "%s.weight_scale", l->name);
+            SDQ__TRY(sdq_optim_add(ctx, o, &l->sw, name, scale_lr, 1e-7f, 0));
+        }
+        for (p = 0; sdq__ly_range(l) == SDQ_RANGE_STATIC && p < l->parts; p++) {
+            (void)snprintf(name, sizeof name, "%s.input_scale.%zu", l->name, p);
+            SDQ__TRY(sdq_optim_add(ctx, o, &l->part[p].s, name, scale_lr, 1e-7f, 0));
+        }
+    }
+    return SDQ_OK;
+}
+
+/* ===========================================================================
+ * >>convert   float weights to packed int8; the file of a quantized network
+ *
+ * Of a quantized layer NAME the file holds
+ *   NAME.weight        I8 [out,kh,kw,in]    NAME.weight_scale  F32 [out]
+ *   NAME.bias          F32                  NAME.input_scale   F32 [parts], NAME.input_zero I32
+ *   NAME.output_range  F32 [2], the published recipe only
+ * Everything else is stored under its diffusers name and shape, F16 where that is exact, else F32.
+ * The metadata: sdq.config (config.json of the UNet), sdq.layer.NAME (range and split),
+ * sdq.recipe, sdq.schedule.
+ * ======================================================================== */
+
+SDQ_API sdq_status sdq_model_convert(sdq_ctx *ctx, sdq_model *m) {
+    size_t i;
+    for (i = 0; i < m->layers; i++) SDQ__TRY(sdq_layer_convert(ctx, m->layer[i]));
+    return SDQ_OK;
+}
+
+static sdq_status sdq__cv_freeze(sdq_ctx *ctx, sdq_layer *l) {
+    sdq__pack w;
+    if (!l->w.data || l->wp) return SDQ_OK;
+    l->wp = SDQ__NEW_N(ctx, float, sdq__gemm_packed_count(l->out, sdq__ly_k(l)));
+    if (!l->wp) return ctx->status;
+    memset(&w, 0, sizeof w);
+    w.dst = l->wp; w.w = sdq_f32(&l->w); w.out = l->out; w.taps = sdq__ly_taps(l); w.in = l->in;
+    sdq__par_for(ctx, sdq__gemm_panels(l->out), sdq__ly_pack_task, &w);
+    sdq__free(ctx, l->w.data);
+    l->w.data = NULL;
+    return SDQ_OK;
+}
+SDQ_API sdq_status sdq_model_freeze(sdq_ctx *ctx, sdq_model *m) {
+    size_t i;
+    for (i = 0; i < m->layers; i++) SDQ__TRY(sdq__cv_freeze(ctx, m->layer[i]));
+    return SDQ_OK;
+}
+
+/* The packed weights of a layer as [out,kh,kw,in]. */
+static void sdq__cv_unpack(const sdq_layer *l, int8_t *dst) {
+    const size_t taps = sdq__ly_taps(l);
+    size_t i, o, t, c;
+    for (i = 0; i < l->parts; i++) {
+        const sdq__qpart *p = &l->part[i];
+        for (o = 0; o < l->out; o++)
+            for (t = 0; t < taps; t++)
+                for (c = 0; c < p->c; c++) {
+                    const size_t quad = (o / SDQ__NR * taps + t) * p->w.quads + c / 4;
+                    dst[(o * taps + t) * l->in + p->c0 + c] = p->w.b[(quad * SDQ__NR + o % SDQ__NR) * 4 + c % 4];
+                }
+    }
+}
+
+/* A file under construction: entries, their names and metadata, all in the arena. */
+typedef struct sdq__cv_out {
+    sdq_ctx *ctx;
+    sdq_entry *entry;
+    sdq_pair *meta;
+    size_t n, metas;
+} sdq__cv_out;
+
+static char *sdq__cv_text(sdq_ctx *ctx, const char *a, const char *b) {
+    char *s = SDQ__PUSH_N(ctx, char, strlen(a) + strlen(b) + 1);
+    if (s) { strcpy(s, a); strcat(s, b); }
+    return s;
+}
+
+static void sdq__cv_add(sdq__cv_out *o, const char *name, const char *suffix, sdq_dtype dtype,
+                        sdq_dtype store, int rank, const size_t *dim, const void *data) {
+    sdq_entry *e = &o->entry[o->n];
+    size_t count = 1;
+    int i;
+    memset(e, 0, sizeof *e);
+    e->name = sdq__cv_text(o->ctx, name, suffix);
+    e->dtype = dtype;
+    e->store = store;
+    e->rank = rank;
+    for (i = 0; i < 8; i++) e->dim[i] = i < rank ? dim[i] : 1;
+    for (i = 0; i < rank; i++) count *= dim[i];
+    e->data = data;
+    e->bytes = count * sdq__u_dtype_size(dtype);
+    if (e->name && data) o->n++;
+}
+
+static sdq_dtype sdq__cv_exact(const float *x, size_t n) {
+    size_t i;
+    for (i = 0; i < n; i++)
+        if (sdq__u_bits(sdq__u_from_f16(sdq__u_to_f16(x[i]))) != sdq__u_bits(x[i])) return SDQ_F32;
+    return SDQ_F16;
+}
+
+static void sdq__cv_layer(sdq__cv_out *o, const sdq_layer *l) {
+    size_t dim[4], i;
+    int8_t *q = SDQ__PUSH_N(o->ctx, int8_t, l->out * sdq__ly_k(l));
+    float *s = SDQ__PUSH_N(o->ctx, float, 4);
+    int32_t *z = SDQ__PUSH_N(o->ctx, int32_t, 2);
+    char *text = SDQ__PUSH_N(o->ctx, char, 128);
+    const size_t two = 2;
+    if (!q || !s || !z || !text) return;
+    sdq__cv_unpack(l, q);
+    dim[0] = l->out; dim[1] = l->kh; dim[2] = l->kw; dim[3] = l->in;
+    sdq__cv_add(o, l->name, ".weight", SDQ_I8, SDQ_I8, 4, dim, q);
+    sdq__cv_add(o, l->name, ".weight_scale", SDQ_F32, SDQ_F32, 1, dim, l->sw.data);
+    for (i = 0; i < l->parts; i++) { s[i] = sdq_f32(&l->part[i].s)[0]; z[i] = l->part[i].z; }
+    sdq__cv_add(o, l->name, ".input_scale", SDQ_F32, SDQ_F32, 1, &l->parts, s);
+    sdq__cv_add(o, l->name, ".input_zero", SDQ_I32, SDQ_I32, 1, &l->parts, z);
+    if (l->quant.quantize_output) {
+        s[2] = l->out_mn; s[3] = l->out_mx;
+        sdq__cv_add(o, l->name, ".output_range", SDQ_F32, SDQ_F32, 1, &two, s + 2);
+    }
+    (void)snprintf(text, 128, "range=%s split=%zu", sdq__rc_range[sdq__ly_range(l)], l->parts == 2 ? l->quant.split : 0);
+    o->meta[o->metas].key = sdq__cv_text(o->ctx, "sdq.layer.", l->name);
+    o->meta[o->metas++].value = text;
+}
+
+static int sdq__cv_is_int8(const sdq_layer *l) { return l && l->part[0].w.b != NULL; }
+
+/* The float weights of a frozen layer as [out,kh,kw,in] again. */
+static sdq_tensor *sdq__cv_thaw(sdq_ctx *ctx, const sdq_layer *l) {
+    const size_t k = sdq__ly_k(l);
+    sdq_tensor *t = sdq__t_raw(ctx, SDQ_F32, 4, l->w.dim);
+    size_t o, i;
+    for (o = 0; t && o < l->out; o++)
+        for (i = 0; i < k; i++)
+            sdq_f32(t)[o * k + i] = l->wp[(o / SDQ__NR * k + i) * SDQ__NR + o % SDQ__NR];
+    return t;
+}
+
+static void sdq__cv_param(sdq__cv_out *o, const sdq__param *p) {
+    const sdq_tensor *t = p->rank > 1 && p->layer && p->layer->wp ? sdq__cv_thaw(o->ctx, p->layer)
+                                                                  : sdq__md_tensor(p);
+    const size_t n = p->dim[0] * p->dim[1] * p->dim[2] * p->dim[3];
+    const int bias = p->rank == 1;
+    const float *data;
+    float *copy;
+    if (!t) return;         /* an int8 weight: written by its layer */
+    data = sdq_f32(t);
+    if (p->dim[2] * p->dim[3] > 1) {
+        copy = SDQ__PUSH_N(o->ctx, float, n);
+        if (!copy) return;
+        sdq__md_export(p, copy, data);
+        data = copy;
+    }
+    sdq__cv_add(o, p->name, "", SDQ_F32, bias ? SDQ_F32 : sdq__cv_exact(data, n), p->rank, p->dim, data);
+}
+
+/* "pndm 50 4 51 981:1 961:0 ...": scheduler, steps, guidance, count, timestep:float */
+static char *sdq__cv_policy_text(sdq_ctx *ctx, const sdq_policy *p) {
+    char *s = SDQ__PUSH_N(ctx, char, 128 + p->count * 32);
+    size_t i, at;
+    if (!s) return NULL;
+    at = (size_t)sprintf(s, "%s %zu %.9g %zu", sdq_scheduler_name(p->scheduler), p->steps,
+                         (double)p->guidance, p->count);
+    for (i = 0; i < p->count; i++)
+        at += (size_t)sprintf(s + at, " %.9g:%d", (double)p->timestep[i], p->is_float[i] != 0);
+    return s;
+}
+
+SDQ_API sdq_status sdq_model_save_int8(sdq_ctx *ctx, const sdq_model *m, const char *path,
+                                       const sdq_policy *policy, const char *recipe) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    sdq__cv_out o;
+    sdq_status st;
+    size_t i;
+    memset(&o, 0, sizeof o);
+    o.ctx = ctx;
+    o.entry = SDQ__PUSH_N(ctx, sdq_entry, m->params + 4 * m->layers);
+    o.meta = SDQ__PUSH_N(ctx, sdq_pair, m->layers + 4);
+    if (!o.entry || !o.meta) return ctx->status;
+    o.meta[o.metas].key = "sdq.config";
+    o.meta[o.metas++].value = m->config;
+    if (recipe) { o.meta[o.metas].key = "sdq.recipe"; o.meta[o.metas++].value = recipe; }
+    if (policy && policy->count) {
+        o.meta[o.metas].key = "sdq.schedule";
+        o.meta[o.metas].value = sdq__cv_policy_text(ctx, policy);
+        if (o.meta[o.metas].value) o.metas++;
+    }
+    for (i = 0; i < m->params; i++) sdq__cv_param(&o, &m->param[i]);
+    for (i = 0; i < m->layers; i++)
+        if (sdq__cv_is_int8(m->layer[i])) sdq__cv_layer(&o, m->layer[i]);
+    st = ctx->status;
+    if (st == SDQ_OK) st = sdq_file_write(ctx, path, o.entry, o.n, o.meta, o.metas);
+    sdq_arena_release(ctx, mark);
+    return st;
+}
+
+/* ---- reading it back ---- */
+
+static const sdq_entry *sdq__cv_need(sdq_ctx *ctx, const sdq_file *f, const char *path, const char *name,
+                                     const char *suffix, sdq_dtype dtype, size_t count) {
+    char full[320];
+    const sdq_entry *e;
+    (void)snprintf(full, sizeof full, "%s%s", name, suffix);
+    e = sdq_file_find(f, full);
+    if (!e) {
+        sdq__fail(ctx, SDQ_ERR_MISSING, "%s: %s is missing; the file is not complete", path, full);
+        return NULL;
+    }
+    if (e->dtype != dtype || sdq_entry_count(e) != count) {
+        sdq__fail(ctx, SDQ_ERR_SHAPE, "%s: %s is %s with %zu values, expected %s with %zu", path, full,
+                  sdq_dtype_name(e->dtype), sdq_entry_count(e), sdq_dtype_name(dtype), count);
+        return NULL;
+    }
+    return e;
+}
+
+static int sdq__cv_good_scale(const float *s, size_t n) {
+    size_t i;
+    for (i = 0; i < n; i++)
+        if (!(s[i] > 0.0f && s[i] < 1e30f)) return 0;
+    return 1;
+}
+
+static sdq_status sdq__cv_read_settings(sdq_ctx *ctx, const sdq_file *f, const char *path, sdq_layer *l) {
+    char key[320], word[16];
+    const char *text;
+    unsigned long split = 0;
+    sdq_quant q;
+    int r;
+    memset(&q, 0, sizeof q);
+    (void)snprintf(key, sizeof key, "sdq.layer.%s", l->name);
+    text = sdq_file_meta(f, key);
+    if (!text || sscanf(text, "range=%15s split=%lu", word, &split) != 2)
+        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: the settings of layer %s are missing or damaged", path, l->name);
+    for (r = 1; r < SDQ_RANGE_COUNT; r++)
+        if (!strcmp(word, sdq__rc_range[r])) q.range = (sdq_range)r;
+    if (q.range == SDQ_RANGE_DEFAULT || split >= l->in)
+        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: layer %s has settings \"%s\"", path, l->name, text);
+    q.enabled = 1;
+    q.split = (size_t)split;
+    (void)snprintf(key, sizeof key, "%s.output_range", l->name);
+    q.quantize_output = sdq_file_find(f, key) != NULL;
+    return sdq_layer_set_quant(ctx, l, &q);
+}
+
+static sdq_status sdq__cv_read_layer(sdq_ctx *ctx, const sdq_file *f, const char *path, sdq_layer *l) {
+    const sdq_entry *w, *sw, *s, *z, *r;
+    size_t i;
+    SDQ__TRY(sdq__cv_read_settings(ctx, f, path, l));
+    w = sdq__cv_need(ctx, f, path, l->name, ".weight", SDQ_I8, l->out * sdq__ly_k(l));
+    sw = sdq__cv_need(ctx, f, path, l->name, ".weight_scale", SDQ_F32, l->out);
+    s = sdq__cv_need(ctx, f, path, l->name, ".input_scale", SDQ_F32, l->parts);
+    z = sdq__cv_need(ctx, f, path, l->name, ".input_zero", SDQ_I32, l->parts);
+    if (!w || !sw || !s || !z) return ctx->status;
+    memcpy(l->sw.data, sw->data, sw->bytes);
+    for (i = 0; i < l->parts; i++) {
+        sdq__qpart *p = &l->part[i];
+        memcpy(p->s.data, (const char *)s->data + 4 * i, 4);
+        memcpy(&p->z, (const char *)z->data + 4 * i, 4);
+        p->seen = sdq_f32(&p->s)[0] > 0.0f;
+        if (p->z < 0 || p->z > 255 || (sdq__ly_range(l) == SDQ_RANGE_STATIC && !sdq__cv_good_scale(sdq_f32(&p->s), 1)))
+            return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: layer %s has an input scale or zero point that is not"
+                             " valid", path, l->name);
+    }
+    if (!sdq__cv_good_scale(sdq_f32(&l->sw), l->out))
+        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: layer %s has a weight scale that is not positive", path, l->name);
+    if (l->quant.quantize_output) {
+        r = sdq__cv_need(ctx, f, path, l->name, ".output_range", SDQ_F32, 2);
+        if (!r) return ctx->status;
+        memcpy(&l->out_mn, r->data, 4);
+        memcpy(&l->out_mx, (const char *)r->data + 4, 4);
+        l->out_seen = 1;
+    }
+    return sdq__ly_set_int8(ctx, l, (const int8_t *)w->data);
+}
+
+static sdq_status sdq__cv_read_policy(sdq_ctx *ctx, const sdq_file *f, const char *path, sdq_policy *p) {
+    const char *text = sdq_file_meta(f, "sdq.schedule");
+    unsigned long steps, count;
+    char kind[16];
+    float guidance;
+    int at = 0;
+    size_t i;
+    memset(p, 0, sizeof *p);
+    if (!text) return SDQ_OK;
+    if (sscanf(text, "%15s %lu %f %lu%n", kind, &steps, &guidance, &count, &at) != 4 || count > 1001
+        || (p->scheduler = sdq_scheduler_kind_from_name(kind)) == SDQ_SCHEDULER_COUNT)
+        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: sdq.schedule is damaged", path);
+    for (i = 0; i < count; i++) {
+        int n = 0, is_float;
+        if (sscanf(text + at, " %f:%d%n", &p->timestep[i], &is_float, &n) != 2)
+            return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: sdq.schedule has %zu evaluations, not %lu", path, i, count);
+        p->is_float[i] = is_float != 0;
+        at += n;
+    }
+    p->steps = (size_t)steps;
+    p->guidance = guidance;
+    p->count = (size_t)count;
+    return SDQ_OK;
+}
+
+static sdq_layer *sdq__cv_layer_of(const sdq_model *m, const sdq__param *p) {
+    (void)m;
+    return p->rank > 1 ? p->layer : NULL;
+}
+
+static sdq_status sdq__cv_read_params(sdq_ctx *ctx, const sdq_file *f, const char *path, sdq_model *m) {
+    size_t i;
+    for (i = 0; i < m->params; i++) {
+        const sdq__param *p = &m->param[i];
+        const sdq_entry *e = sdq_file_find(f, p->name);
+        size_t j, n = 1;
+        if (!e) return sdq__fail(ctx, SDQ_ERR_MISSING, "%s: %s is missing; the file is not complete", path, p->name);
+        if (e->dtype == SDQ_I8 && sdq__cv_layer_of(m, p)) {
+            SDQ__TRY(sdq__cv_read_layer(ctx, f, path, p->layer));
+            continue;
+        }
+        for (j = 0; j < 4; j++) n = n && e->dim[j] == p->dim[j];
+        if (!n || e->rank != p->rank || (e->dtype != SDQ_F32 && e->dtype != SDQ_F16))
+            return sdq__fail(ctx, SDQ_ERR_SHAPE, "%s: %s has not the shape or type that the configuration asks"
+                             " for", path, p->name);
+        SDQ__TRY(sdq__md_read(ctx, p, e));
+    }
+    return SDQ_OK;
+}
+
+SDQ_API sdq_status sdq_model_load_int8(sdq_ctx *ctx, const char *folder, const char *path,
+                                       sdq_model **out, sdq_policy *policy) {
+    sdq_file *f = NULL;
+    sdq_model *m = NULL;
+    char *dir = NULL;
+    const char *config;
+    sdq_policy unused;
+    size_t i;
+    sdq_status st;
+    *out = NULL;
+    st = sdq_file_open(ctx, path, &f);
+    if (st != SDQ_OK) return st;
+    SDQ__TRY_DONE(sdq__md_folder(ctx, folder, SDQ_PART_UNET, &dir));
+    SDQ__TRY_DONE(sdq__md_open(ctx, dir, SDQ_PART_UNET, NULL, &m));
+    config = sdq_file_meta(f, "sdq.config");
+    if (!config || strcmp(config, m->config) != 0) {
+        st = sdq__fail(ctx, SDQ_ERR_FORMAT, config ? "%s: was made from another UNet than the one in %s"
+                       : "%s: is not a network quantized by sdq (made for %s?)", path, folder);
+        goto done;
+    }
+    for (i = 0; i < m->layers; i++) m->layer[i]->quant.enabled = 0;
+    SDQ__TRY_DONE(sdq__cv_read_params(ctx, f, path, m));
+    SDQ__TRY_DONE(sdq__cv_read_policy(ctx, f, path, policy ? policy : &unused));
+    SDQ__TRY_DONE(sdq_model_freeze(ctx, m));
+    *out = m;
+    m = NULL;
+done:
+    sdq__free(ctx, dir);
+    sdq_model_free(ctx, m);
+    sdq_file_close(ctx, f);
+    return st;
+}
+
+/* ===========================================================================
+ * >>schedule   which evaluations must be float
+ *
+ * In units where the picture is x / sqrt(a), a step subtracts (sigma_i - sigma_{i+1}) eps, with
+ * sigma = sqrt((1 - a) / a). So an error of eps at evaluation i moves the picture by that much:
+ * evaluations are ranked by (sigma_i - sigma_{i+1})^2 MSE_i, the error measured on the float
+ * trajectory. How many of the ranking are needed is decided by complete runs, by bisection.
+ * ======================================================================== */
+
+typedef struct sdq__search {
+    sdq_ctx *ctx;
+    const sdq_pipeline *p;
+    double mse[1001];
+    float time[1001];
+    size_t count;
+    sdq_status st;
+} sdq__search;
+
+/* On the float trajectory: what would the int8 network have said? */
+static int sdq__se_measure(void *user, const sdq_step_info *info) {
+    sdq__search *s = (sdq__search *)user;
+    const sdq_mark mark = sdq_arena_mark(s->ctx);
+    const size_t n = sdq_tensor_count(info->raw), all = info->input->dim[0];
+    sdq_unet_input in;
+    sdq_tensor *y;
+    float *times = SDQ__PUSH_N(s->ctx, float, all);
+    size_t i;
+    memset(&in, 0, sizeof in);
+    if (!times) return 1;
+    for (i = 0; i < all; i++) times[i] = info->timestep;
+    in.sample = (sdq_tensor *)(uintptr_t)info->input;
+    in.context = (sdq_tensor *)(uintptr_t)info->context;
+    in.timesteps = times;
+    y = sdq_unet_forward(s->ctx, s->p->unet_int8, &in, SDQ_INT8);
+    if (!y) return 1;
+    s->mse[info->i] += (double)s->ctx->k->sqdist(sdq_f32(y), sdq_f32(info->raw), n) / (double)n;
+    s->time[info->i] = info->timestep;
+    s->count = info->count;
+    sdq_arena_release(s->ctx, mark);
+    return 0;
+}
+
+/* Median PSNR of the prompts' pictures under a list of float evaluations. */
+static sdq_status sdq__se_psnr(sdq_ctx *ctx, const sdq_pipeline *p, const char *const *prompts, size_t n,
+                               const sdq_txt2img_desc *desc, const unsigned char *is_float,
+                               const sdq_image *ref, double *median) {
+    double *psnr = SDQ__NEW_N(ctx, double, n);
+    sdq_status st = ctx->status;
+    size_t i;
+    for (i = 0; i < n && st == SDQ_OK; i++) {
+        sdq_txt2img_desc d = *desc;
+        sdq_image img;
+        d.prompt = prompts[i];
+        d.seed = desc->seed + i;
+        d.precision = SDQ_PRECISION_LIST;
+        d.is_float = is_float;
+        d.count = 1;
+        st = sdq_txt2img(ctx, p, &d, &img);
+        if (st != SDQ_OK) break;
+        psnr[i] = sdq_psnr(img.px, ref[i].px, img.w * img.h * img.c);
+        sdq_image_free(ctx, &img);
+    }
+    if (st == SDQ_OK) st = sdq_percentile(ctx, psnr, n, 50.0, median);
+    sdq__free(ctx, psnr);
+    return st;
+}
+
+static double sdq__se_sigma(const sdq_scheduler *s, float t) {
+    const size_t last = sdq_scheduler_get_desc(s)->train_steps - 1;
+    const double i = (double)t < 0.0 ? 0.0 : (double)t;
+    const double a = (double)sdq_scheduler_alphas_cumprod(s)[sdq__u_min((size_t)i, last)];
+    return sqrt((1.0 - a) / a);
+}
+
+/* Order of the evaluations, most harmful first. */
+static void sdq__se_rank(const sdq__search *s, const sdq_scheduler *sch, size_t *order) {
+    double *score = (double *)(uintptr_t)s->mse, weight[1001];
+    size_t i, j;
+    for (i = 0; i < s->count; i++) {
+        const double next = i + 1 < s->count ? sdq__se_sigma(sch, s->time[i + 1]) : 0.0;
+        const double step = sdq__se_sigma(sch, s->time[i]) - next;
+        weight[i] = score[i] * step * step;
+        order[i] = i;
+    }
+    for (i = 1; i < s->count; i++)
+        for (j = i; j > 0 && weight[order[j]] > weight[order[j - 1]]; j--) {
+            const size_t o = order[j];
+            order[j] = order[j - 1];
+            order[j - 1] = o;
+        }
+}
+
+static void sdq__se_take(unsigned char *is_float, const size_t *order, size_t count, size_t take) {
+    size_t i;
+    memset(is_float, 0, count);
+    for (i = 0; i < take; i++) is_float[order[i]] = 1;
+}
+
+static sdq_status sdq__se_bisect(sdq_ctx *ctx, const sdq_pipeline *p, const char *const *prompts, size_t n,
+                                 const sdq_txt2img_desc *desc, const sdq_image *ref, const size_t *order,
+                                 size_t count, double target, size_t max_float, sdq_policy *policy,
+                                 double *reached) {
+    size_t lo = 0, hi = max_float && max_float < count ? max_float : count;
+    double psnr = 0.0;
+    if (target <= 0.0) lo = hi;
+    while (lo < hi) {                   /* the fewest that reach the target, if hi does */
+        const size_t mid = (lo + hi) / 2;
+        sdq__se_take(policy->is_float, order, count, mid);
+        SDQ__TRY(sdq__se_psnr(ctx, p, prompts, n, desc, policy->is_float, ref, &psnr));
+        if (psnr >= target) hi = mid;
+        else lo = mid + 1;
+    }
+    sdq__se_take(policy->is_float, order, count, lo);
+    SDQ__TRY(sdq__se_psnr(ctx, p, prompts, n, desc, policy->is_float, ref, &psnr));
+    if (reached) *reached = psnr;
+    return SDQ_OK;
+}
+
+SDQ_API sdq_status sdq_schedule_search(sdq_ctx *ctx, const sdq_pipeline *p, const char *const *prompts,
+                                       size_t n, const sdq_txt2img_desc *desc, double target_psnr,
+                                       size_t max_float, sdq_policy *policy, double *errors,
+                                       double *reached) {
+    sdq__search *s = SDQ__NEW(ctx, sdq__search);
+    sdq_image *ref = SDQ__NEW_N(ctx, sdq_image, n);
+    sdq_scheduler *sch = NULL;
+    sdq_scheduler_desc sd = p->scheduler;
+    size_t order[1001], i, done = 0;
+    sdq_status st = ctx->status;
+    memset(policy, 0, sizeof *policy);
+    if (!p->unet || !p->unet_int8 || n == 0)
+        st = sdq__fail(ctx, SDQ_ERR_ARGUMENT, "schedule: needs prompts and both the float and the int8 UNet");
+    if (st != SDQ_OK) goto done;
+    s->ctx = ctx;
+    s->p = p;
+    for (i = 0; i < n && st == SDQ_OK; i++) {
+        sdq_txt2img_desc d = *desc;
+        d.prompt = prompts[i];
+        d.seed = desc->seed + i;
+        d.precision = SDQ_PRECISION_FLOAT;
+        d.count = 1;
+        d.step = sdq__se_measure;
+        d.progress = NULL;
+        d.user = s;
+        st = sdq_txt2img(ctx, p, &d, &ref[i]);
+        if (st == SDQ_OK) done++;
+    }
+    if (st != SDQ_OK) goto done;
+    if (desc->scheduler != SDQ_SCHEDULER_DEFAULT) sd.kind = desc->scheduler;
+    sd.steps = desc->steps;
+    SDQ__TRY_DONE(sdq_scheduler_create(ctx, &sd, &sch));
+    sdq__se_rank(s, sch, order);
+    policy->scheduler = sdq_scheduler_get_desc(sch)->kind;
+    policy->steps = desc->steps ? desc->steps : 50;
+    policy->guidance = desc->guidance;
+    policy->count = s->count;
+    for (i = 0; i < s->count; i++) {
+        policy->timestep[i] = s->time[i];
+        if (errors) errors[i] = s->mse[i] / (double)n;
+    }
+    st = sdq__se_bisect(ctx, p, prompts, n, desc, ref, order, s->count, target_psnr, max_float, policy,
+                        reached);
+done:
+    for (i = 0; i < done; i++) sdq_image_free(ctx, &ref[i]);
+    if (sch) sdq_scheduler_free(ctx, sch);
+    sdq__free(ctx, ref);
+    sdq__free(ctx, s);
+    return st;
+}
+
+/* ===========================================================================
+ * >>impl-end
+ * ======================================================================== */
+#if defined(__GNUC__)
+#pragma GCC diagnostic pop
+#endif
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC pop_options
+#endif
+#endif /* SDQ_IMPLEMENTATION_ONCE */
+#endif /* SDQ_IMPLEMENTATION */
+
+#else /* SDQ__KERNEL_PASS */
+/* ===========================================================================
+ * >>kernel-text   the kernels, written once and compiled once per tier
+ *
+ * Above, >>kernel-list includes this file again for each tier, with SDQ__SUFFIX, SDQ__TARGET and
+ * SDQ__TIER set. The text has two halves:
+ *   vocabulary   what a tier is: one type of 16 floats and some 35 words on it. The first body
+ *                of each word is plain C and defines it; the others give the same bits.
+ *   kernels      written once, in the vocabulary, for all tiers - the GEMM tiles, too.
+ * Because a kernel is the same sequence of IEEE operations on every tier, no result depends on
+ * the processor. Of a NaN only the fact is promised, not sign and payload: x86 passes on the
+ * first of two NaN operands, and a compiler may swap the operands of + and *.
+ *
+ * All loads and stores may be unaligned; their last argument n tells how many lanes exist: 16 or
+ * more for all. Rounding is to nearest even, the processor's default; subnormals are kept.
+ * One compiler option breaks the promise and cannot be detected or overruled from here: clang's
+ * -ffp-contract=fast (its code generator then fuses any product with any sum; clang 14).
+ * ======================================================================== */
+
+#define SDQ__CAT3_(a, b, c) a##b##c
+#define SDQ__CAT3(a, b, c) SDQ__CAT3_(a, b, c)
+#define SDQ__N(word) SDQ__CAT3(sdq__v_##word, _, SDQ__SUFFIX)       /* a word or helper */
+#define SDQ__K(kernel) SDQ__CAT3(sdq__k_##kernel, _, SDQ__SUFFIX)   /* a kernel of the list */
+#define SDQ__V SDQ__N(float)            /* 16 floats */
+#define SDQ__I SDQ__N(int)              /* 16 int32 */
+#define SDQ__QA SDQ__N(quad_a)          /* 4 u8 of a row, in the form quad_dot wants them */
+#define SDQ__QB SDQ__N(quad_b)          /* 16 columns of 4 s8 */
+#define SDQ__KERNEL SDQ__TARGET static
+#if defined(__GNUC__)
+#if SDQ__TIER == 1                      /* loops: inlining is left to the compiler */
+#define SDQ__WORD static inline
+#else
+#define SDQ__WORD SDQ__TARGET static inline __attribute__((always_inline))
+#endif
+#define SDQ__ALIGNED __attribute__((aligned(64)))
+#pragma GCC diagnostic push
+#if !defined(__clang__)                 /* gcc PR105593: "undefined" operands of intrinsics */
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wsign-conversion"      /* intrinsics that are macros at -O0 */
+#endif
+#else
+#define SDQ__WORD SDQ__TARGET static inline
+#define SDQ__ALIGNED
+#endif
+
+/* ---- vocabulary: the definition ---- */
+#if SDQ__TIER == 1
+
+typedef struct SDQ__V { float f[16]; } SDQ__V;
+
+/* Each lane l of r is set to an expression of l. */
+#define SDQ__LANES(expr) SDQ__V r; size_t l; for (l = 0; l < 16; l++) r.f[l] = (expr); return r
+
+/* A missing lane (l >= n) is loaded as +0 and not stored. */
+SDQ__WORD SDQ__V SDQ__N(load)(const float *p, size_t n) { SDQ__LANES(l < n ? p[l] : 0.0f); }
+SDQ__WORD void SDQ__N(store)(float *p, SDQ__V v, size_t n) {
+    size_t l;
+    for (l = 0; l < 16 && l < n; l++) p[l] = v.f[l];
+}
+SDQ__WORD SDQ__V SDQ__N(set1)(float x) { SDQ__LANES(x); }
+SDQ__WORD SDQ__V SDQ__N(add)(SDQ__V a, SDQ__V b) { SDQ__LANES(a.f[l] + b.f[l]); }
+SDQ__WORD SDQ__V SDQ__N(sub)(SDQ__V a, SDQ__V b) { SDQ__LANES(a.f[l] - b.f[l]); }
+SDQ__WORD SDQ__V SDQ__N(mul)(SDQ__V a, SDQ__V b) { SDQ__LANES(a.f[l] * b.f[l]); }
+SDQ__WORD SDQ__V SDQ__N(div)(SDQ__V a, SDQ__V b) { SDQ__LANES(a.f[l] / b.f[l]); }
+SDQ__WORD SDQ__V SDQ__N(fma)(SDQ__V a, SDQ__V b, SDQ__V c) {
+    SDQ__LANES(fmaf(a.f[l], b.f[l], c.f[l]));
+}
+/* b when either is NaN or both are zero: what the SSE instruction does. */
+SDQ__WORD SDQ__V SDQ__N(min)(SDQ__V a, SDQ__V b) { SDQ__LANES(a.f[l] < b.f[l] ? a.f[l] : b.f[l]); }
+SDQ__WORD SDQ__V SDQ__N(max)(SDQ__V a, SDQ__V b) { SDQ__LANES(a.f[l] > b.f[l] ? a.f[l] : b.f[l]); }
+SDQ__WORD SDQ__V SDQ__N(sqrt)(SDQ__V a) { SDQ__LANES(sqrtf(a.f[l])); }
+SDQ__WORD SDQ__V SDQ__N(abs)(SDQ__V a) { SDQ__LANES(fabsf(a.f[l])); }
+SDQ__WORD SDQ__V SDQ__N(rint)(SDQ__V a) { SDQ__LANES(nearbyintf(a.f[l])); }     /* half to even */
+/* a < b ? x : y */
+SDQ__WORD SDQ__V SDQ__N(if_less)(SDQ__V a, SDQ__V b, SDQ__V x, SDQ__V y) {
+    SDQ__LANES(a.f[l] < b.f[l] ? x.f[l] : y.f[l]);
+}
+/* +0 in the place of NaN */
+SDQ__WORD SDQ__V SDQ__N(nan_to_0)(SDQ__V a) { SDQ__LANES(a.f[l] == a.f[l] ? a.f[l] : 0.0f); }
+/* the first n lanes of v, the others of w */
+SDQ__WORD SDQ__V SDQ__N(first_n)(SDQ__V v, size_t n, SDQ__V w) {
+    SDQ__LANES(l < n ? v.f[l] : w.f[l]);
+}
+/* Lanes n..2n-1 come down to 0..n-1 (n: 8, 4, 2, 1); the others are not defined. */
+SDQ__WORD SDQ__V SDQ__N(down)(SDQ__V v, int n) {
+    SDQ__LANES(l < (size_t)n ? v.f[l + (size_t)n] : v.f[l]);
+}
+SDQ__WORD float SDQ__N(lane0)(SDQ__V v) { return v.f[0]; }
+/* p * 2^n with one rounding; n integral, |n| <= 200, 0.5 < p < 2. Adding 1.5 * 2^23 puts n into
+ * the low bits, which cannot trap on NaN as a conversion does. Two factors, because 2^n alone
+ * may be out of range; the first product is exact. */
+SDQ__WORD float SDQ__N(two_to)(float n) {
+    return sdq__u_float((sdq__u_bits(n + 12582912.0f) - 0x4b400000u + 127u) << 23);
+}
+SDQ__WORD SDQ__V SDQ__N(scale2)(SDQ__V p, SDQ__V n) {
+    SDQ__LANES(p.f[l] * SDQ__N(two_to)(nearbyintf(n.f[l] * 0.5f))
+               * SDQ__N(two_to)(n.f[l] - nearbyintf(n.f[l] * 0.5f)));
+}
+SDQ__WORD SDQ__V SDQ__N(load_u8)(const uint8_t *p, size_t n) {
+    SDQ__LANES(l < n ? (float)p[l] : 0.0f);
+}
+/* The lanes hold integers that the type can hold. */
+SDQ__WORD void SDQ__N(store_u8)(uint8_t *p, SDQ__V v, size_t n) {
+    size_t l;
+    for (l = 0; l < 16 && l < n; l++) p[l] = (uint8_t)v.f[l];
+}
+SDQ__WORD void SDQ__N(store_s8)(int8_t *p, SDQ__V v, size_t n) {
+    size_t l;
+    for (l = 0; l < 16 && l < n; l++) p[l] = (int8_t)v.f[l];
+}
+/* A signaling NaN becomes quiet, as in the conversion instruction. */
+SDQ__WORD float SDQ__N(quiet_f16)(uint16_t h) {
+    const uint32_t u = sdq__u_bits(sdq__u_from_f16(h));
+    return sdq__u_float((u & 0x7fffffffu) > 0x7f800000u ? u | 0x400000u : u);
+}
+SDQ__WORD SDQ__V SDQ__N(load_f16)(const uint16_t *p, size_t n) {
+    SDQ__LANES(l < n ? SDQ__N(quiet_f16)(p[l]) : 0.0f);
+}
+SDQ__WORD SDQ__V SDQ__N(load_bf16)(const uint16_t *p, size_t n) {
+    SDQ__LANES(l < n ? sdq__u_from_bf16(p[l]) : 0.0f);
+}
+#undef SDQ__LANES
+
+/* ---- vocabulary: AVX2 and FMA ----
+ * Two registers of 8 lanes. vfmadd 4 cycles latency, 2 per cycle; of 16 registers the fp32 tile
+ * takes 12 (6 rows) + 2 of b + 1 of a, the int8 tile 8 (4 rows) + 4 of b + 2 of a. */
+#elif SDQ__TIER == 2
+
+#define SDQ__FTILE_ROWS 6       /* rows of gemm_f32 and of gemm_u8s8 at a time, */
+#define SDQ__QTILE_ROWS 4
+#define SDQ__TILE_VECS 1        /* and vectors of 16 columns */
+
+typedef struct SDQ__V { __m256 a, b; } SDQ__V;              /* lanes 0-7, 8-15 */
+typedef struct SDQ__I { __m256i a, b; } SDQ__I;
+typedef struct SDQ__QA { __m256i even, odd; } SDQ__QA;      /* int16: a0 a2, a1 a3, repeated */
+typedef struct SDQ__QB { __m256i even_a, odd_a, even_b, odd_b; } SDQ__QB;
+
+SDQ__WORD SDQ__V SDQ__N(pair)(__m256 a, __m256 b) { SDQ__V r; r.a = a; r.b = b; return r; }
+/* All ones in the lanes below n of the half that starts at lane `from`. */
+SDQ__WORD __m256i SDQ__N(mask)(size_t n, int from) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32((n < 16 ? (int)n : 16) - from), lane);
+}
+SDQ__WORD SDQ__V SDQ__N(load)(const float *p, size_t n) {
+    if (n >= 16) return SDQ__N(pair)(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8));
+    return SDQ__N(pair)(_mm256_maskload_ps(p, SDQ__N(mask)(n, 0)),
+                        _mm256_maskload_ps(p + (n > 8 ? 8 : 0), SDQ__N(mask)(n, 8)));
+}
+SDQ__WORD void SDQ__N(store)(float *p, SDQ__V v, size_t n) {
+    if (n >= 16) {
+        _mm256_storeu_ps(p, v.a);
+        _mm256_storeu_ps(p + 8, v.b);
+    } else {
+        _mm256_maskstore_ps(p, SDQ__N(mask)(n, 0), v.a);
+        if (n > 8) _mm256_maskstore_ps(p + 8, SDQ__N(mask)(n, 8), v.b);
+    }
+}
+SDQ__WORD SDQ__V SDQ__N(set1)(float x) {
+    return SDQ__N(pair)(_mm256_set1_ps(x), _mm256_set1_ps(x));
+}
+/* A word that applies one instruction to both halves. */
+#define SDQ__BOTH(word, op) \
+    SDQ__WORD SDQ__V SDQ__N(word)(SDQ__V x, SDQ__V y) { \
+        return SDQ__N(pair)(op(x.a, y.a), op(x.b, y.b)); \
+    }
+SDQ__BOTH(add, _mm256_add_ps)
+SDQ__BOTH(sub, _mm256_sub_ps)
+SDQ__BOTH(mul, _mm256_mul_ps)
+SDQ__BOTH(div, _mm256_div_ps)
+SDQ__BOTH(min, _mm256_min_ps)
+SDQ__BOTH(max, _mm256_max_ps)
+#undef SDQ__BOTH
+SDQ__WORD SDQ__V SDQ__N(fma)(SDQ__V x, SDQ__V y, SDQ__V z) {
+    return SDQ__N(pair)(_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b));
+}
+SDQ__WORD SDQ__V SDQ__N(sqrt)(SDQ__V x) {
+    return SDQ__N(pair)(_mm256_sqrt_ps(x.a), _mm256_sqrt_ps(x.b));
+}
+SDQ__WORD SDQ__V SDQ__N(abs)(SDQ__V x) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return SDQ__N(pair)(_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b));
+}
+SDQ__WORD SDQ__V SDQ__N(rint)(SDQ__V x) {
+    return SDQ__N(pair)(_mm256_round_ps(x.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
+                        _mm256_round_ps(x.b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+SDQ__WORD SDQ__V SDQ__N(if_less)(SDQ__V a, SDQ__V b, SDQ__V x, SDQ__V y) {
+    return SDQ__N(pair)(_mm256_blendv_ps(y.a, x.a, _mm256_cmp_ps(a.a, b.a, _CMP_LT_OQ)),
+                        _mm256_blendv_ps(y.b, x.b, _mm256_cmp_ps(a.b, b.b, _CMP_LT_OQ)));
+}
+SDQ__WORD SDQ__V SDQ__N(nan_to_0)(SDQ__V x) {
+    return SDQ__N(pair)(_mm256_and_ps(x.a, _mm256_cmp_ps(x.a, x.a, _CMP_ORD_Q)),
+                        _mm256_and_ps(x.b, _mm256_cmp_ps(x.b, x.b, _CMP_ORD_Q)));
+}
+SDQ__WORD SDQ__V SDQ__N(first_n)(SDQ__V v, size_t n, SDQ__V w) {
+    if (n >= 16) return v;
+    return SDQ__N(pair)(
+        _mm256_blendv_ps(w.a, v.a, _mm256_castsi256_ps(SDQ__N(mask)(n, 0))),
+        _mm256_blendv_ps(w.b, v.b, _mm256_castsi256_ps(SDQ__N(mask)(n, 8))));
+}
+SDQ__WORD SDQ__V SDQ__N(down)(SDQ__V v, int n) {
+    switch (n) {
+    case 8: return SDQ__N(pair)(v.b, v.b);
+    case 4: return SDQ__N(pair)(_mm256_permute2f128_ps(v.a, v.a, 1), v.b);
+    case 2: return SDQ__N(pair)(_mm256_permute_ps(v.a, 0x4e), v.b);
+    default: return SDQ__N(pair)(_mm256_permute_ps(v.a, 0xb1), v.b);
+    }
+}
+SDQ__WORD float SDQ__N(lane0)(SDQ__V v) { return _mm256_cvtss_f32(v.a); }
+SDQ__WORD __m256 SDQ__N(two_to)(__m256 n) {
+    const __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(e, 23));
+}
+SDQ__WORD SDQ__V SDQ__N(scale2)(SDQ__V p, SDQ__V n) {
+    const SDQ__V h = SDQ__N(rint)(SDQ__N(mul)(n, SDQ__N(set1)(0.5f))), g = SDQ__N(sub)(n, h);
+    const SDQ__V x = SDQ__N(pair)(SDQ__N(two_to)(h.a), SDQ__N(two_to)(h.b));
+    const SDQ__V y = SDQ__N(pair)(SDQ__N(two_to)(g.a), SDQ__N(two_to)(g.b));
+    return SDQ__N(mul)(SDQ__N(mul)(p, x), y);
+}
+SDQ__WORD SDQ__V SDQ__N(load_u8)(const uint8_t *p, size_t n) {
+    __m128i q = _mm_setzero_si128();
+    if (n >= 16) q = _mm_loadu_si128((const __m128i *)(const void *)p);
+    else memcpy(&q, p, n);
+    return SDQ__N(pair)(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(q)),
+                        _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(q, 8))));
+}
+/* The 16 lanes as int16, in order. */
+SDQ__WORD __m256i SDQ__N(int16)(SDQ__V v) {
+    const __m256i x = _mm256_packs_epi32(_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b));
+    return _mm256_permute4x64_epi64(x, 0xd8);
+}
+SDQ__WORD void SDQ__N(store_bytes)(void *p, __m128i q, size_t n) {
+    if (n >= 16) _mm_storeu_si128((__m128i *)p, q);
+    else memcpy(p, &q, n);
+}
+SDQ__WORD void SDQ__N(store_u8)(uint8_t *p, SDQ__V v, size_t n) {
+    const __m256i x = SDQ__N(int16)(v);
+    const __m128i q = _mm_packus_epi16(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    SDQ__N(store_bytes)(p, q, n);
+}
+SDQ__WORD void SDQ__N(store_s8)(int8_t *p, SDQ__V v, size_t n) {
+    const __m256i x = SDQ__N(int16)(v);
+    const __m128i q = _mm_packs_epi16(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    SDQ__N(store_bytes)(p, q, n);
+}
+/* Exponent and mantissa, moved 13 bits up, are the number times 2^-112 (normal), too small by
+ * the implicit one (subnormal: made from the integer instead) or inf/NaN (exponent all ones). */
+SDQ__WORD __m256 SDQ__N(from_f16)(__m128i h) {
+    const __m256i u = _mm256_cvtepu16_epi32(h);
+    const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(u, _mm256_set1_epi32(0x8000)), 16);
+    const __m256i em = _mm256_and_si256(u, _mm256_set1_epi32(0x7fff));
+    const __m256i up = _mm256_slli_epi32(em, 13);
+    const __m256i normal = _mm256_add_epi32(up, _mm256_set1_epi32(112 << 23));
+    const __m256i sub = _mm256_castps_si256(
+        _mm256_mul_ps(_mm256_cvtepi32_ps(em), _mm256_set1_ps(1.0f / 16777216.0f)));
+    const __m256i quiet = _mm256_and_si256(
+        _mm256_cmpgt_epi32(em, _mm256_set1_epi32(0x7c00)), _mm256_set1_epi32(0x400000));
+    const __m256i inf = _mm256_or_si256(_mm256_or_si256(up, _mm256_set1_epi32(0x7f800000)), quiet);
+    __m256i r = _mm256_blendv_epi8(normal, sub, _mm256_cmpgt_epi32(_mm256_set1_epi32(0x400), em));
+    r = _mm256_blendv_epi8(r, inf, _mm256_cmpgt_epi32(em, _mm256_set1_epi32(0x7bff)));
+    return _mm256_castsi256_ps(_mm256_or_si256(r, sign));
+}
+SDQ__WORD __m256i SDQ__N(load_u16)(const uint16_t *p, size_t n) {
+    __m256i h = _mm256_setzero_si256();
+    if (n >= 16) return _mm256_loadu_si256((const __m256i *)(const void *)p);
+    memcpy(&h, p, 2 * n);
+    return h;
+}
+SDQ__WORD SDQ__V SDQ__N(load_f16)(const uint16_t *p, size_t n) {
+    const __m256i h = SDQ__N(load_u16)(p, n);
+    return SDQ__N(pair)(SDQ__N(from_f16)(_mm256_castsi256_si128(h)),
+                        SDQ__N(from_f16)(_mm256_extracti128_si256(h, 1)));
+}
+SDQ__WORD __m256 SDQ__N(from_bf16)(__m128i h) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+}
+SDQ__WORD SDQ__V SDQ__N(load_bf16)(const uint16_t *p, size_t n) {
+    const __m256i h = SDQ__N(load_u16)(p, n);
+    return SDQ__N(pair)(SDQ__N(from_bf16)(_mm256_castsi256_si128(h)),
+                        SDQ__N(from_bf16)(_mm256_extracti128_si256(h, 1)));
+}
+
+/* int8 products: quad_dot adds a[0] b[4l] + .. + a[3] b[4l + 3] to lane l, exactly. vpmaddwd of
+ * int16 makes a0 b0 + a2 b2 and a1 b1 + a3 b3; 2 * 255 * 128 is far from overflow. (vpmaddubsw
+ * would need no widening, but its int16 sums saturate.) */
+SDQ__WORD SDQ__I SDQ__N(int0)(void) {
+    SDQ__I r;
+    r.a = r.b = _mm256_setzero_si256();
+    return r;
+}
+SDQ__WORD SDQ__QA SDQ__N(quad_a_load)(const uint8_t *p) {
+    SDQ__QA r;
+    int32_t q;
+    __m256i x;
+    memcpy(&q, p, 4);
+    x = _mm256_set1_epi32(q);
+    r.even = _mm256_and_si256(x, _mm256_set1_epi32(0x00ff00ff));
+    r.odd = _mm256_srli_epi16(x, 8);
+    return r;
+}
+SDQ__WORD SDQ__QB SDQ__N(quad_b_load)(const int8_t *p) {
+    const __m256i x = _mm256_loadu_si256((const __m256i *)(const void *)p);
+    const __m256i y = _mm256_loadu_si256((const __m256i *)(const void *)(p + 32));
+    SDQ__QB r;
+    r.even_a = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8);
+    r.odd_a = _mm256_srai_epi16(x, 8);
+    r.even_b = _mm256_srai_epi16(_mm256_slli_epi16(y, 8), 8);
+    r.odd_b = _mm256_srai_epi16(y, 8);
+    return r;
+}
+SDQ__WORD SDQ__I SDQ__N(quad_dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b) {
+    acc.a = _mm256_add_epi32(acc.a, _mm256_madd_epi16(a.even, b.even_a));
+    acc.b = _mm256_add_epi32(acc.b, _mm256_madd_epi16(a.even, b.even_b));
+    acc.a = _mm256_add_epi32(acc.a, _mm256_madd_epi16(a.odd, b.odd_a));
+    acc.b = _mm256_add_epi32(acc.b, _mm256_madd_epi16(a.odd, b.odd_b));
+    return acc;
+}
+SDQ__WORD SDQ__I SDQ__N(int_load)(const int32_t *p) {
+    SDQ__I r;
+    r.a = _mm256_loadu_si256((const __m256i *)(const void *)p);
+    r.b = _mm256_loadu_si256((const __m256i *)(const void *)(p + 8));
+    return r;
+}
+SDQ__WORD void SDQ__N(int_store)(int32_t *p, SDQ__I v) {
+    _mm256_storeu_si256((__m256i *)(void *)p, v.a);
+    _mm256_storeu_si256((__m256i *)(void *)(p + 8), v.b);
+}
+/* (float)(acc - z * w) */
+SDQ__WORD SDQ__V SDQ__N(unbias)(SDQ__I acc, int32_t z, const int32_t *w) {
+    const __m256i zv = _mm256_set1_epi32(z);
+    const SDQ__I x = SDQ__N(int_load)(w);
+    const __m256i a = _mm256_sub_epi32(acc.a, _mm256_mullo_epi32(zv, x.a));
+    const __m256i b = _mm256_sub_epi32(acc.b, _mm256_mullo_epi32(zv, x.b));
+    return SDQ__N(pair)(_mm256_cvtepi32_ps(a), _mm256_cvtepi32_ps(b));
+}
+
+/* ---- vocabulary: AVX-512 F, DQ, BW, VL, and VNNI for the int8 products ----
+ * One register. Both tiles: 24 accumulators + 2 of b + 1 of a and what the compiler needs (of
+ * 32); without VNNI the int8 tile has 4 of b and 2 of a. */
+#else
+
+#define SDQ__FTILE_ROWS 12
+#define SDQ__QTILE_ROWS 12
+#define SDQ__TILE_VECS 2
+
+typedef __m512 SDQ__V;
+typedef __m512i SDQ__I;
+
+SDQ__WORD __mmask16 SDQ__N(mask)(size_t n) {
+    return n < 16 ? (__mmask16)((1u << n) - 1u) : (__mmask16)0xffffu;
+}
+SDQ__WORD SDQ__V SDQ__N(load)(const float *p, size_t n) {
+    if (n >= 16) return _mm512_loadu_ps(p);
+    return _mm512_maskz_loadu_ps(SDQ__N(mask)(n), p);
+}
+SDQ__WORD void SDQ__N(store)(float *p, SDQ__V v, size_t n) {
+    if (n >= 16) _mm512_storeu_ps(p, v);
+    else _mm512_mask_storeu_ps(p, SDQ__N(mask)(n), v);
+}
+SDQ__WORD SDQ__V SDQ__N(set1)(float x) { return _mm512_set1_ps(x); }
+SDQ__WORD SDQ__V SDQ__N(add)(SDQ__V a, SDQ__V b) { return _mm512_add_ps(a, b); }
+SDQ__WORD SDQ__V SDQ__N(sub)(SDQ__V a, SDQ__V b) { return _mm512_sub_ps(a, b); }
+SDQ__WORD SDQ__V SDQ__N(mul)(SDQ__V a, SDQ__V b) { return _mm512_mul_ps(a, b); }
+SDQ__WORD SDQ__V SDQ__N(div)(SDQ__V a, SDQ__V b) { return _mm512_div_ps(a, b); }
+SDQ__WORD SDQ__V SDQ__N(min)(SDQ__V a, SDQ__V b) { return _mm512_min_ps(a, b); }
+SDQ__WORD SDQ__V SDQ__N(max)(SDQ__V a, SDQ__V b) { return _mm512_max_ps(a, b); }
+SDQ__WORD SDQ__V SDQ__N(fma)(SDQ__V a, SDQ__V b, SDQ__V c) { return _mm512_fmadd_ps(a, b, c); }
+SDQ__WORD SDQ__V SDQ__N(sqrt)(SDQ__V a) { return _mm512_sqrt_ps(a); }
+SDQ__WORD SDQ__V SDQ__N(abs)(SDQ__V a) { return _mm512_andnot_ps(_mm512_set1_ps(-0.0f), a); }
+SDQ__WORD SDQ__V SDQ__N(rint)(SDQ__V a) {
+    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+SDQ__WORD SDQ__V SDQ__N(if_less)(SDQ__V a, SDQ__V b, SDQ__V x, SDQ__V y) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
+}
+SDQ__WORD SDQ__V SDQ__N(nan_to_0)(SDQ__V a) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, a, _CMP_ORD_Q), a);
+}
+SDQ__WORD SDQ__V SDQ__N(first_n)(SDQ__V v, size_t n, SDQ__V w) {
+    return _mm512_mask_blend_ps(SDQ__N(mask)(n), w, v);
+}
+SDQ__WORD SDQ__V SDQ__N(down)(SDQ__V v, int n) {
+    const __m512i x = _mm512_castps_si512(v);
+    switch (n) {
+    case 8: return _mm512_castsi512_ps(_mm512_alignr_epi32(x, x, 8));
+    case 4: return _mm512_castsi512_ps(_mm512_alignr_epi32(x, x, 4));
+    case 2: return _mm512_castsi512_ps(_mm512_alignr_epi32(x, x, 2));
+    default: return _mm512_castsi512_ps(_mm512_alignr_epi32(x, x, 1));
+    }
+}
+SDQ__WORD float SDQ__N(lane0)(SDQ__V v) { return _mm512_cvtss_f32(v); }
+SDQ__WORD SDQ__V SDQ__N(scale2)(SDQ__V p, SDQ__V n) { return _mm512_scalef_ps(p, n); }
+SDQ__WORD SDQ__V SDQ__N(load_u8)(const uint8_t *p, size_t n) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(SDQ__N(mask)(n), p)));
+}
+SDQ__WORD void SDQ__N(store_u8)(uint8_t *p, SDQ__V v, size_t n) {
+    _mm_mask_storeu_epi8(p, SDQ__N(mask)(n), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+}
+SDQ__WORD void SDQ__N(store_s8)(int8_t *p, SDQ__V v, size_t n) {
+    _mm_mask_storeu_epi8(p, SDQ__N(mask)(n), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+}
+SDQ__WORD SDQ__V SDQ__N(load_f16)(const uint16_t *p, size_t n) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(SDQ__N(mask)(n), p));
+}
+SDQ__WORD SDQ__V SDQ__N(load_bf16)(const uint16_t *p, size_t n) {
+    const __m512i u = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(SDQ__N(mask)(n), p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(u, 16));
+}
+
+SDQ__WORD SDQ__I SDQ__N(int0)(void) { return _mm512_setzero_si512(); }
+SDQ__WORD __m512i SDQ__N(quad_set1)(const uint8_t *p) {
+    int32_t q;
+    memcpy(&q, p, 4);
+    return _mm512_set1_epi32(q);
+}
+#if SDQ__TIER == 4      /* vpdpbusd: u8 * s8, four products added to an int32, no saturation */
+typedef __m512i SDQ__QA;
+typedef __m512i SDQ__QB;
+SDQ__WORD SDQ__QA SDQ__N(quad_a_load)(const uint8_t *p) { return SDQ__N(quad_set1)(p); }
+SDQ__WORD SDQ__QB SDQ__N(quad_b_load)(const int8_t *p) { return _mm512_loadu_si512(p); }
+SDQ__WORD SDQ__I SDQ__N(quad_dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b) {
+    return _mm512_dpbusd_epi32(acc, a, b);
+}
+#else                   /* vpmaddwd, as in the AVX2 tier */
+typedef struct SDQ__QA { __m512i even, odd; } SDQ__QA;
+typedef struct SDQ__QB { __m512i even, odd; } SDQ__QB;
+SDQ__WORD SDQ__QA SDQ__N(quad_a_load)(const uint8_t *p) {
+    const __m512i x = SDQ__N(quad_set1)(p);
+    SDQ__QA r;
+    r.even = _mm512_and_si512(x, _mm512_set1_epi32(0x00ff00ff));
+    r.odd = _mm512_srli_epi16(x, 8);
+    return r;
+}
+SDQ__WORD SDQ__QB SDQ__N(quad_b_load)(const int8_t *p) {
+    const __m512i x = _mm512_loadu_si512(p);
+    SDQ__QB r;
+    r.even = _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8);
+    r.odd = _mm512_srai_epi16(x, 8);
+    return r;
+}
+SDQ__WORD SDQ__I SDQ__N(quad_dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b) {
+    acc = _mm512_add_epi32(acc, _mm512_madd_epi16(a.even, b.even));
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(a.odd, b.odd));
+}
+#endif
+SDQ__WORD SDQ__I SDQ__N(int_load)(const int32_t *p) { return _mm512_loadu_si512(p); }
+SDQ__WORD void SDQ__N(int_store)(int32_t *p, SDQ__I v) { _mm512_storeu_si512(p, v); }
+SDQ__WORD SDQ__V SDQ__N(unbias)(SDQ__I acc, int32_t z, const int32_t *w) {
+    const __m512i zw = _mm512_mullo_epi32(_mm512_set1_epi32(z), SDQ__N(int_load)(w));
+    return _mm512_cvtepi32_ps(_mm512_sub_epi32(acc, zw));
+}
+#endif
+
+/* ---- GEMM tiles: the definition ---- */
+#if SDQ__TIER == 1
+
+SDQ__KERNEL void SDQ__K(gemm_f32)(const sdq__ftile *t) {
+    size_t i, j, tap, k;
+    for (i = 0; i < t->mr; i++) {
+        float *y = t->y + i * t->ldy, c[SDQ__NR];
+        const float *b = t->b;
+        for (j = 0; j < SDQ__NR; j++) c[j] = t->more && j < t->nr ? y[j] : 0.0f;
+        for (tap = 0; tap < t->taps; tap++)
+            for (k = 0; k < t->kc; k++, b += SDQ__NR) {
+                const float a = t->a[tap * t->mr + i][k * t->astep];
+                for (j = 0; j < SDQ__NR; j++) c[j] = fmaf(a, b[j], c[j]);
+            }
+        for (j = 0; j < t->nr; j++) {
+            if (t->bias) c[j] += t->bias[j];
+            if (t->res) c[j] += t->res[i * t->ldr + j];
+            y[j] = c[j];
+        }
+    }
+}
+
+/* f[j] += the scaled integer sum of row i over segment g. */
+static void SDQ__N(qrow)(const sdq__qtile *t, size_t g, size_t i, float *f) {
+    const int32_t z = t->z[g * t->mr + i];
+    int32_t acc[SDQ__NR];
+    size_t n, j;
+    memset(acc, 0, sizeof acc);
+    for (n = g * t->seg; n < (g + 1) * t->seg; n++) {
+        const uint8_t *a = t->a[n / t->quads * t->mr + i] + n % t->quads * 4;
+        const int8_t *b = t->b + n * 4 * SDQ__NR;
+        for (j = 0; j < 4 * SDQ__NR; j++) acc[j / 4] += (int32_t)a[j % 4] * (int32_t)b[j];
+    }
+    for (j = 0; j < SDQ__NR; j++)
+        f[j] = fmaf(t->s[g * t->mr + i], (float)(acc[j] - z * t->wsum[g * SDQ__NR + j]), f[j]);
+}
+SDQ__KERNEL void SDQ__K(gemm_u8s8)(const sdq__qtile *t) {
+    size_t g, i, j;
+    for (i = 0; i < t->mr; i++) {
+        float *y = t->y + i * t->ldy, f[SDQ__NR];
+        memset(f, 0, sizeof f);
+        for (g = 0; g < t->taps * t->quads / t->seg; g++) SDQ__N(qrow)(t, g, i, f);
+        for (j = 0; j < t->nr; j++) {
+            f[j] = t->bias ? fmaf(f[j], t->sw[j], t->bias[j]) : f[j] * t->sw[j];
+            if (t->res) f[j] += t->res[i * t->ldr + j];
+            y[j] = t->more ? f[j] + y[j] : f[j];
+        }
+    }
+}
+
+#else
+/* ---- GEMM tiles: vectors ----
+ * A tile keeps its accumulators in registers: l0..l11 for columns j..j+15 and h0..h11 for the
+ * next 16, named and not an array, because gcc -O2 does not put arrays of vectors into
+ * registers. SDQ__ROWS repeats a statement for the rows; `rows`, `wide` and `full` are constants
+ * at every use, so the compiler drops what a smaller tile does not need. A full tile
+ * (all rows, all columns) is finished in registers. Others leave their sums in a buffer, and a
+ * loop finishes what exists; they have 2, 4, 8 or all rows, and a row that is not there is
+ * replaced by the first and dropped. */
+#define SDQ__ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
+
+/* The smallest tile that covers n rows. */
+#define SDQ__PICK(tile, limit) \
+    const int pair = SDQ__TILE_VECS == 2; \
+    const int full = n == limit && t->nr - j >= 16 * SDQ__TILE_VECS; \
+    if (full) tile(limit, pair, 1); \
+    else if (pair && t->nr - j <= 16) tile(limit, 0, 0); \
+    else if (limit > 2 && n <= 2) tile(2, pair, 0); \
+    else if (limit > 4 && n <= 4) tile(4, pair, 0); \
+    else if (limit > 8 && n <= 8) tile(8, pair, 0); \
+    else tile(limit, pair, 0)
+
+/* Where a segment begins: segment g, quad q of the tap that a points to. */
+typedef struct SDQ__N(segment) {
+    const uint8_t *const *a;
+    const int8_t *b;
+    size_t g, q;
+    int last;
+} SDQ__N(segment);
+
+/* Row i, columns j..j+15, of which n exist, after a segment: the float sum, kept in *sum until
+ * the last one; then * sw, + bias, + res, + y. */
+SDQ__WORD void SDQ__N(qtile_end)(const sdq__qtile *t, const SDQ__N(segment) *s, size_t i, size_t j,
+                                 SDQ__I acc, float *sum, size_t n) {
+    const size_t gi = s->g * t->mr + i;
+    const SDQ__V v = SDQ__N(unbias)(acc, t->z[gi], t->wsum + s->g * SDQ__NR + j);
+    SDQ__V f = s->g > 0 ? SDQ__N(load)(sum, 16) : SDQ__N(set1)(0.0f), sw;
+    float *y = t->y + i * t->ldy + j;
+    f = SDQ__N(fma)(SDQ__N(set1)(t->s[gi]), v, f);
+    if (!s->last) { SDQ__N(store)(sum, f, 16); return; }
+    sw = SDQ__N(load)(t->sw + j, n);
+    if (t->bias) f = SDQ__N(fma)(f, sw, SDQ__N(load)(t->bias + j, n));
+    else f = SDQ__N(mul)(f, sw);
+    if (t->res) f = SDQ__N(add)(f, SDQ__N(load)(t->res + i * t->ldr + j, n));
+    if (t->more) f = SDQ__N(add)(f, SDQ__N(load)(y, n));
+    SDQ__N(store)(y, f, n);
+}
+
+/* The integer sums of one segment. Segments and taps are two cuts of one sequence of quads: a
+ * run of quads ends where either does. */
+SDQ__WORD void SDQ__N(qtile)(const sdq__qtile *t, const SDQ__N(segment) *s, size_t i, size_t j,
+                             int32_t *acc, float *sum, size_t rows, int wide, int full) {
+    const size_t have = t->mr - i;
+    const sdq__qtile d = *t;
+    const SDQ__N(segment) e = *s;
+    const int8_t *b = s->b + 4 * j;
+    const uint8_t *const *a = s->a + i;
+    size_t left, run, k, q = s->q;
+#define SDQ__ROW(r) SDQ__I l##r = SDQ__N(int0)(), h##r = l##r;
+    SDQ__ROWS(SDQ__ROW)
+#undef SDQ__ROW
+    for (left = t->seg; left > 0; left -= run, q = 0, a += t->mr) {
+#define SDQ__ROW(r) const uint8_t *a##r = a[rows > r && have > r ? r : 0] + 4 * q;
+        SDQ__ROWS(SDQ__ROW)
+#undef SDQ__ROW
+        run = sdq__u_min(left, t->quads - q);
+        for (k = 0; k < run; k++, b += 4 * SDQ__NR) {
+            const SDQ__QB bl = SDQ__N(quad_b_load)(b), bh = wide ? SDQ__N(quad_b_load)(b + 64) : bl;
+#define SDQ__ROW(r) if (rows > r) { \
+                const SDQ__QA x = SDQ__N(quad_a_load)(a##r + 4 * k); \
+                l##r = SDQ__N(quad_dot)(l##r, x, bl); \
+                if (wide) h##r = SDQ__N(quad_dot)(h##r, x, bh); \
+            }
+            SDQ__ROWS(SDQ__ROW)
+#undef SDQ__ROW
+        }
+    }
+#define SDQ__ROW(r) if (rows > r) { \
+        float *to = sum + r * SDQ__NR; \
+        if (full) SDQ__N(qtile_end)(&d, &e, i + r, j, l##r, to, 16); \
+        else SDQ__N(int_store)(acc + r * SDQ__NR, l##r); \
+        if (wide && full) SDQ__N(qtile_end)(&d, &e, i + r, j + 16, h##r, to + 16, 16); \
+        else if (wide) SDQ__N(int_store)(acc + r * SDQ__NR + 16, h##r); \
+    }
+    SDQ__ROWS(SDQ__ROW)
+#undef SDQ__ROW
+}
+
+SDQ__KERNEL void SDQ__N(qtile_of)(const sdq__qtile *t, const SDQ__N(segment) *s, size_t i, size_t j,
+                                  float *sum, size_t n) {
+    SDQ__ALIGNED int32_t acc[SDQ__MR][SDQ__NR];
+    size_t r, c;
+#define SDQ__QTILE(rows, wide, full) SDQ__N(qtile)(t, s, i, j, acc[0], sum, rows, wide, full)
+    SDQ__PICK(SDQ__QTILE, SDQ__QTILE_ROWS);
+#undef SDQ__QTILE
+    for (r = 0; r < n && !full; r++)
+        for (c = 0; c < 16 * SDQ__TILE_VECS && j + c < t->nr; c += 16)
+            SDQ__N(qtile_end)(t, s, i + r, j + c, SDQ__N(int_load)(acc[r] + c),
+                              sum + r * SDQ__NR + c, t->nr - j - c);
+}
+
+SDQ__KERNEL void SDQ__K(gemm_u8s8)(const sdq__qtile *t) {
+    SDQ__ALIGNED float sum[SDQ__MR][SDQ__NR];
+    size_t left = t->taps * t->quads, i, j;
+    SDQ__N(segment) s;
+    s.a = t->a;
+    s.b = t->b;
+    s.q = 0;
+    for (s.g = 0; left > 0; s.g++) {
+        left -= t->seg;
+        s.last = left == 0;
+        for (j = 0; j < t->nr; j += 16 * SDQ__TILE_VECS)
+            for (i = 0; i < t->mr; i += SDQ__QTILE_ROWS)
+                SDQ__N(qtile_of)(t, &s, i, j, sum[i] + j, sdq__u_min(t->mr - i, SDQ__QTILE_ROWS));
+        s.b += t->seg * 4 * SDQ__NR;
+        for (s.q += t->seg; s.q >= t->quads; s.q -= t->quads) s.a += t->mr;
+    }
+}
+
+/* The VNNI tier is the AVX-512 tier with another gemm_u8s8: it ends here. */
+#if SDQ__TIER < 4
+
+/* After the sums v of row i, columns j..j+15, of which n exist: + bias, + res. */
+SDQ__WORD void SDQ__N(ftile_end)(const sdq__ftile *t, size_t i, size_t j, SDQ__V v, size_t n) {
+    if (t->bias) v = SDQ__N(add)(v, SDQ__N(load)(t->bias + j, n));
+    if (t->res) v = SDQ__N(add)(v, SDQ__N(load)(t->res + i * t->ldr + j, n));
+    SDQ__N(store)(t->y + i * t->ldy + j, v, n);
+}
+
+SDQ__WORD void SDQ__N(ftile)(const sdq__ftile *t, size_t i, size_t j, float *sum, size_t rows,
+                             int wide, int full) {
+    const size_t have = t->mr - i, step = t->astep;
+    const sdq__ftile d = *t;
+    const size_t nl = full ? 16 : t->nr - j, nh = full ? 16 : t->nr - j - 16;
+    const float *b = t->b + j, *const *a = t->a + i;
+    size_t tap, k, at;
+#define SDQ__ROW(r) SDQ__V l##r = SDQ__N(set1)(0.0f), h##r = l##r;
+    SDQ__ROWS(SDQ__ROW)
+#undef SDQ__ROW
+    if (t->more) {
+#define SDQ__ROW(r) if (rows > r && have > r) { \
+            l##r = SDQ__N(load)(t->y + (i + r) * t->ldy + j, nl); \
+            if (wide) h##r = SDQ__N(load)(t->y + (i + r) * t->ldy + j + 16, nh); \
+        }
+        SDQ__ROWS(SDQ__ROW)
+#undef SDQ__ROW
+    }
+    for (tap = 0; tap < t->taps; tap++, a += t->mr) {
+#define SDQ__ROW(r) const float *a##r = a[rows > r && have > r ? r : 0];
+        SDQ__ROWS(SDQ__ROW)
+#undef SDQ__ROW
+        for (k = t->kc, at = 0; k > 0; k--, at += step, b += SDQ__NR) {
+            const SDQ__V bl = SDQ__N(load)(b, 16), bh = wide ? SDQ__N(load)(b + 16, 16) : bl;
+#define SDQ__ROW(r) if (rows > r) { \
+                const SDQ__V x = SDQ__N(set1)(a##r[at]); \
+                l##r = SDQ__N(fma)(x, bl, l##r); \
+                if (wide) h##r = SDQ__N(fma)(x, bh, h##r); \
+            }
+            SDQ__ROWS(SDQ__ROW)
+#undef SDQ__ROW
+        }
+    }
+#define SDQ__ROW(r) if (rows > r) { \
+        if (full) SDQ__N(ftile_end)(&d, i + r, j, l##r, 16); \
+        else SDQ__N(store)(sum + r * SDQ__NR, l##r, 16); \
+        if (wide && full) SDQ__N(ftile_end)(&d, i + r, j + 16, h##r, 16); \
+        else if (wide) SDQ__N(store)(sum + r * SDQ__NR + 16, h##r, 16); \
+    }
+    SDQ__ROWS(SDQ__ROW)
+#undef SDQ__ROW
+}
+
+SDQ__KERNEL void SDQ__N(ftile_of)(const sdq__ftile *t, size_t i, size_t j, size_t n) {
+    SDQ__ALIGNED float sum[SDQ__MR][SDQ__NR];
+    size_t r, c;
+#define SDQ__FTILE(rows, wide, full) SDQ__N(ftile)(t, i, j, sum[0], rows, wide, full)
+    SDQ__PICK(SDQ__FTILE, SDQ__FTILE_ROWS);
+#undef SDQ__FTILE
+    for (r = 0; r < n && !full; r++)
+        for (c = 0; c < 16 * SDQ__TILE_VECS && j + c < t->nr; c += 16)
+            SDQ__N(ftile_end)(t, i + r, j + c, SDQ__N(load)(sum[r] + c, 16), t->nr - j - c);
+}
+SDQ__KERNEL void SDQ__K(gemm_f32)(const sdq__ftile *t) {
+    size_t i, j;
+    for (j = 0; j < t->nr; j += 16 * SDQ__TILE_VECS)
+        for (i = 0; i < t->mr; i += SDQ__FTILE_ROWS)
+            SDQ__N(ftile_of)(t, i, j, sdq__u_min(t->mr - i, SDQ__FTILE_ROWS));
+}
+#endif      /* tier < 4 */
+#endif      /* tier > 1 */
+#if SDQ__TIER < 4
+
+/* ---- words made of words: trees, exp, the normal distribution ---- */
+
+SDQ__WORD SDQ__V SDQ__N(neg)(SDQ__V a) { return SDQ__N(sub)(SDQ__N(set1)(0.0f), a); }
+/* The sum, minimum, maximum of the lanes: l with l + 8, then + 4, + 2, + 1. */
+SDQ__WORD float SDQ__N(sum)(SDQ__V v) {
+    v = SDQ__N(add)(v, SDQ__N(down)(v, 8));
+    v = SDQ__N(add)(v, SDQ__N(down)(v, 4));
+    v = SDQ__N(add)(v, SDQ__N(down)(v, 2));
+    return SDQ__N(lane0)(SDQ__N(add)(v, SDQ__N(down)(v, 1)));
+}
+SDQ__WORD float SDQ__N(lowest)(SDQ__V v) {
+    v = SDQ__N(min)(v, SDQ__N(down)(v, 8));
+    v = SDQ__N(min)(v, SDQ__N(down)(v, 4));
+    v = SDQ__N(min)(v, SDQ__N(down)(v, 2));
+    return SDQ__N(lane0)(SDQ__N(min)(v, SDQ__N(down)(v, 1)));
+}
+SDQ__WORD float SDQ__N(highest)(SDQ__V v) {
+    v = SDQ__N(max)(v, SDQ__N(down)(v, 8));
+    v = SDQ__N(max)(v, SDQ__N(down)(v, 4));
+    v = SDQ__N(max)(v, SDQ__N(down)(v, 2));
+    return SDQ__N(lane0)(SDQ__N(max)(v, SDQ__N(down)(v, 1)));
+}
+/* min(hi, max(lo, v)); NaN stays NaN. */
+SDQ__WORD SDQ__V SDQ__N(clamp)(SDQ__V v, float lo, float hi) {
+    return SDQ__N(min)(SDQ__N(set1)(hi), SDQ__N(max)(SDQ__N(set1)(lo), v));
+}
+
+/* exp(x) = 2^n exp(r), n = rint(x / ln 2), |r| <= ln(2) / 2 = 0.347. ln 2 is subtracted in two
+ * parts (Cody and Waite 1980): the upper one has 15 bits, so n times it is exact.
+ * exp(r) = 1 + r + r^2 q(r), q of degree 4 by minimax of the relative error: 3.1e-9.
+ * exp(89) overflows to inf, exp(-104) rounds to 0, exp(0) is 1 exactly. Error: at most 1.01 ulp. */
+SDQ__WORD SDQ__V SDQ__N(exp)(SDQ__V x) {
+    const SDQ__V y = SDQ__N(clamp)(x, -104.0f, 89.0f);
+    const SDQ__V n = SDQ__N(rint)(SDQ__N(mul)(y, SDQ__N(set1)(1.44269504f)));
+    const SDQ__V h = SDQ__N(fma)(n, SDQ__N(set1)(-0.693145752f), y);
+    const SDQ__V r = SDQ__N(fma)(n, SDQ__N(set1)(-1.42860677e-6f), h);
+    SDQ__V q = SDQ__N(set1)(0.00138145394f);
+    q = SDQ__N(fma)(q, r, SDQ__N(set1)(0.00836874545f));
+    q = SDQ__N(fma)(q, r, SDQ__N(set1)(0.041668389f));
+    q = SDQ__N(fma)(q, r, SDQ__N(set1)(0.166665211f));
+    q = SDQ__N(fma)(q, r, SDQ__N(set1)(0.49999994f));
+    q = SDQ__N(fma)(q, SDQ__N(mul)(r, r), r);
+    return SDQ__N(scale2)(SDQ__N(add)(SDQ__N(set1)(1.0f), q), n);
+}
+
+/* x sigmoid(x) = x / (1 + exp(-x)). -inf gives NaN, as inf / inf does. */
+SDQ__WORD SDQ__V SDQ__N(swish)(SDQ__V x) {
+    const SDQ__V e = SDQ__N(exp)(SDQ__N(neg)(x));
+    return SDQ__N(div)(x, SDQ__N(add)(SDQ__N(set1)(1.0f), e));
+}
+/* Its derivative s (1 + x (1 - s)), s = sigmoid(x) = 1 / (1 + e), 1 - s = e s, e = exp(-x).
+ * Beyond +-87, where it is 0 or 1 to 1e-35, x is clamped: e stays finite, s normal. */
+SDQ__WORD SDQ__V SDQ__N(swish_slope)(SDQ__V x) {
+    const SDQ__V one = SDQ__N(set1)(1.0f), y = SDQ__N(clamp)(x, -87.0f, 87.0f);
+    const SDQ__V e = SDQ__N(exp)(SDQ__N(neg)(y));
+    const SDQ__V s = SDQ__N(div)(one, SDQ__N(add)(one, e));
+    return SDQ__N(mul)(s, SDQ__N(fma)(y, SDQ__N(mul)(e, s), one));
+}
+
+/* Phi(-a) = (1 - erf(a / sqrt 2)) / 2 for 0 <= a <= 14.5, and *e = exp(-a^2 / 2).
+ * Phi(-a) exp(a^2 / 2) is smooth, so P4(a) / Q5(a) gives it to 6e-9; all coefficients are
+ * positive, nothing cancels. a^2 / 2 is rounded: d is what was lost, exp(s + d) = e (1 + d). */
+SDQ__WORD SDQ__V SDQ__N(normal_tail)(SDQ__V a, SDQ__V *e) {
+    const SDQ__V g = SDQ__N(mul)(a, SDQ__N(set1)(-0.5f)), s = SDQ__N(mul)(g, a);
+    const SDQ__V d = SDQ__N(fma)(g, a, SDQ__N(neg)(s)), f = SDQ__N(exp)(s);
+    SDQ__V p = SDQ__N(set1)(0.00411629723f), q = SDQ__N(set1)(0.0103179067f);
+    p = SDQ__N(fma)(p, a, SDQ__N(set1)(0.0406331457f));
+    p = SDQ__N(fma)(p, a, SDQ__N(set1)(0.1832349f));
+    p = SDQ__N(fma)(p, a, SDQ__N(set1)(0.438294619f));
+    p = SDQ__N(fma)(p, a, SDQ__N(set1)(0.5f));
+    q = SDQ__N(fma)(q, a, SDQ__N(set1)(0.101858638f));
+    q = SDQ__N(fma)(q, a, SDQ__N(set1)(0.469469994f));
+    q = SDQ__N(fma)(q, a, SDQ__N(set1)(1.20250213f));
+    q = SDQ__N(fma)(q, a, SDQ__N(set1)(1.67447424f));
+    q = SDQ__N(fma)(q, a, SDQ__N(set1)(1.0f));
+    *e = SDQ__N(fma)(f, d, f);
+    return SDQ__N(mul)(SDQ__N(div)(p, q), *e);
+}
+/* x Phi(x) = max(x, 0) - a Phi(-a) with a = |x|: no cancellation for x < 0. Error: at most
+ * 1.2 ulp for x > 1, 4 ulp for x > -1, 8 ulp in the tail. */
+SDQ__WORD SDQ__V SDQ__N(gelu_of)(SDQ__V x, SDQ__V a, SDQ__V tail) {
+    return SDQ__N(fma)(SDQ__N(neg)(a), tail, SDQ__N(max)(x, SDQ__N(set1)(0.0f)));
+}
+SDQ__WORD SDQ__V SDQ__N(gelu)(SDQ__V x) {
+    const SDQ__V a = SDQ__N(min)(SDQ__N(set1)(14.5f), SDQ__N(abs)(x));
+    SDQ__V e;
+    const SDQ__V tail = SDQ__N(normal_tail)(a, &e);
+    return SDQ__N(gelu_of)(x, a, tail);
+}
+/* Phi(x) + x phi(x), phi(x) = exp(-x^2 / 2) / sqrt(2 pi); *y = gelu(x). */
+SDQ__WORD SDQ__V SDQ__N(gelu_slope)(SDQ__V x, SDQ__V *y) {
+    const SDQ__V c = SDQ__N(clamp)(x, -14.5f, 14.5f), a = SDQ__N(abs)(c);
+    SDQ__V e;
+    const SDQ__V tail = SDQ__N(normal_tail)(a, &e);
+    const SDQ__V body = SDQ__N(sub)(SDQ__N(set1)(1.0f), tail);
+    const SDQ__V phi = SDQ__N(if_less)(x, SDQ__N(set1)(0.0f), tail, body);
+    *y = SDQ__N(gelu_of)(x, a, tail);
+    return SDQ__N(fma)(SDQ__N(mul)(c, SDQ__N(set1)(0.398942280f)), e, phi);
+}
+
+/* ---- ranges and quantization ---- */
+
+/* min(x, m) keeps m when x is NaN: NaN elements are skipped. */
+SDQ__KERNEL void SDQ__K(minmax)(const float *x, size_t n, float *mn, float *mx) {
+    SDQ__V lo = SDQ__N(set1)(*mn), hi = SDQ__N(set1)(*mx);
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        const SDQ__V v = SDQ__N(load)(x + i, n - i);
+        lo = SDQ__N(min)(SDQ__N(first_n)(v, n - i, lo), lo);
+        hi = SDQ__N(max)(SDQ__N(first_n)(v, n - i, hi), hi);
+    }
+    *mn = SDQ__N(lowest)(lo);
+    *mx = SDQ__N(highest)(hi);
+}
+
+/* Kernels over columns take 8 rows at a time: x is read in order, and the accumulators, which
+ * are in the first cache, are loaded and stored once for 8 rows. */
+SDQ__KERNEL void SDQ__K(minmax_cols)(const float *x, size_t rows, size_t ld, size_t n, float *mn,
+                                     float *mx) {
+    size_t r, k, i;
+    for (r = 0; r < rows; r += 8) {
+        const size_t block = rows - r < 8 ? rows - r : 8;
+        for (i = 0; i < n; i += 16) {
+            SDQ__V lo = SDQ__N(load)(mn + i, n - i), hi = SDQ__N(load)(mx + i, n - i);
+            for (k = 0; k < block; k++) {
+                const SDQ__V v = SDQ__N(load)(x + (r + k) * ld + i, n - i);
+                lo = SDQ__N(min)(v, lo);
+                hi = SDQ__N(max)(v, hi);
+            }
+            SDQ__N(store)(mn + i, lo, n - i);
+            SDQ__N(store)(mx + i, hi, n - i);
+        }
+    }
+}
+
+/* Beyond 2^24 adding z may round, but there the result is clamped anyway. */
+SDQ__KERNEL void SDQ__K(quantize_u8)(uint8_t *q, const float *x, size_t n, float inv, int32_t z) {
+    const SDQ__V s = SDQ__N(set1)(inv), zero = SDQ__N(set1)((float)z);
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        SDQ__V v = SDQ__N(nan_to_0)(SDQ__N(mul)(SDQ__N(load)(x + i, n - i), s));
+        v = SDQ__N(clamp)(SDQ__N(add)(SDQ__N(rint)(v), zero), 0.0f, 255.0f);
+        SDQ__N(store_u8)(q + i, v, n - i);
+    }
+}
+SDQ__KERNEL void SDQ__K(quantize_s8)(int8_t *q, const float *x, size_t n, float inv) {
+    const SDQ__V s = SDQ__N(set1)(inv);
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        const SDQ__V v = SDQ__N(nan_to_0)(SDQ__N(mul)(SDQ__N(load)(x + i, n - i), s));
+        SDQ__N(store_s8)(q + i, SDQ__N(clamp)(SDQ__N(rint)(v), -128.0f, 127.0f), n - i);
+    }
+}
+SDQ__KERNEL void SDQ__K(dequantize_u8)(float *y, const uint8_t *q, size_t n, float s, int32_t z) {
+    const SDQ__V scale = SDQ__N(set1)(s), zero = SDQ__N(set1)((float)z);
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        const SDQ__V v = SDQ__N(sub)(SDQ__N(load_u8)(q + i, n - i), zero);
+        SDQ__N(store)(y + i, SDQ__N(mul)(v, scale), n - i);
+    }
+}
+
+/* ---- element-wise ---- */
+
+SDQ__KERNEL void SDQ__K(add)(float *y, const float *a, const float *b, size_t n) {
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        const SDQ__V va = SDQ__N(load)(a + i, n - i), vb = SDQ__N(load)(b + i, n - i);
+        SDQ__N(store)(y + i, SDQ__N(add)(va, vb), n - i);
+    }
+}
+SDQ__KERNEL void SDQ__K(mul)(float *y, const float *a, const float *b, size_t n) {
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        const SDQ__V va = SDQ__N(load)(a + i, n - i), vb = SDQ__N(load)(b + i, n - i);
+        SDQ__N(store)(y + i, SDQ__N(mul)(va, vb), n - i);
+    }
+}
+SDQ__KERNEL void SDQ__K(scale)(float *y, const float *x, size_t n, float s) {
+    const SDQ__V vs = SDQ__N(set1)(s);
+    size_t i;
+    for (i = 0; i < n; i += 16)
+        SDQ__N(store)(y + i, SDQ__N(mul)(SDQ__N(load)(x + i, n - i), vs), n - i);
+}
+SDQ__KERNEL void SDQ__K(axpy)(float *y, const float *x, size_t n, float s) {
+    const SDQ__V vs = SDQ__N(set1)(s);
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        const SDQ__V vx = SDQ__N(load)(x + i, n - i), vy = SDQ__N(load)(y + i, n - i);
+        SDQ__N(store)(y + i, SDQ__N(fma)(vs, vx, vy), n - i);
+    }
+}
+SDQ__KERNEL void SDQ__K(lerp)(float *y, const float *x, size_t n, float t) {
+    const SDQ__V vt = SDQ__N(set1)(t);
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        const SDQ__V vx = SDQ__N(load)(x + i, n - i), vy = SDQ__N(load)(y + i, n - i);
+        SDQ__N(store)(y + i, SDQ__N(fma)(vt, SDQ__N(sub)(vx, vy), vy), n - i);
+    }
+}
+SDQ__KERNEL void SDQ__K(vexp)(float *y, const float *x, size_t n) {
+    size_t i;
+    for (i = 0; i < n; i += 16)
+        SDQ__N(store)(y + i, SDQ__N(exp)(SDQ__N(load)(x + i, n - i)), n - i);
+}
+SDQ__KERNEL void SDQ__K(silu)(float *y, const float *x, size_t n) {
+    size_t i;
+    for (i = 0; i < n; i += 16)
+        SDQ__N(store)(y + i, SDQ__N(swish)(SDQ__N(load)(x + i, n - i)), n - i);
+}
+SDQ__KERNEL void SDQ__K(gelu)(float *y, const float *x, size_t n) {
+    size_t i;
+    for (i = 0; i < n; i += 16)
+        SDQ__N(store)(y + i, SDQ__N(gelu)(SDQ__N(load)(x + i, n - i)), n - i);
+}
+/* x sigmoid(1.702 x) */
+SDQ__KERNEL void SDQ__K(quick_gelu)(float *y, const float *x, size_t n) {
+    const SDQ__V one = SDQ__N(set1)(1.0f), c = SDQ__N(set1)(-1.702f);
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        const SDQ__V v = SDQ__N(load)(x + i, n - i), e = SDQ__N(exp)(SDQ__N(mul)(c, v));
+        SDQ__N(store)(y + i, SDQ__N(div)(v, SDQ__N(add)(one, e)), n - i);
+    }
+}
+SDQ__KERNEL void SDQ__K(geglu)(float *y, const float *h, const float *g, size_t n) {
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        const SDQ__V v = SDQ__N(gelu)(SDQ__N(load)(g + i, n - i));
+        SDQ__N(store)(y + i, SDQ__N(mul)(SDQ__N(load)(h + i, n - i), v), n - i);
+    }
+}
+
+/* Backward of y = f(x): dx += dy * f'(x). */
+SDQ__WORD void SDQ__N(add_to)(float *dx, SDQ__V dy, SDQ__V slope, size_t n) {
+    const SDQ__V d = SDQ__N(mul)(dy, slope);
+    SDQ__N(store)(dx, SDQ__N(add)(SDQ__N(load)(dx, n), d), n);
+}
+SDQ__KERNEL void SDQ__K(silu_bwd)(float *dx, const float *dy, const float *x, size_t n) {
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        const SDQ__V v = SDQ__N(load)(x + i, n - i), d = SDQ__N(load)(dy + i, n - i);
+        SDQ__N(add_to)(dx + i, d, SDQ__N(swish_slope)(v), n - i);
+    }
+}
+SDQ__KERNEL void SDQ__K(gelu_bwd)(float *dx, const float *dy, const float *x, size_t n) {
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        const SDQ__V v = SDQ__N(load)(x + i, n - i), d = SDQ__N(load)(dy + i, n - i);
+        SDQ__V y;
+        SDQ__N(add_to)(dx + i, d, SDQ__N(gelu_slope)(v, &y), n - i);
+    }
+}
+/* With u = 1.702 x: d/dx x sigmoid(u) = d/du u sigmoid(u), the slope of SiLU at u. */
+SDQ__KERNEL void SDQ__K(quick_gelu_bwd)(float *dx, const float *dy, const float *x, size_t n) {
+    const SDQ__V c = SDQ__N(set1)(1.702f);
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        const SDQ__V u = SDQ__N(mul)(c, SDQ__N(load)(x + i, n - i));
+        SDQ__N(add_to)(dx + i, SDQ__N(load)(dy + i, n - i), SDQ__N(swish_slope)(u), n - i);
+    }
+}
+/* y = h gelu(g): dh += dy gelu(g), dg += (dy h) gelu'(g) */
+SDQ__KERNEL void SDQ__K(geglu_bwd)(float *dh, float *dg, const float *dy, const float *h,
+                                   const float *g, size_t n) {
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        const SDQ__V vh = SDQ__N(load)(h + i, n - i), d = SDQ__N(load)(dy + i, n - i);
+        SDQ__V y;
+        const SDQ__V slope = SDQ__N(gelu_slope)(SDQ__N(load)(g + i, n - i), &y);
+        SDQ__N(add_to)(dh + i, d, y, n - i);
+        SDQ__N(add_to)(dg + i, SDQ__N(mul)(d, vh), slope, n - i);
+    }
+}
+
+/* ---- sums ---- */
+
+SDQ__KERNEL float SDQ__K(sum)(const float *x, size_t n) {
+    SDQ__V acc = SDQ__N(set1)(0.0f);
+    size_t i;
+    for (i = 0; i < n; i += 16) acc = SDQ__N(add)(acc, SDQ__N(load)(x + i, n - i));
+    return SDQ__N(sum)(acc);
+}
+SDQ__KERNEL float SDQ__K(dot)(const float *a, const float *b, size_t n) {
+    SDQ__V acc = SDQ__N(set1)(0.0f);
+    size_t i;
+    for (i = 0; i < n; i += 16)
+        acc = SDQ__N(fma)(SDQ__N(load)(a + i, n - i), SDQ__N(load)(b + i, n - i), acc);
+    return SDQ__N(sum)(acc);
+}
+SDQ__KERNEL float SDQ__K(sqdist)(const float *a, const float *b, size_t n) {
+    SDQ__V acc = SDQ__N(set1)(0.0f);
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        const SDQ__V d = SDQ__N(sub)(SDQ__N(load)(a + i, n - i), SDQ__N(load)(b + i, n - i));
+        acc = SDQ__N(fma)(d, d, acc);
+    }
+    return SDQ__N(sum)(acc);
+}
+SDQ__KERNEL float SDQ__K(absdist)(const float *a, const float *b, size_t n) {
+    SDQ__V acc = SDQ__N(set1)(0.0f);
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        const SDQ__V d = SDQ__N(sub)(SDQ__N(load)(a + i, n - i), SDQ__N(load)(b + i, n - i));
+        acc = SDQ__N(add)(acc, SDQ__N(abs)(d));
+    }
+    return SDQ__N(sum)(acc);
+}
+SDQ__KERNEL float SDQ__K(sqdev)(const float *x, size_t n, float mean) {
+    const SDQ__V m = SDQ__N(set1)(mean);
+    SDQ__V acc = SDQ__N(set1)(0.0f);
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        const SDQ__V v = SDQ__N(first_n)(SDQ__N(load)(x + i, n - i), n - i, m);
+        const SDQ__V d = SDQ__N(first_n)(SDQ__N(sub)(v, m), n - i, SDQ__N(set1)(0.0f));
+        acc = SDQ__N(fma)(d, d, acc);
+    }
+    return SDQ__N(sum)(acc);
+}
+SDQ__KERNEL void SDQ__K(colsum)(float *acc, const float *x, size_t rows, size_t ld, size_t n) {
+    size_t r, k, i;
+    for (r = 0; r < rows; r += 8) {
+        const size_t block = rows - r < 8 ? rows - r : 8;
+        for (i = 0; i < n; i += 16) {
+            SDQ__V v = SDQ__N(load)(acc + i, n - i);
+            for (k = 0; k < block; k++)
+                v = SDQ__N(add)(v, SDQ__N(load)(x + (r + k) * ld + i, n - i));
+            SDQ__N(store)(acc + i, v, n - i);
+        }
+    }
+}
+SDQ__KERNEL void SDQ__K(colsqdev)(float *acc, const float *x, const float *mean, size_t rows,
+                                  size_t ld, size_t n) {
+    size_t r, k, i;
+    for (r = 0; r < rows; r += 8) {
+        const size_t block = rows - r < 8 ? rows - r : 8;
+        for (i = 0; i < n; i += 16) {
+            const SDQ__V m = SDQ__N(load)(mean + i, n - i);
+            SDQ__V v = SDQ__N(load)(acc + i, n - i);
+            for (k = 0; k < block; k++) {
+                const SDQ__V d = SDQ__N(sub)(SDQ__N(load)(x + (r + k) * ld + i, n - i), m);
+                v = SDQ__N(fma)(d, d, v);
+            }
+            SDQ__N(store)(acc + i, v, n - i);
+        }
+    }
+}
+SDQ__KERNEL void SDQ__K(colsum2)(float *a1, float *a2, const float *dy, const float *x,
+                                 size_t rows, size_t ld, size_t n) {
+    size_t r, k, i;
+    for (r = 0; r < rows; r += 8) {
+        const size_t block = rows - r < 8 ? rows - r : 8;
+        for (i = 0; i < n; i += 16) {
+            SDQ__V v1 = SDQ__N(load)(a1 + i, n - i), v2 = SDQ__N(load)(a2 + i, n - i);
+            for (k = 0; k < block; k++) {
+                const SDQ__V d = SDQ__N(load)(dy + (r + k) * ld + i, n - i);
+                v1 = SDQ__N(add)(v1, d);
+                v2 = SDQ__N(fma)(d, SDQ__N(load)(x + (r + k) * ld + i, n - i), v2);
+            }
+            SDQ__N(store)(a1 + i, v1, n - i);
+            SDQ__N(store)(a2 + i, v2, n - i);
+        }
+    }
+}
+
+/* ---- normalization ---- */
+
+SDQ__WORD SDQ__V SDQ__N(affine_at)(const float *x, const float *a, const float *b, size_t n) {
+    return SDQ__N(fma)(SDQ__N(load)(x, n), SDQ__N(load)(a, n), SDQ__N(load)(b, n));
+}
+SDQ__KERNEL void SDQ__K(affine)(float *y, const float *x, const float *a, const float *b,
+                                size_t n) {
+    size_t i;
+    for (i = 0; i < n; i += 16)
+        SDQ__N(store)(y + i, SDQ__N(affine_at)(x + i, a + i, b + i, n - i), n - i);
+}
+SDQ__KERNEL void SDQ__K(affine_silu)(float *y, const float *x, const float *a, const float *b,
+                                     size_t n) {
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        const SDQ__V v = SDQ__N(affine_at)(x + i, a + i, b + i, n - i);
+        SDQ__N(store)(y + i, SDQ__N(swish)(v), n - i);
+    }
+}
+SDQ__KERNEL void SDQ__K(affine_silu_bwd)(float *dz, const float *dy, const float *x,
+                                         const float *a, const float *b, size_t n) {
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        const SDQ__V v = SDQ__N(affine_at)(x + i, a + i, b + i, n - i);
+        const SDQ__V d = SDQ__N(load)(dy + i, n - i);
+        SDQ__N(store)(dz + i, SDQ__N(mul)(d, SDQ__N(swish_slope)(v)), n - i);
+    }
+}
+SDQ__KERNEL void SDQ__K(norm_bwd)(float *dx, const float *dz, const float *x, const float *a,
+                                  const float *p, const float *q, size_t n) {
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        const SDQ__V v = SDQ__N(affine_at)(x + i, p + i, q + i, n - i);
+        const SDQ__V d = SDQ__N(fma)(SDQ__N(load)(dz + i, n - i), SDQ__N(load)(a + i, n - i), v);
+        SDQ__N(store)(dx + i, SDQ__N(add)(SDQ__N(load)(dx + i, n - i), d), n - i);
+    }
+}
+/* h = (x - mean) * rstd */
+SDQ__WORD SDQ__V SDQ__N(standard)(const float *x, float mean, float rstd, size_t n) {
+    const SDQ__V d = SDQ__N(sub)(SDQ__N(load)(x, n), SDQ__N(set1)(mean));
+    return SDQ__N(mul)(d, SDQ__N(set1)(rstd));
+}
+SDQ__KERNEL void SDQ__K(layernorm)(float *y, const float *x, const float *g, const float *b,
+                                   size_t n, float mean, float rstd) {
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        const SDQ__V h = SDQ__N(standard)(x + i, mean, rstd, n - i);
+        const SDQ__V vg = SDQ__N(load)(g + i, n - i), vb = SDQ__N(load)(b + i, n - i);
+        SDQ__N(store)(y + i, SDQ__N(fma)(h, vg, vb), n - i);
+    }
+}
+/* With t = dy * g: m1 = (sum t) / n, m2 = (sum fma(t, h)) / n, u = fma(-h, m2, t - m1),
+ * dx = fma(rstd, u, dx); dgamma = fma(dy, h, dgamma). */
+SDQ__KERNEL void SDQ__K(layernorm_bwd)(float *dx, float *dgamma, float *dbeta, const float *dy,
+                                       const float *x, const float *g, size_t n, float mean,
+                                       float rstd) {
+    const SDQ__V zero = SDQ__N(set1)(0.0f), r = SDQ__N(set1)(rstd);
+    SDQ__V s1 = zero, s2 = zero, m1, m2;
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        const SDQ__V d = SDQ__N(load)(dy + i, n - i);
+        const SDQ__V t = SDQ__N(mul)(d, SDQ__N(load)(g + i, n - i));
+        const SDQ__V h = SDQ__N(first_n)(SDQ__N(standard)(x + i, mean, rstd, n - i), n - i, zero);
+        s1 = SDQ__N(add)(s1, t);
+        s2 = SDQ__N(fma)(t, h, s2);
+        SDQ__N(store)(dgamma + i, SDQ__N(fma)(d, h, SDQ__N(load)(dgamma + i, n - i)), n - i);
+        SDQ__N(store)(dbeta + i, SDQ__N(add)(SDQ__N(load)(dbeta + i, n - i), d), n - i);
+    }
+    m1 = SDQ__N(set1)(SDQ__N(sum)(s1) / (float)n);
+    m2 = SDQ__N(set1)(SDQ__N(sum)(s2) / (float)n);
+    for (i = 0; i < n; i += 16) {
+        const SDQ__V d = SDQ__N(load)(dy + i, n - i);
+        const SDQ__V t = SDQ__N(mul)(d, SDQ__N(load)(g + i, n - i));
+        const SDQ__V h = SDQ__N(standard)(x + i, mean, rstd, n - i);
+        const SDQ__V u = SDQ__N(fma)(SDQ__N(neg)(h), m2, SDQ__N(sub)(t, m1));
+        SDQ__N(store)(dx + i, SDQ__N(fma)(r, u, SDQ__N(load)(dx + i, n - i)), n - i);
+    }
+}
+
+/* ---- softmax ---- */
+
+/* Milakov and Gimelshein 2018 (arXiv 1805.02867). NaN scores are skipped by the maximum and
+ * come out as NaN. *m may be -inf (no tile yet) if a score is finite. */
+SDQ__KERNEL float SDQ__K(softmax_tile)(float *s, size_t n, float scale, float *m, float *l) {
+    const SDQ__V vs = SDQ__N(set1)(scale);
+    SDQ__V top = SDQ__N(set1)(*m), acc = SDQ__N(set1)(0.0f), shift;
+    float peak, alpha;
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        const SDQ__V v = SDQ__N(mul)(SDQ__N(load)(s + i, n - i), vs);
+        top = SDQ__N(max)(SDQ__N(first_n)(v, n - i, top), top);
+    }
+    peak = SDQ__N(highest)(top);
+    shift = SDQ__N(set1)(peak);
+    for (i = 0; i < n; i += 16) {
+        const SDQ__V v = SDQ__N(mul)(SDQ__N(load)(s + i, n - i), vs);
+        const SDQ__V e = SDQ__N(exp)(SDQ__N(sub)(v, shift));
+        SDQ__N(store)(s + i, e, n - i);
+        acc = SDQ__N(add)(acc, SDQ__N(first_n)(e, n - i, SDQ__N(set1)(0.0f)));
+    }
+    alpha = SDQ__N(lane0)(SDQ__N(exp)(SDQ__N(set1)(*m - peak)));
+    *l = fmaf(*l, alpha, SDQ__N(sum)(acc));
+    *m = peak;
+    return alpha;
+}
+SDQ__KERNEL void SDQ__K(softmax_tile_bwd)(float *s, float *dp, size_t n, float scale, float lse,
+                                          float delta) {
+    const SDQ__V vs = SDQ__N(set1)(scale), vl = SDQ__N(set1)(lse), vd = SDQ__N(set1)(delta);
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        const SDQ__V v = SDQ__N(mul)(SDQ__N(load)(s + i, n - i), vs);
+        const SDQ__V p = SDQ__N(exp)(SDQ__N(sub)(v, vl));
+        const SDQ__V d = SDQ__N(sub)(SDQ__N(load)(dp + i, n - i), vd);
+        SDQ__N(store)(s + i, p, n - i);
+        SDQ__N(store)(dp + i, SDQ__N(mul)(SDQ__N(mul)(p, d), vs), n - i);
+    }
+}
+
+/* ---- optimizer ---- */
+
+/* Loshchilov and Hutter 2019 (arXiv 1711.05101), in the order of torch.optim.AdamW:
+ *   g = grad * clip
+ *   w = fma(-decay, w, w)                       torch: w *= 1 - lr * weight_decay
+ *   m = fma(1 - beta1, g - m, m)                torch: m.lerp_(g, 1 - beta1)
+ *   v = fma((1 - beta2) * g, g, beta2 * v)      torch: v.mul_(beta2).addcmul_(g, g, 1 - beta2)
+ *   w = fma(-lr, (m * c1) / (sqrt(v * c2) + eps), w)
+ * c1, c2 multiply where torch divides by 1 - beta^t: equal but for rounding. */
+SDQ__KERNEL void SDQ__K(adamw)(float *w, float *m, float *v, const float *grad, size_t n,
+                               const sdq__adamw_step *s) {
+    const SDQ__V beta1 = SDQ__N(set1)(1.0f - s->beta1), beta2 = SDQ__N(set1)(s->beta2);
+    const SDQ__V rest2 = SDQ__N(set1)(1.0f - s->beta2), clip = SDQ__N(set1)(s->clip);
+    const SDQ__V c1 = SDQ__N(set1)(s->c1), c2 = SDQ__N(set1)(s->c2), eps = SDQ__N(set1)(s->eps);
+    const SDQ__V lr = SDQ__N(set1)(-s->lr), decay = SDQ__N(set1)(-s->decay);
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        const SDQ__V g = SDQ__N(mul)(SDQ__N(load)(grad + i, n - i), clip);
+        SDQ__V vw = SDQ__N(load)(w + i, n - i), vm = SDQ__N(load)(m + i, n - i);
+        SDQ__V vv = SDQ__N(load)(v + i, n - i), root;
+        vw = SDQ__N(fma)(decay, vw, vw);
+        vm = SDQ__N(fma)(beta1, SDQ__N(sub)(g, vm), vm);
+        vv = SDQ__N(fma)(SDQ__N(mul)(rest2, g), g, SDQ__N(mul)(beta2, vv));
+        root = SDQ__N(add)(SDQ__N(sqrt)(SDQ__N(mul)(vv, c2)), eps);
+        vw = SDQ__N(fma)(lr, SDQ__N(div)(SDQ__N(mul)(vm, c1), root), vw);
+        SDQ__N(store)(m + i, vm, n - i);
+        SDQ__N(store)(v + i, vv, n - i);
+        SDQ__N(store)(w + i, vw, n - i);
+    }
+}
+
+/* ---- half precision ---- */
+
+SDQ__KERNEL void SDQ__K(from_f16)(float *y, const uint16_t *x, size_t n) {
+    size_t i;
+    for (i = 0; i < n; i += 16) SDQ__N(store)(y + i, SDQ__N(load_f16)(x + i, n - i), n - i);
+}
+SDQ__KERNEL void SDQ__K(from_bf16)(float *y, const uint16_t *x, size_t n) {
+    size_t i;
+    for (i = 0; i < n; i += 16) SDQ__N(store)(y + i, SDQ__N(load_bf16)(x + i, n - i), n - i);
+}
+
+#define SDQ__X(ret, name, args, cls) SDQ__K(name),
+static const sdq__kernels SDQ__K(table) = { SDQ__KERNEL_LIST(SDQ__X) };
+#undef SDQ__X
+#else
+#define sdq__k_gemm_u8s8_avx512 SDQ__K(gemm_u8s8)
+#define SDQ__X(ret, name, args, cls) sdq__k_##name##_avx512,
+static const sdq__kernels SDQ__K(table) = { SDQ__KERNEL_LIST(SDQ__X) };
+#undef SDQ__X
+#undef sdq__k_gemm_u8s8_avx512
+#endif
+
+#if defined(__GNUC__)
+#pragma GCC diagnostic pop
+#endif
+#undef SDQ__CAT3_
+#undef SDQ__CAT3
+#undef SDQ__N
+#undef SDQ__K
+#undef SDQ__V
+#undef SDQ__I
+#undef SDQ__QA
+#undef SDQ__QB
+#undef SDQ__KERNEL
+#undef SDQ__WORD
+#undef SDQ__ALIGNED
+#undef SDQ__FTILE_ROWS
+#undef SDQ__QTILE_ROWS
+#undef SDQ__TILE_VECS
+#undef SDQ__PICK
+#undef SDQ__ROWS
+#undef SDQ__KERNEL_PASS
+#undef SDQ__SUFFIX
+#undef SDQ__TARGET
+#undef SDQ__TIER
+#endif /* SDQ__KERNEL_PASS */
+
+/* ===========================================================================
+ * >>changes
+ *
+ * 0.1   first version
+ *
+ * >>licence
+ *
+ * MIT License
+ *
+ * Copyright (c) 2026 the sdq.h authors
+ *
+ * Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
+ * associated documentation files (the "Software"), to deal in the Software without restriction,
+ * including without limitation the rights to use, copy, modify, merge, publish, distribute,
+ * sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
+ * furnished to do so, subject to the following conditions:
+ *
+ * The above copyright notice and this permission notice shall be included in all copies or
+ * substantial portions of the Software.
+ *
+ * THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
+ * NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+ * NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM,
+ * DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT
+ * OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+ * ======================================================================== */
