@@ -11736,10 +11736,15 @@ SDQ_API sdq_tensor *sdq_pipeline_ids(sdq_ctx *ctx, const sdq_pipeline *p, const 
 
 /* ---- the precision of every evaluation ---- */
 
+static int sdq__pl_policy_fits(const sdq_policy *p, const sdq_scheduler *s) {
+    return p->count == sdq_scheduler_count(s) && p->scheduler == sdq_scheduler_get_desc(s)->kind;
+}
+
 /* A schedule found for other settings: every evaluation takes the precision of the nearest
  * timestep. */
 static void sdq__pl_map_policy(const sdq_policy *p, const sdq_scheduler *s, unsigned char *is_float) {
     size_t i, j;
+    if (sdq__pl_policy_fits(p, s)) { memcpy(is_float, p->is_float, p->count); return; }
     for (i = 0; i < sdq_scheduler_count(s); i++) {
         size_t best = 0;
         for (j = 1; j < p->count; j++) {
@@ -11770,7 +11775,7 @@ static sdq_status sdq__pl_precision(sdq_ctx *ctx, const sdq_pipeline *p, const s
             return sdq__fail(ctx, SDQ_ERR_MISSING, "the int8 network has no precision schedule; make one with"
                              " sdq schedule, or choose first and last evaluations");
         sdq__pl_map_policy(p->policy, s, is_float);
-        if (notice && (p->policy->count != n || p->policy->scheduler != sdq_scheduler_get_desc(s)->kind))
+        if (notice && !sdq__pl_policy_fits(p->policy, s))
             *notice = "the precision schedule was made for other steps or another scheduler;"
                       " it was mapped by timestep";
         return SDQ_OK;

@@ -1622,6 +1622,9 @@ static sdq_status cmd_schedule(job *j) {
 
 static const flag info_flags[] = {
     {"tensors", NULL, NULL, "list every array of a file, every layer of a folder"},
+    {"compare", NULL, NULL, "two files A B: |a - b| / |b| of every array of A"},
+    {"prefix", "TEXT", "", "compare: array x of A is called TEXTx in B"},
+    {"limit", "X", "0", "compare: an error above it is a failure"},
 };
 
 static sdq_status info_file(job *j, const char *path, int all) {
@@ -1645,6 +1648,62 @@ static sdq_status info_file(job *j, const char *path, int all) {
         if (sdq_file_meta(f, keys[i])) printf("  %s: %s\n", keys[i], sdq_file_meta(f, keys[i]));
     sdq_file_close(j->ctx, f);
     return SDQ_OK;
+}
+
+static sdq_status read_floats(job *j, const sdq_entry *e, double **out) {
+    const size_t n = sdq_entry_count(e);
+    float *f = (float *)own(j, n * sizeof *f);
+    size_t i;
+    TRY(sdq_entry_to_f32(j->ctx, e, f));
+    *out = (double *)own(j, n * sizeof **out);
+    for (i = 0; i < n; i++) (*out)[i] = (double)f[i];
+    return SDQ_OK;
+}
+
+/* Euclidean norms. Arrays much smaller than the largest are measured against 1e-4 of that one, so
+ * that gradients which are zero but for rounding do not count. */
+static sdq_status compare_files(job *j, const sdq_file *fa, const sdq_file *fb) {
+    const size_t n = sdq_file_count(fa);
+    double *diff = (double *)own(j, n * sizeof *diff), *norm = (double *)own(j, n * sizeof *norm);
+    double *a = NULL, *b = NULL, largest = 0.0, worst = 0.0, limit = 0.0;
+    size_t i, k;
+    TRY(arg_real(j, "limit", &limit));
+    for (i = 0; i < n; i++) {
+        const sdq_entry *ea = sdq_file_entry(fa, i);
+        const sdq_entry *eb = sdq_file_find(fb, format_text(j, "%s%s", arg_text(&j->a, "prefix"), ea->name));
+        if (!eb) return fail(j, "%s: has no array %s%s", j->a.word[1], arg_text(&j->a, "prefix"), ea->name);
+        if (ea->rank != eb->rank || memcmp(ea->dim, eb->dim, sizeof ea->dim) != 0)
+            return fail(j, "%s: the shapes of both files differ", ea->name);
+        TRY(read_floats(j, ea, &a));
+        TRY(read_floats(j, eb, &b));
+        for (k = 0; k < sdq_entry_count(ea); k++) {
+            diff[i] += (a[k] - b[k]) * (a[k] - b[k]);
+            norm[i] += b[k] * b[k];
+        }
+        largest = fmax(largest, sqrt(norm[i]));
+    }
+    for (i = 0; i < n; i++) {
+        const double base = fmax(sqrt(norm[i]), 1e-4 * largest), error = base > 0.0 ? sqrt(diff[i]) / base : sqrt(diff[i]);
+        if (n <= 16) printf("%-40s %.3e\n", sdq_file_entry(fa, i)->name, error);
+        if (!(error <= worst)) worst = error;       /* not-a-number counts */
+    }
+    printf("%zu arrays, largest relative error %.3e\n", n, worst);
+    return limit > 0.0 && !(worst <= limit) ? fail(j, "%s: the error is above %g", j->a.word[0], limit) : SDQ_OK;
+}
+
+static sdq_status info_compare(job *j) {
+    sdq_file *fa, *fb;
+    sdq_status st;
+    j->usage = j->a.words != 2;
+    if (j->usage) return fail(j, "info: --compare wants two files");
+    TRY(sdq_file_open(j->ctx, j->a.word[0], &fa));
+    st = sdq_file_open(j->ctx, j->a.word[1], &fb);
+    if (st == SDQ_OK) {
+        st = compare_files(j, fa, fb);
+        sdq_file_close(j->ctx, fb);
+    }
+    sdq_file_close(j->ctx, fa);
+    return st;
 }
 
 static void info_part(const sdq_model *m, int all) {
@@ -1679,6 +1738,7 @@ static sdq_status cmd_info(job *j) {
     const int all = arg_on(&j->a, "tensors");
     struct stat s;
     size_t i;
+    if (arg_on(&j->a, "compare")) return info_compare(j);
     if (j->a.words == 0) {
         printf("sdq %d.%d.%d on %s, %d threads\n", SDQ_VERSION_MAJOR, SDQ_VERSION_MINOR, SDQ_VERSION_PATCH,
                sdq_tier_name(sdq_ctx_tier(j->ctx)), sdq_ctx_threads(j->ctx));
@@ -1718,7 +1778,7 @@ static const command commands[] = {
     COMMAND(schedule, "", "search the evaluations that must be float", 0),
     COMMAND(eval, "", "measure variants against float: table, pictures, report", 0),
     COMMAND(forward, "MODEL ", "run one bare network, from safetensors to safetensors", 1),
-    COMMAND(info, "[FILE|FOLDER ..] ", "what a file, a model, this machine is", 0),
+    COMMAND(info, "[FILE|FOLDER ..] ", "what a file, a model, this machine is; compare two files", 0),
     COMMAND(selftest, "", "compare the results of all instruction sets, some seconds", 0),
     COMMAND(bench, "", "speed of products and of a UNet, float and int8", 1),
 };

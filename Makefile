@@ -1,0 +1,36 @@
+# sdq.h: see README.md. Everything is built into build/.
+CC ?= cc
+CXX ?= c++
+CFLAGS ?= -O2
+WARN = -Wall -Wextra -pedantic -Wconversion -Wsign-conversion -Wshadow -Wundef
+OPENMP := $(shell printf '\#include <omp.h>\nint main(void){return omp_get_num_procs()<1;}' \
+	| $(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo -fopenmp)
+
+all: build/sdq ## the command line tool (default)
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
+
+build/sdq: tools/sdq.c tools/sdq_bench.h tools/sdq_eval.h sdq.h
+	@mkdir -p build
+	$(CC) -std=c99 $(WARN) -Wstrict-prototypes $(CFLAGS) $(OPENMP) -I. tools/sdq.c -o $@ -lm
+
+test: build/sdq ## every test, with gcc and, where installed, clang; C99, C++11, sanitizers
+	@CC="$(CC)" CXX="$(CXX)" sh tests/run.sh
+
+demo: build/sdq ## the whole chain on the small model, in at most 5 minutes: build/demo/
+	sh tools/demo.sh
+
+eval: build/sdq ## the table of the README in earnest (resumable, up to 3 hours): build/eval/
+	sh tools/eval.sh
+
+bench: build/sdq ## speed against the measured peak
+	build/sdq bench --model examples/emoji/model
+
+golden: ## make the golden files again (Python; versions in tests/golden/manifest.json)
+	python3 tools/golden.py
+
+clean: ## remove what was built, not what was trained
+	rm -rf build/sdq build/tests build/demo
+
+.PHONY: all help test demo eval bench golden clean
