@@ -3,8 +3,7 @@ CC ?= cc
 CXX ?= c++
 CFLAGS ?= -O2
 WARN = -Wall -Wextra -pedantic -Wconversion -Wsign-conversion -Wshadow -Wundef
-OPENMP := $(shell printf '\#include <omp.h>\nint main(void){return omp_get_num_procs()<1;}' \
-	| $(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo -fopenmp)
+OPENMP := $(shell echo "int main(void){return 0;}" | $(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo -fopenmp)
 
 all: build/sdq ## the command line tool (default)
 

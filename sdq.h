@@ -75,8 +75,7 @@
  *     number.
  *
  * Drawing
- *     sdq_pipeline_load reads a diffusers folder: model_index.json, tokenizer/, text_encoder/, unet/,
- *     vae/, scheduler/. sdq_txt2img draws. desc.precision says which evaluations of the denoising
+ *     sdq_pipeline_load reads a diffusers folder: tokenizer/, text_encoder/, unet/, vae/, scheduler/. sdq_txt2img draws. desc.precision says which evaluations of the denoising
  *     loop are float: all, none, the first and last k, or the schedule stored with the int8 file.
  *     The same seed gives the picture that diffusers gives on a CPU (up to float rounding).
  *
@@ -884,7 +883,7 @@ typedef struct sdq_optim_desc {
     float eps;              /* 0: 1e-8 */
     float weight_decay;
     float clip;             /* largest global L2 norm of the gradient; 0: no clipping */
-    float ema;              /* keep an average of the weights: decay min((1+t)/(10+t), ema); 0: none */
+    float ema; /* keep an average of the weights: decay min((1+t)/(10+t), ema); 0: none */
     sdq_schedule schedule;  /* COSINE: falls to 0 at `steps` */
     size_t warmup, steps;   /* steps of a linear rise; length of the cosine */
 } sdq_optim_desc;
@@ -1010,8 +1009,8 @@ typedef struct sdq_pipeline_desc {
     int trainable;              /* keep the weights of the float UNet as they are: for training,
                                  * FAKE mode and saving. 0: they are packed for the kernels */
 } sdq_pipeline_desc;
-SDQ_API sdq_status sdq_pipeline_load(sdq_ctx *ctx, const char *folder, const sdq_pipeline_desc *desc,
-                                     sdq_pipeline **out);
+SDQ_API sdq_status sdq_pipeline_load(sdq_ctx *ctx, const char *folder,
+                                     const sdq_pipeline_desc *desc, sdq_pipeline **out);
 SDQ_API void sdq_pipeline_free(sdq_ctx *ctx, sdq_pipeline *pipeline);
 
 typedef enum sdq_precision {
@@ -1043,7 +1042,7 @@ typedef struct sdq_txt2img_desc {
     sdq_rng_kind rng;
     sdq_scheduler_kind scheduler;       /* DEFAULT: the folder's */
     int karras;
-    size_t count;                       /* pictures; 0: 1. Drawn from one stream, as diffusers does */
+    size_t count; /* pictures; 0: 1. Drawn from one stream, as diffusers does */
     sdq_precision precision;
     size_t k_first, k_last;
     const unsigned char *is_float;
@@ -1056,13 +1055,13 @@ typedef struct sdq_txt2img_desc {
 } sdq_txt2img_desc;
 
 /* Denoise: the latents of the pictures, [count,h,w,4] in the arena. *float_count: NULL or receives
- * the number of float evaluations. notice: NULL or receives a sentence worth showing ("" if none). */
+ * the number of float evaluations. notice: NULL or receives a sentence worth showing, or "". */
 SDQ_API sdq_tensor *sdq_txt2img_latents(sdq_ctx *ctx, const sdq_pipeline *pipeline,
                                         const sdq_txt2img_desc *desc, size_t *float_count,
                                         const char **notice);
 /* Latents to pictures of 8 bits; images: `count` structs to fill, free each with sdq_image_free. */
-SDQ_API sdq_status sdq_decode_latents(sdq_ctx *ctx, const sdq_pipeline *pipeline, sdq_tensor *latents,
-                                      sdq_image *images);
+SDQ_API sdq_status sdq_decode_latents(sdq_ctx *ctx, const sdq_pipeline *pipeline,
+                                      sdq_tensor *latents, sdq_image *images);
 /* Both. */
 SDQ_API sdq_status sdq_txt2img(sdq_ctx *ctx, const sdq_pipeline *pipeline,
                                const sdq_txt2img_desc *desc, sdq_image *images);
@@ -1096,7 +1095,7 @@ typedef struct sdq_recipe {
 SDQ_API sdq_recipe sdq_recipe_default(void);
 SDQ_API sdq_recipe sdq_recipe_reference(void);
 /* Write the settings into every layer of a UNet with float weights; ranges are forgotten.
- *   keep_float   NULL, or names of layers (or prefixes ending in '.') that stay float, NULL at end */
+ *   keep_float   NULL, or layers (or prefixes ending in '.') that stay float, NULL at the end */
 SDQ_API sdq_status sdq_recipe_apply(sdq_ctx *ctx, sdq_model *unet, const sdq_recipe *recipe,
                                     const char *const *keep_float);
 /* "range_conv=block split_skip=1 ...": for reports and files. Writes at most size bytes. */
@@ -1373,7 +1372,10 @@ static void *sdq__alloc(sdq_ctx *ctx, size_t count, size_t size) {
     void *p = NULL;
     if (sdq__u_mul(count, size, &bytes)) p = ctx->desc.alloc(ctx->desc.user, bytes ? bytes : 1);
     else bytes = SIZE_MAX;
-    if (!p) { sdq__fail(ctx, SDQ_ERR_OOM, "out of memory: %zu bytes asked for", bytes); return NULL; }
+    if (!p) {
+        sdq__fail(ctx, SDQ_ERR_OOM, "out of memory: %zu bytes asked for", bytes);
+        return NULL;
+    }
     memset(p, 0, bytes ? bytes : 1);
     return p;
 }
@@ -1411,7 +1413,10 @@ static int sdq__grow(sdq_ctx *ctx, void **items, size_t *cap, size_t need, size_
 /* Uninitialised scratch, 64-byte aligned, until the arena is released to an older mark. */
 static void *sdq__push(sdq_ctx *ctx, size_t bytes) {
     sdq__chunk *c;
-    if (bytes > SIZE_MAX / 2) { sdq__fail(ctx, SDQ_ERR_OOM, "out of memory: %zu bytes", bytes); return NULL; }
+    if (bytes > SIZE_MAX / 2) {
+        sdq__fail(ctx, SDQ_ERR_OOM, "out of memory: %zu bytes", bytes);
+        return NULL;
+    }
     bytes = sdq__u_round_up(bytes ? bytes : 1, SDQ__ALIGN);
     for (;;) {
         if (ctx->chunk_at < ctx->chunk_count) {
@@ -1432,7 +1437,10 @@ static void *sdq__push(sdq_ctx *ctx, size_t bytes) {
         c->size = sdq__u_max(sdq__u_max(bytes, SDQ__CHUNK), ctx->arena_size);
         c->used = 0;
         c->base = (char *)ctx->desc.alloc(ctx->desc.user, c->size + SDQ__ALIGN);
-        if (!c->base) { sdq__fail(ctx, SDQ_ERR_OOM, "out of memory: %zu bytes of scratch", c->size); return NULL; }
+        if (!c->base) {
+            sdq__fail(ctx, SDQ_ERR_OOM, "out of memory: %zu bytes of scratch", c->size);
+            return NULL;
+        }
         ctx->arena_size += c->size;
         ctx->chunk_count++;
     }
@@ -1528,7 +1536,8 @@ static sdq_tier sdq__cpu_best(void) {
 
 SDQ_API int sdq_tier_available(sdq_tier tier) { return tier <= sdq__cpu_best(); }
 SDQ_API const char *sdq_tier_name(sdq_tier tier) {
-    static const char *const name[SDQ_TIER_COUNT] = {"auto", "scalar", "avx2", "avx512", "avx512vnni"};
+    static const char *const name[SDQ_TIER_COUNT] = {"auto", "scalar", "avx2", "avx512",
+                                                     "avx512vnni"};
     return (unsigned)tier < SDQ_TIER_COUNT ? name[tier] : "?";
 }
 /* ===========================================================================
@@ -1598,7 +1607,8 @@ typedef struct sdq__adamw_step {
     /* *mn = min(*mn, x...), *mx = max(*mx, x...); NaN elements are skipped */ \
     X(void, minmax, (const float *x, size_t n, float *mn, float *mx), EXACT) \
     /* the same per column: mn[j], mx[j] over rows of length n, ld apart */ \
-    X(void, minmax_cols, (const float *x, size_t rows, size_t ld, size_t n, float *mn, float *mx), EXACT) \
+    X(void, minmax_cols, \
+      (const float *x, size_t rows, size_t ld, size_t n, float *mn, float *mx), EXACT) \
     /* q = clamp(rint(x * inv) + z, 0, 255), half to even; NaN gives z */ \
     X(void, quantize_u8, (uint8_t *q, const float *x, size_t n, float inv, int32_t z), EXACT) \
     /* q = clamp(rint(x * inv), -128, 127); NaN gives 0 */ \
@@ -1608,49 +1618,84 @@ typedef struct sdq__adamw_step {
     /* element-wise */ \
     X(void, add, (float *y, const float *a, const float *b, size_t n), EXACT) \
     X(void, mul, (float *y, const float *a, const float *b, size_t n), EXACT) \
-    X(void, scale, (float *y, const float *x, size_t n, float s), EXACT)                /* y = x*s */ \
-    X(void, axpy, (float *y, const float *x, size_t n, float s), EXACT)                 /* y = fma(s,x,y) */ \
-    X(void, lerp, (float *y, const float *x, size_t n, float t), EXACT)                 /* y = fma(t, x-y, y) */ \
+    /* y = x*s */ \
+    X(void, scale, \
+      (float *y, const float *x, size_t n, float s), EXACT) \
+    /* y = fma(s,x,y) */ \
+    X(void, axpy, \
+      (float *y, const float *x, size_t n, float s), EXACT) \
+    /* y = fma(t, x-y, y) */ \
+    X(void, lerp, \
+      (float *y, const float *x, size_t n, float t), EXACT) \
     X(void, vexp, (float *y, const float *x, size_t n), EXACT) \
     X(void, silu, (float *y, const float *x, size_t n), EXACT) \
-    X(void, gelu, (float *y, const float *x, size_t n), EXACT)                          /* erf form */ \
+    /* erf form */ \
+    X(void, gelu, \
+      (float *y, const float *x, size_t n), EXACT) \
     X(void, quick_gelu, (float *y, const float *x, size_t n), EXACT) \
-    X(void, geglu, (float *y, const float *h, const float *g, size_t n), EXACT)         /* h*gelu(g) */ \
+    /* h*gelu(g) */ \
+    X(void, geglu, \
+      (float *y, const float *h, const float *g, size_t n), EXACT) \
     /* backward, all adding: dx += dy * f'(x), one rounding of the product, one of the sum */ \
     X(void, silu_bwd, (float *dx, const float *dy, const float *x, size_t n), EXACT) \
     X(void, gelu_bwd, (float *dx, const float *dy, const float *x, size_t n), EXACT) \
     X(void, quick_gelu_bwd, (float *dx, const float *dy, const float *x, size_t n), EXACT) \
-    X(void, geglu_bwd, (float *dh, float *dg, const float *dy, const float *h, const float *g, size_t n), EXACT) \
+    X(void, geglu_bwd, \
+      (float *dh, float *dg, const float *dy, const float *h, const float *g, size_t n), EXACT) \
     /* sums over a row: 16 lanes and the tree */ \
     X(float, sum, (const float *x, size_t n), EXACT) \
-    X(float, dot, (const float *a, const float *b, size_t n), EXACT)                    /* fmaf per lane */ \
-    X(float, sqdist, (const float *a, const float *b, size_t n), EXACT)                 /* sum (a-b)^2, fmaf */ \
-    X(float, absdist, (const float *a, const float *b, size_t n), EXACT)                /* sum |a-b| */ \
-    X(float, sqdev, (const float *x, size_t n, float mean), EXACT)                      /* sum (x-mean)^2, fmaf */ \
+    /* fmaf per lane */ \
+    X(float, dot, \
+      (const float *a, const float *b, size_t n), EXACT) \
+    /* sum (a-b)^2, fmaf */ \
+    X(float, sqdist, \
+      (const float *a, const float *b, size_t n), EXACT) \
+    /* sum |a-b| */ \
+    X(float, absdist, \
+      (const float *a, const float *b, size_t n), EXACT) \
+    /* sum (x-mean)^2, fmaf */ \
+    X(float, sqdev, \
+      (const float *x, size_t n, float mean), EXACT) \
     /* per column, a chain over rows in order; acc is added to: acc += x; \
        acc = fma(x-mean[j], x-mean[j], acc); a1 += dy, a2 = fma(dy, x, a2) */ \
     X(void, colsum, (float *acc, const float *x, size_t rows, size_t ld, size_t n), EXACT) \
-    X(void, colsqdev, (float *acc, const float *x, const float *mean, size_t rows, size_t ld, size_t n), EXACT) \
-    X(void, colsum2, (float *a1, float *a2, const float *dy, const float *x, size_t rows, size_t ld, size_t n), EXACT) \
+    X(void, colsqdev, \
+      (float *acc, const float *x, const float *mean, size_t rows, size_t ld, size_t n), EXACT) \
+    X(void, colsum2, \
+      (float *a1, float *a2, const float *dy, const float *x, size_t rows, size_t ld, \
+       size_t n), EXACT) \
     /* y = fma(x, a[j], b[j]); silu variant applies SiLU to it; one row */ \
     X(void, affine, (float *y, const float *x, const float *a, const float *b, size_t n), EXACT) \
-    X(void, affine_silu, (float *y, const float *x, const float *a, const float *b, size_t n), EXACT) \
+    X(void, affine_silu, \
+      (float *y, const float *x, const float *a, const float *b, size_t n), EXACT) \
     /* dz = dy * silu'(fma(x, a, b)) (not adding) */ \
-    X(void, affine_silu_bwd, (float *dz, const float *dy, const float *x, const float *a, const float *b, size_t n), EXACT) \
+    X(void, affine_silu_bwd, \
+      (float *dz, const float *dy, const float *x, const float *a, const float *b, size_t n), \
+       EXACT) \
     /* dx += fma(dz, a[j], fma(x, p[j], q[j])) */ \
-    X(void, norm_bwd, (float *dx, const float *dz, const float *x, const float *a, const float *p, const float *q, size_t n), EXACT) \
+    X(void, norm_bwd, \
+      (float *dx, const float *dz, const float *x, const float *a, const float *p, \
+       const float *q, size_t n), EXACT) \
     /* y = (x - mean) * rstd * g + b as fma((x-mean)*rstd, g, b) */ \
-    X(void, layernorm, (float *y, const float *x, const float *g, const float *b, size_t n, float mean, float rstd), EXACT) \
+    X(void, layernorm, \
+      (float *y, const float *x, const float *g, const float *b, size_t n, float mean, \
+       float rstd), EXACT) \
     /* one row of the backward pass, with h = (x-mean)*rstd: dx += rstd*(dy*g - m1 - h*m2), \
        m1 = mean(dy*g), m2 = mean(dy*g*h); dgamma[j] += dy*h; dbeta[j] += dy */ \
-    X(void, layernorm_bwd, (float *dx, float *dgamma, float *dbeta, const float *dy, const float *x, const float *g, size_t n, float mean, float rstd), EXACT) \
+    X(void, layernorm_bwd, \
+      (float *dx, float *dgamma, float *dbeta, const float *dy, const float *x, \
+       const float *g, size_t n, float mean, float rstd), EXACT) \
     /* one row of an online softmax over a tile of n scores (n > 0): v = s*scale; \
-       m' = max(*m, max v); s = exp(v - m'); *l = fma(*l, alpha, sum s); returns alpha = exp(*m - m') */ \
+       m' = max(*m, max v); s = exp(v - m'); alpha = exp(*m - m'); *l = fma(*l, alpha, sum s); \
+       returns alpha */ \
     X(float, softmax_tile, (float *s, size_t n, float scale, float *m, float *l), EXACT) \
     /* backward of a tile row: p = exp(s*scale - lse); s = p; dp = (p*(dp - delta))*scale */ \
-    X(void, softmax_tile_bwd, (float *s, float *dp, size_t n, float scale, float lse, float delta), EXACT) \
-    /* g = grad*clip; m = lerp; v; w -= decay*w; w -= lr * (m*c1) / (sqrt(v*c2) + eps); PyTorch's AdamW */ \
-    X(void, adamw, (float *w, float *m, float *v, const float *grad, size_t n, const sdq__adamw_step *s), EXACT) \
+    X(void, softmax_tile_bwd, \
+      (float *s, float *dp, size_t n, float scale, float lse, float delta), EXACT) \
+    /* PyTorch's AdamW: g = grad*clip; m, v; w -= decay*w; w -= lr * (m*c1) / (sqrt(v*c2) + eps) */ \
+    X(void, adamw, \
+      (float *w, float *m, float *v, const float *grad, size_t n, const sdq__adamw_step *s), \
+       EXACT) \
     /* half precision to float, exact */ \
     X(void, from_f16, (float *y, const uint16_t *x, size_t n), EXACT) \
     X(void, from_bf16, (float *y, const uint16_t *x, size_t n), EXACT)
@@ -1680,7 +1725,8 @@ typedef struct sdq__kernels {
 #include SDQ_SELF
 #define SDQ__KERNEL_PASS 1
 #define SDQ__SUFFIX avx512vnni
-#define SDQ__TARGET __attribute__((target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl,avx512vnni")))
+#define SDQ__TARGET \
+    __attribute__((target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl,avx512vnni")))
 #define SDQ__TIER 4
 #include SDQ_SELF
 #endif
@@ -2003,7 +2049,8 @@ static sdq_tensor *sdq__t_raw(sdq_ctx *ctx, sdq_dtype dtype, int rank, const siz
     int i, fits = 1;
     if (ctx->status != SDQ_OK) return NULL;
     if (rank < 1 || rank > 4 || bytes == 0) {
-        sdq__fail(ctx, SDQ_ERR_ARGUMENT, "tensor: rank %d or dtype %d is not valid", rank, (int)dtype);
+        sdq__fail(ctx, SDQ_ERR_ARGUMENT, "tensor: rank %d or dtype %d is not valid", rank,
+                  (int)dtype);
         return NULL;
     }
     for (i = 0; i < rank; i++) fits = fits && dim[i] > 0 && sdq__u_mul(bytes, dim[i], &bytes);
@@ -2100,7 +2147,8 @@ static sdq_status sdq__t_init(sdq_ctx *ctx, sdq_tensor *t, int rank, const size_
     t->rank = rank;
     for (i = 0; i < 4; i++) t->dim[i] = i < rank ? dim[i] : 1;
     for (i = 0; i < rank; i++)
-        if (!sdq__u_mul(count, dim[i], &count)) return sdq__fail(ctx, SDQ_ERR_SHAPE, "parameter too large");
+        if (!sdq__u_mul(count, dim[i], &count))
+            return sdq__fail(ctx, SDQ_ERR_SHAPE, "parameter too large");
     t->data = SDQ__NEW_N(ctx, float, sdq__u_round_up(count, SDQ__NR));    /* whole tiles */
     return t->data ? SDQ_OK : SDQ_ERR_OOM;
 }
@@ -2116,7 +2164,8 @@ static void sdq__t_free(sdq_ctx *ctx, sdq_tensor *t) {
  * Activations: u8, affine.  Range [mn,mx] with 0 inside,
  *     s = max((mx - mn) / 255, 1.19e-7),  z = clamp(0 - rint(mn / s), 0, 255)
  *     q = clamp(rint(x * (1/s)) + z, 0, 255),  x ~ (q - z) s
- * Weights: s8 per output channel, symmetric,  s = max|w| / 127.5,  q = clamp(rint(w * (1/s)), -128, 127).
+ * Weights: s8 per output channel, symmetric,
+ *     s = max|w| / 127.5,  q = clamp(rint(w * (1/s)), -128, 127)
  * Rounding is half to even; the reciprocal is rounded to float first, as PyTorch does.
  * ======================================================================== */
 
@@ -2124,7 +2173,7 @@ static void sdq__t_free(sdq_ctx *ctx, sdq_tensor *t) {
 
 typedef struct sdq__qparam { float s, inv; int32_t z; } sdq__qparam;
 
-/* rint by adding and subtracting 1.5 * 2^23: half to even for |x| < 2^22, the clamp does the rest. */
+/* rint by adding and subtracting 1.5 * 2^23: half to even for |x| < 2^22; the clamp does the rest */
 static float sdq__q_rint(float x) {
     const float big = 12582912.0f;
     if (!(x < 4194304.0f && x > -4194304.0f)) return x;
@@ -2255,7 +2304,9 @@ typedef struct sdq__gemm {
 } sdq__gemm;
 
 static size_t sdq__gemm_panels(size_t n) { return sdq__u_div_up(n, SDQ__NR); }
-static size_t sdq__gemm_packed_count(size_t n, size_t k) { return sdq__gemm_panels(n) * SDQ__NR * k; }
+static size_t sdq__gemm_packed_count(size_t n, size_t k) {
+    return sdq__gemm_panels(n) * SDQ__NR * k;
+}
 
 /* Panels from b[n][k] (transposing): dst[panel][k][32], the last panel padded with zeros. */
 static void sdq__gemm_pack_t(float *dst, const float *b, size_t ldb, size_t n, size_t k) {
@@ -2357,9 +2408,9 @@ static void sdq__gemm_run(sdq_ctx *ctx, sdq__gemm *w) {
 
 /* A product of small matrices inside a task: y[m][n] (+)= a[m][k] b, a strided, b one set of
  * panels [n/32][bk][32] of which rows k0.. are used. */
-static void sdq__gemm_small(const struct sdq__kernels *kern, const float *a, size_t lda, size_t astep,
-                            const float *b, size_t bk, float *y, size_t ldy,
-                            size_t m, size_t n, size_t k, int more) {
+static void sdq__gemm_small(const struct sdq__kernels *kern, const float *a, size_t lda,
+                            size_t astep, const float *b, size_t bk, float *y, size_t ldy, size_t m,
+                            size_t n, size_t k, int more) {
     size_t p, i, r;
     for (p = 0; p * SDQ__NR < n; p++) {
         for (i = 0; i < m; i += SDQ__MR) {
@@ -2411,11 +2462,15 @@ static void sdq__gemm_dw_pack(const sdq__gemm_dw *w, float *dst, size_t m0, size
     for (i = 0; i < rows; i++, dst += SDQ__NR, sdq__gemm_next(&w->g, &p)) {
         const size_t s = flat ? m0 + i : sdq__gemm_src(&w->g, &p, ky, kx);
         if (s == SIZE_MAX) { memset(dst, 0, SDQ__NR * sizeof *dst); continue; }
-        if (w->x && cn == SDQ__NR) { memcpy(dst, w->x + s * w->ldx + c0, sizeof *dst * SDQ__NR); continue; }
+        if (w->x && cn == SDQ__NR) {
+            memcpy(dst, w->x + s * w->ldx + c0, sizeof *dst * SDQ__NR);
+            continue;
+        }
         if (w->x) {
             for (j = 0; j < cn; j++) dst[j] = w->x[s * w->ldx + c0 + j];
         } else {
-            const size_t at = s / w->rows_per_scale * w->blocks + (w->blocks > 1 ? c0 / SDQ__NR : 0);
+            const size_t at =
+                s / w->rows_per_scale * w->blocks + (w->blocks > 1 ? c0 / SDQ__NR : 0);
             w->k->dequantize_u8(dst, w->q + s * w->ldq + c0, cn, w->qs[at], w->qz[at]);
         }
         for (j = cn; j < SDQ__NR; j++) dst[j] = 0.0f;
@@ -2447,7 +2502,12 @@ static void sdq__gemm_dw_run(sdq_ctx *ctx, sdq__gemm_dw *w) {
 }
 
 /* out[j] += sum over rows of x[r][j]: a chain per column; the bias gradient. */
-typedef struct sdq__colsum { const struct sdq__kernels *k; const float *x; float *out; size_t rows, n; } sdq__colsum;
+typedef struct sdq__colsum {
+    const struct sdq__kernels *k;
+    const float *x;
+    float *out;
+    size_t rows, n;
+} sdq__colsum;
 static void sdq__gemm_colsum_task(void *arg, size_t task, int thread) {
     const sdq__colsum *w = (const sdq__colsum *)arg;
     const size_t j = task * 64;
@@ -2530,7 +2590,8 @@ static void sdq__qgemm_entry_rows(const sdq__qgemm *w, size_t m, size_t mr, cons
     }
 }
 /* One range per row and block: padding reads zeros with scale 0. */
-static void sdq__qgemm_row_rows(const sdq__qgemm *w, size_t mr, const size_t *src, const sdq__qrows *r) {
+static void sdq__qgemm_row_rows(const sdq__qgemm *w, size_t mr, const size_t *src,
+                                const sdq__qrows *r) {
     const sdq__qinput *x = w->x;
     size_t i, t, j;
     for (t = 0; t < w->w->taps; t++)
@@ -2653,8 +2714,8 @@ static void sdq__att_pack_task(void *arg, size_t task, int thread) {
 }
 
 /* Scores of queries i0.. against keys j0..: s[i][0..nk), -inf where causality hides a key. */
-static void sdq__att_scores(const sdq__att *w, const float *q, const float *kp, size_t i0, size_t nq,
-                            size_t j0, size_t nk, float *s) {
+static void sdq__att_scores(const sdq__att *w, const float *q, const float *kp, size_t i0,
+                            size_t nq, size_t j0, size_t nk, float *s) {
     const size_t c = w->heads * w->d;
     size_t i, j;
     sdq__gemm_small(w->k, q + i0 * c, c, 1, kp + j0 * w->d, w->d, s, SDQ__ATT_K, nq, nk, w->d, 0);
@@ -2766,7 +2827,8 @@ static void sdq__att_backward(sdq_ctx *ctx, sdq__att *w) {
             for (h = 0; h < w->heads; h++)
                 for (i = 0; i < w->tq; i++) {
                     const size_t at = (e * w->tq + i) * c + h * w->d;
-                    w->delta[(e * w->heads + h) * w->tq + i] = w->k->dot(w->dy + at, w->y + at, w->d);
+                    w->delta[(e * w->heads + h) * w->tq + i] =
+                        w->k->dot(w->dy + at, w->y + at, w->d);
                 }
         sdq__par_for(ctx, w->n * w->heads, sdq__att_pack_task, w);
         sdq__par_for(ctx, w->n * w->heads, sdq__att_bwd_task, w);
@@ -2797,7 +2859,8 @@ static sdq__node *sdq__tape_push(sdq_ctx *ctx, void (*back)(sdq_ctx *, sdq__node
                                  sdq_tensor *a, sdq_tensor *b, sdq_tensor *c, sdq_tensor *d) {
     sdq__node *n;
     if (!y) return NULL;
-    if (!((a && a->needs_grad) || (b && b->needs_grad) || (c && c->needs_grad) || (d && d->needs_grad)))
+    if (!((a && a->needs_grad) || (b && b->needs_grad) || (c && c->needs_grad)
+          || (d && d->needs_grad)))
         return NULL;
     if (!ctx->recording) {
         if (ctx->tape && !ctx->tape->y) ctx->tape->i[1] = 1;
@@ -2850,7 +2913,8 @@ SDQ_API sdq_status sdq_backward(sdq_ctx *ctx, sdq_tensor *loss) {
     if (!loss || sdq_tensor_count(loss) != 1)
         return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "backward: the loss must be one number");
     if (!loss->needs_grad)
-        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "backward: nothing that was recorded leads to the loss");
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT,
+                         "backward: nothing that was recorded leads to the loss");
     loss->grad = SDQ__PUSH_N(ctx, float, 1);
     if (!loss->grad) return ctx->status;
     loss->grad[0] = 1.0f;
@@ -2896,10 +2960,12 @@ static void sdq__tape_checkpoint_back(sdq_ctx *ctx, sdq__node *n) {
     y = n->fn(ctx, n->p[0], ptr, count);
     ctx->replay = 0;
     if (y && !sdq__tape_closed(ctx->tape)) {
-        sdq__fail(ctx, SDQ_ERR_ARGUMENT, "checkpoint: a block trains a tensor that is not one of its inputs"
+        sdq__fail(ctx, SDQ_ERR_ARGUMENT,
+                  "checkpoint: a block trains a tensor that is not one of its inputs"
                   " and has no gradient memory; give the tensor to an optimizer first");
     } else if (y) {
-        if (y->grad) ctx->k->add(y->grad, y->grad, n->y->grad, sdq_tensor_count(y));   /* y is an input */
+        if (y->grad)
+            ctx->k->add(y->grad, y->grad, n->y->grad, sdq_tensor_count(y)); /* y is an input */
         else y->grad = n->y->grad;
         sdq__tape_walk(ctx, ctx->tape);
     }
@@ -2908,7 +2974,8 @@ static void sdq__tape_checkpoint_back(sdq_ctx *ctx, sdq__node *n) {
     ctx->tape = tape;
 }
 
-SDQ_API sdq_tensor *sdq_checkpoint(sdq_ctx *ctx, sdq_block_fn fn, void *user, sdq_tensor **in, int n) {
+SDQ_API sdq_tensor *sdq_checkpoint(sdq_ctx *ctx, sdq_block_fn fn, void *user, sdq_tensor **in,
+                                   int n) {
     sdq_mark mark;
     sdq_tensor *y;
     sdq__node *node;
@@ -2951,7 +3018,8 @@ static int sdq__op_same(sdq_ctx *ctx, const char *op, const sdq_tensor *a, const
     char sa[96], sb[96];
     if (!a || !b) return 0;
     if (sdq__t_same(a, b)) return 1;
-    sdq__fail(ctx, SDQ_ERR_SHAPE, "%s: %s and %s differ", op, sdq__t_shape(a, sa), sdq__t_shape(b, sb));
+    sdq__fail(ctx, SDQ_ERR_SHAPE, "%s: %s and %s differ", op, sdq__t_shape(a, sa),
+              sdq__t_shape(b, sb));
     return 0;
 }
 
@@ -3049,7 +3117,8 @@ SDQ_API sdq_tensor *sdq_add_vector(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *v) {
     c = sdq__t_chan(x);
     if (x->rank < 2 || v->rank != 2 || v->dim[0] != x->dim[0] || v->dim[1] != c) {
         char a[96], b[96];
-        sdq__fail(ctx, SDQ_ERR_SHAPE, "add_vector: %s does not fit %s", sdq__t_shape(v, a), sdq__t_shape(x, b));
+        sdq__fail(ctx, SDQ_ERR_SHAPE, "add_vector: %s does not fit %s", sdq__t_shape(v, a),
+                  sdq__t_shape(x, b));
         return NULL;
     }
     y = sdq__t_like(ctx, x);
@@ -3078,14 +3147,16 @@ SDQ_API sdq_tensor *sdq_add_rows(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *p) {
     if (!x || !p) return NULL;
     if (x->rank != 3 || p->rank != 2 || p->dim[0] < x->dim[1] || p->dim[1] != x->dim[2]) {
         char a[96], b[96];
-        sdq__fail(ctx, SDQ_ERR_SHAPE, "add_rows: table %s does not fit %s", sdq__t_shape(p, a), sdq__t_shape(x, b));
+        sdq__fail(ctx, SDQ_ERR_SHAPE, "add_rows: table %s does not fit %s", sdq__t_shape(p, a),
+                  sdq__t_shape(x, b));
         return NULL;
     }
     y = sdq__t_like(ctx, x);
     if (!y) return NULL;
     size = x->dim[1] * x->dim[2];
     for (e = 0; e < x->dim[0]; e++)
-        sdq__op_binary(ctx, ctx->k->add, sdq_f32(y) + e * size, sdq_f32(x) + e * size, sdq_f32(p), size);
+        sdq__op_binary(ctx, ctx->k->add, sdq_f32(y) + e * size, sdq_f32(x) + e * size, sdq_f32(p),
+                       size);
     (void)sdq__tape_push(ctx, sdq__op_add_rows_back, y, x, p, NULL, NULL);
     return y;
 }
@@ -3093,15 +3164,21 @@ SDQ_API sdq_tensor *sdq_add_rows(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *p) {
 /* ---- activations: y = f(x);  dx += dy f'(x) ---- */
 static void sdq__op_silu_back(sdq_ctx *ctx, sdq__node *n) {
     float *d = sdq__tape_grad(ctx, n->x[0]);
-    if (d) sdq__op_binary(ctx, ctx->k->silu_bwd, d, n->y->grad, sdq_f32(n->x[0]), sdq_tensor_count(n->y));
+    if (d)
+        sdq__op_binary(ctx, ctx->k->silu_bwd, d, n->y->grad, sdq_f32(n->x[0]),
+                       sdq_tensor_count(n->y));
 }
 static void sdq__op_gelu_back(sdq_ctx *ctx, sdq__node *n) {
     float *d = sdq__tape_grad(ctx, n->x[0]);
-    if (d) sdq__op_binary(ctx, ctx->k->gelu_bwd, d, n->y->grad, sdq_f32(n->x[0]), sdq_tensor_count(n->y));
+    if (d)
+        sdq__op_binary(ctx, ctx->k->gelu_bwd, d, n->y->grad, sdq_f32(n->x[0]),
+                       sdq_tensor_count(n->y));
 }
 static void sdq__op_quick_gelu_back(sdq_ctx *ctx, sdq__node *n) {
     float *d = sdq__tape_grad(ctx, n->x[0]);
-    if (d) sdq__op_binary(ctx, ctx->k->quick_gelu_bwd, d, n->y->grad, sdq_f32(n->x[0]), sdq_tensor_count(n->y));
+    if (d)
+        sdq__op_binary(ctx, ctx->k->quick_gelu_bwd, d, n->y->grad, sdq_f32(n->x[0]),
+                       sdq_tensor_count(n->y));
 }
 static sdq_tensor *sdq__op_activation(sdq_ctx *ctx, sdq_tensor *x,
                                       void (*f)(float *, const float *, size_t),
@@ -3132,7 +3209,12 @@ static void sdq__op_geglu_back(sdq_ctx *ctx, sdq__node *n) {
         ctx->k->geglu_bwd(dx + r * 2 * d, dx + r * 2 * d + d, n->y->grad + r * d, x + r * 2 * d,
                           x + r * 2 * d + d, d);
 }
-typedef struct sdq__geglu { const struct sdq__kernels *k; float *y; const float *x; size_t d, rows; } sdq__geglu;
+typedef struct sdq__geglu {
+    const struct sdq__kernels *k;
+    float *y;
+    const float *x;
+    size_t d, rows;
+} sdq__geglu;
 static void sdq__op_geglu_task(void *arg, size_t task, int thread) {
     const sdq__geglu *w = (const sdq__geglu *)arg;
     size_t r = task * 16;
@@ -3262,7 +3344,8 @@ static void sdq__op_gn_back(sdq_ctx *ctx, sdq__node *n) {
     sdq_tensor *x = n->x[0], *gamma = n->x[1], *beta = n->x[2];
     const float *mean = (const float *)n->p[0], *rstd = (const float *)n->p[1];
     const size_t groups = n->i[0], c = sdq__t_chan(x), cg = c / groups;
-    float *dx = sdq__tape_grad(ctx, x), *dg = sdq__tape_grad(ctx, gamma), *db = sdq__tape_grad(ctx, beta);
+    float *dx = sdq__tape_grad(ctx, x), *dg = sdq__tape_grad(ctx, gamma),
+          *db = sdq__tape_grad(ctx, beta);
     const sdq_mark mark = sdq_arena_mark(ctx);
     float *p, *q;
     sdq__gn w;
@@ -3322,8 +3405,9 @@ SDQ_API sdq_tensor *sdq_group_norm(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *gamm
     c = sdq__t_chan(x);
     ng = groups > 0 ? (size_t)groups : 0;
     if (ng == 0 || c % ng || sdq_tensor_count(gamma) != c || sdq_tensor_count(beta) != c) {
-        sdq__fail(ctx, SDQ_ERR_SHAPE, "group_norm: %zu channels, %d groups, %zu weights, %zu biases",
-                  c, groups, sdq_tensor_count(gamma), sdq_tensor_count(beta));
+        sdq__fail(ctx, SDQ_ERR_SHAPE,
+                  "group_norm: %zu channels, %d groups, %zu weights, %zu biases", c, groups,
+                  sdq_tensor_count(gamma), sdq_tensor_count(beta));
         return NULL;
     }
     cg = c / ng;
@@ -3352,7 +3436,8 @@ SDQ_API sdq_tensor *sdq_group_norm(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *gamm
     sdq__op_gn_run(ctx, &w, SDQ__GN_SUM);
     for (e = 0; e < w.entries; e++)
         for (g = 0; g < ng; g++) {
-            const float m = (float)(sdq__op_gn_total(&w, w.part, e, g * cg, cg) / (double)(w.rows * cg));
+            const float m =
+                (float)(sdq__op_gn_total(&w, w.part, e, g * cg, cg) / (double)(w.rows * cg));
             mean[e * ng + g] = m;
             for (j = g * cg; j < (g + 1) * cg; j++) mc[e * c + j] = m;
         }
@@ -3457,8 +3542,8 @@ SDQ_API sdq_tensor *sdq_layer_norm(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *gamm
 }
 
 /* ---- attention ---- */
-static void sdq__op_att_setup(sdq__att *w, sdq_tensor *q, sdq_tensor *k, sdq_tensor *v, size_t heads,
-                              int causal) {
+static void sdq__op_att_setup(sdq__att *w, sdq_tensor *q, sdq_tensor *k, sdq_tensor *v,
+                              size_t heads, int causal) {
     memset(w, 0, sizeof *w);
     w->q = sdq_f32(q); w->key = sdq_f32(k); w->v = sdq_f32(v);
     w->n = q->dim[0]; w->tq = q->dim[1]; w->tk = k->dim[1];
@@ -3552,7 +3637,8 @@ static void sdq__op_concat_back(sdq_ctx *ctx, sdq__node *n) {
     for (part = 0; part < 2; part++) {
         const size_t pc = sdq__t_chan(n->x[part]);
         float *d = sdq__tape_grad(ctx, n->x[part]);
-        for (r = 0; d && r < rows; r++) ctx->k->add(d + r * pc, d + r * pc, n->y->grad + r * c + at, pc);
+        for (r = 0; d && r < rows; r++)
+            ctx->k->add(d + r * pc, d + r * pc, n->y->grad + r * c + at, pc);
         at += pc;
     }
 }
@@ -3568,7 +3654,8 @@ SDQ_API sdq_tensor *sdq_concat(sdq_ctx *ctx, sdq_tensor *a, sdq_tensor *b) {
     for (i = 0; i + 1 < a->rank; i++) fits = fits && a->dim[i] == b->dim[i];
     if (!fits) {
         char sa[96], sb[96];
-        sdq__fail(ctx, SDQ_ERR_SHAPE, "concat: %s and %s", sdq__t_shape(a, sa), sdq__t_shape(b, sb));
+        sdq__fail(ctx, SDQ_ERR_SHAPE, "concat: %s and %s", sdq__t_shape(a, sa),
+                  sdq__t_shape(b, sb));
         return NULL;
     }
     y = sdq__t_chans(ctx, a, ca + cb);
@@ -3674,12 +3761,14 @@ SDQ_API sdq_tensor *sdq_reshape(sdq_ctx *ctx, sdq_tensor *x, int rank, const siz
 /* ---- losses ---------------------------------------------------------------------------------- */
 
 /* Sum over a tensor by pieces: kind 0 squared, 1 absolute differences. */
-static double sdq__op_distance(sdq_ctx *ctx, const float *a, const float *b, size_t n, int absolute) {
+static double sdq__op_distance(sdq_ctx *ctx, const float *a, const float *b, size_t n,
+                               int absolute) {
     double sum = 0.0;
     size_t i;
     for (i = 0; i < n; i += SDQ__PIECE) {
         const size_t m = sdq__u_min(SDQ__PIECE, n - i);
-        sum += (double)(absolute ? ctx->k->absdist(a + i, b + i, m) : ctx->k->sqdist(a + i, b + i, m));
+        sum +=
+            (double)(absolute ? ctx->k->absdist(a + i, b + i, m) : ctx->k->sqdist(a + i, b + i, m));
     }
     return sum;
 }
@@ -3690,14 +3779,16 @@ static sdq_tensor *sdq__op_scalar(sdq_ctx *ctx, double v) {
     return y;
 }
 
-/* mse = mean over e of weight[e] mean((x - t)^2);  dx += 2 weight[e] (x - t) / count dy, dt -= the same */
+/* mse = mean over e of weight[e] mean((x - t)^2);
+ * dx += 2 weight[e] (x - t) / count dy, dt -= the same */
 static void sdq__op_mse_back(sdq_ctx *ctx, sdq__node *n) {
     const size_t size = sdq_tensor_count(n->x[0]) / n->x[0]->dim[0];
     const float *weight = (const float *)n->p[0], *x = sdq_f32(n->x[0]), *t = sdq_f32(n->x[1]);
     float *dx = sdq__tape_grad(ctx, n->x[0]), *dt = sdq__tape_grad(ctx, n->x[1]);
     size_t e, i;
     for (e = 0; e < n->x[0]->dim[0]; e++) {
-        const float s = n->y->grad[0] * 2.0f * (weight ? weight[e] : 1.0f) / (float)sdq_tensor_count(n->x[0]);
+        const float s =
+            n->y->grad[0] * 2.0f * (weight ? weight[e] : 1.0f) / (float)sdq_tensor_count(n->x[0]);
         for (i = e * size; dx && i < (e + 1) * size; i++) dx[i] += s * (x[i] - t[i]);
         for (i = e * size; dt && i < (e + 1) * size; i++) dt[i] -= s * (x[i] - t[i]);
     }
@@ -3738,13 +3829,15 @@ SDQ_API sdq_tensor *sdq_l1(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *t) {
     size_t count;
     if (!sdq__op_same(ctx, "l1", x, t)) return NULL;
     count = sdq_tensor_count(x);
-    y = sdq__op_scalar(ctx, sdq__op_distance(ctx, sdq_f32(x), sdq_f32(t), count, 1) / (double)count);
+    y = sdq__op_scalar(ctx,
+                       sdq__op_distance(ctx, sdq_f32(x), sdq_f32(t), count, 1) / (double)count);
     (void)sdq__tape_push(ctx, sdq__op_l1_back, y, x, t, NULL, NULL);
     return y;
 }
 
 /* Mean |e[i][j+1] - e[i][j]| + mean |e[i+1][j] - e[i][j]|, e = x - t; the sign is the gradient. */
-static double sdq__op_edges(const sdq_tensor *x, const sdq_tensor *t, size_t dy, size_t dx, float *grad, float g) {
+static double sdq__op_edges(const sdq_tensor *x, const sdq_tensor *t, size_t dy, size_t dx,
+                            float *grad, float g) {
     const size_t h = x->dim[1], w = x->dim[2], c = x->dim[3];
     const size_t count = x->dim[0] * (h - dy) * (w - dx) * c, step = (dy * w + dx) * c;
     const float *a = sdq_f32(x), *b = sdq_f32(t), s = g / (float)count;
@@ -3783,7 +3876,8 @@ SDQ_API sdq_tensor *sdq_l1_edges(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *t) {
         sdq__fail(ctx, SDQ_ERR_SHAPE, "l1_edges: needs [n,h,w,c] with h, w of at least 2");
         return NULL;
     }
-    y = sdq__op_scalar(ctx, sdq__op_edges(x, t, 0, 1, NULL, 0.0f) + sdq__op_edges(x, t, 1, 0, NULL, 0.0f));
+    y = sdq__op_scalar(ctx, sdq__op_edges(x, t, 0, 1, NULL, 0.0f)
+                                + sdq__op_edges(x, t, 1, 0, NULL, 0.0f));
     (void)sdq__tape_push(ctx, sdq__op_edges_back, y, x, t, NULL, NULL);
     return y;
 }
@@ -3853,7 +3947,8 @@ SDQ_API sdq_tensor *sdq_sample_gaussian(sdq_ctx *ctx, sdq_tensor *moments, sdq_t
     if (!moments || !noise) return NULL;
     c = sdq__t_chan(moments) / 2;
     rows = sdq__t_rows(moments);
-    if (sdq__t_chan(moments) % 2 || sdq_tensor_count(noise) != rows * c || sdq__t_chan(noise) != c) {
+    if (sdq__t_chan(moments) % 2 || sdq_tensor_count(noise) != rows * c
+        || sdq__t_chan(noise) != c) {
         char a[96], b[96];
         sdq__fail(ctx, SDQ_ERR_SHAPE, "sample_gaussian: moments %s, noise %s",
                   sdq__t_shape(moments, a), sdq__t_shape(noise, b));
@@ -3981,8 +4076,11 @@ SDQ_API sdq_status sdq_layer_create(sdq_ctx *ctx, const sdq_layer_desc *desc, sd
     if (ctx->status != SDQ_OK) return ctx->status;
     if (desc->in == 0 || desc->out == 0 || desc->kernel < 0 || desc->kernel > 3 || desc->stride < 0
         || (desc->kernel <= 1 && desc->stride > 1))
-        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: %zu -> %zu channels, kernel %d, stride %d is not"
-                         " possible", desc->name ? desc->name : "", desc->in, desc->out, desc->kernel, desc->stride);
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT,
+                         "layer %s: %zu -> %zu channels, kernel %d, stride %d is not"
+                         " possible",
+                         desc->name ? desc->name : "", desc->in, desc->out, desc->kernel,
+                         desc->stride);
     l = SDQ__NEW(ctx, sdq_layer);
     if (!l) return ctx->status;
     l->name = sdq__strdup(ctx, desc->name ? desc->name : "");
@@ -4054,7 +4152,8 @@ static sdq__geom sdq__ly_geom_back(sdq__geom g) {
 }
 
 /* The result tensor, or NULL when x does not fit. */
-static sdq_tensor *sdq__ly_result(sdq_ctx *ctx, const sdq_layer *l, sdq_tensor *x, sdq_tensor *res) {
+static sdq_tensor *sdq__ly_result(sdq_ctx *ctx, const sdq_layer *l, sdq_tensor *x,
+                                  sdq_tensor *res) {
     char sx[96], sr[96];
     sdq_tensor *y;
     int fits = x->dtype == SDQ_F32 && sdq__t_chan(x) == l->in;
@@ -4075,8 +4174,8 @@ static sdq_tensor *sdq__ly_result(sdq_ctx *ctx, const sdq_layer *l, sdq_tensor *
         y = sdq__t_chans(ctx, x, l->out);
     }
     if (y && res && !sdq__t_same(y, res)) {
-        sdq__fail(ctx, SDQ_ERR_SHAPE, "layer %s: result %s, residual %s", l->name, sdq__t_shape(y, sx),
-                  sdq__t_shape(res, sr));
+        sdq__fail(ctx, SDQ_ERR_SHAPE, "layer %s: result %s, residual %s", l->name,
+                  sdq__t_shape(y, sx), sdq__t_shape(res, sr));
         return NULL;
     }
     return y;
@@ -4239,7 +4338,8 @@ static void sdq__ly_range_rows(sdq_ctx *ctx, const sdq_tensor *x, size_t c0, siz
 }
 
 /* New range from the old one and that of a batch: true min/max, or m += moving (now - m). */
-static void sdq__ly_track(const sdq_layer *l, int seen, float now_mn, float now_mx, float *mn, float *mx) {
+static void sdq__ly_track(const sdq_layer *l, int seen, float now_mn, float now_mx, float *mn,
+                          float *mx) {
     if (!seen) { *mn = now_mn; *mx = now_mx; return; }
     if (l->quant.moving > 0.0f) {
         *mn += l->quant.moving * (now_mn - *mn);
@@ -4293,7 +4393,8 @@ static sdq_status sdq__ly_weight_scales(sdq_ctx *ctx, sdq_layer *l) {
     float *s = sdq_f32(&l->sw);
     size_t o;
     if (l->quant.weight_scale == SDQ_WEIGHT_FIXED && s[0] > 0.0f) return SDQ_OK;
-    if (l->quant.weight_scale == SDQ_WEIGHT_MOVING && !l->w_mn) SDQ__TRY(sdq__ly_observe_weights(ctx, l));
+    if (l->quant.weight_scale == SDQ_WEIGHT_MOVING && !l->w_mn)
+        SDQ__TRY(sdq__ly_observe_weights(ctx, l));
     for (o = 0; o < l->out; o++) {
         float mn = INFINITY, mx = -INFINITY;
         if (l->quant.weight_scale == SDQ_WEIGHT_MOVING) { mn = l->w_mn[o]; mx = l->w_mx[o]; }
@@ -4353,7 +4454,8 @@ static void sdq__ly_minmax_task(void *arg, size_t task, int thread) {
     w->mn[task] = INFINITY;
     w->mx[task] = -INFINITY;
     for (; r < end; r++)
-        w->k->minmax(w->x + (e * rows + r) * w->ldx + w->part->c0, w->part->c, &w->mn[task], &w->mx[task]);
+        w->k->minmax(w->x + (e * rows + r) * w->ldx + w->part->c0, w->part->c, &w->mn[task],
+                     &w->mx[task]);
 }
 
 static void sdq__ly_quantize_row(const sdq__qrun *w, size_t r) {
@@ -4393,9 +4495,14 @@ static sdq_status sdq__ly_entry_scales(sdq_ctx *ctx, sdq__qrun *w) {
     size_t e, i;
     if (w->range == SDQ_RANGE_STATIC) {
         if (!w->part->seen)
-            return sdq__fail(ctx, SDQ_ERR_NOT_CALIBRATED, "layer %s: its input range was never observed;"
-                             " calibrate first", w->l->name);
-        for (e = 0; e < o->entries; e++) { o->s[e] = sdq_f32(&w->part->s)[0]; o->z[e] = w->part->z; }
+            return sdq__fail(ctx, SDQ_ERR_NOT_CALIBRATED,
+                             "layer %s: its input range was never observed;"
+                             " calibrate first",
+                             w->l->name);
+        for (e = 0; e < o->entries; e++) {
+            o->s[e] = sdq_f32(&w->part->s)[0];
+            o->z[e] = w->part->z;
+        }
     } else {
         const sdq_mark mark = sdq_arena_mark(ctx);
         w->chunks = sdq__u_div_up(o->rows / o->entries, SDQ__Q_ROWS);
@@ -4486,7 +4593,8 @@ static void sdq__ly_product(sdq_ctx *ctx, const sdq_layer *l, const sdq_tensor *
 
 static sdq_status sdq__ly_alloc_weight(sdq_ctx *ctx, sdq__qweight *w, int heap) {
     const size_t panels = sdq__gemm_panels(w->n);
-    const size_t bytes = panels * w->taps * w->quads * SDQ__NR * 4, sums = panels * w->segs * SDQ__NR;
+    const size_t bytes = panels * w->taps * w->quads * SDQ__NR * 4,
+                 sums = panels * w->segs * SDQ__NR;
     w->b = heap ? SDQ__NEW_N(ctx, int8_t, bytes) : SDQ__PUSH_N(ctx, int8_t, bytes);
     w->sum = heap ? SDQ__NEW_N(ctx, int32_t, sums) : SDQ__PUSH_N(ctx, int32_t, sums);
     return w->b && w->sum ? SDQ_OK : ctx->status;
@@ -4494,14 +4602,17 @@ static sdq_status sdq__ly_alloc_weight(sdq_ctx *ctx, sdq__qweight *w, int heap) 
 
 /* The published recipe quantizes results: y = (clamp(rint(y/s) + z) - z) s, in place. While the
  * tape records, mask[i] tells where the gradient passes. */
-static sdq_status sdq__ly_quantize_output(sdq_ctx *ctx, const sdq_layer *l, sdq_tensor *y, uint8_t *mask) {
+static sdq_status sdq__ly_quantize_output(sdq_ctx *ctx, const sdq_layer *l, sdq_tensor *y,
+                                          uint8_t *mask) {
     const size_t n = sdq_tensor_count(y);
     const sdq__qparam p = sdq__q_from_range(l->out_mn, l->out_mx);
     float *v = sdq_f32(y);
     size_t i;
     if (!l->out_seen)
-        return sdq__fail(ctx, SDQ_ERR_NOT_CALIBRATED, "layer %s: its output range was never observed;"
-                         " calibrate first", l->name);
+        return sdq__fail(ctx, SDQ_ERR_NOT_CALIBRATED,
+                         "layer %s: its output range was never observed;"
+                         " calibrate first",
+                         l->name);
     for (i = 0; i < n; i++) {
         const float q = sdq__q_rint(v[i] * p.inv) + (float)p.z;
         const float c = q < 0.0f ? 0.0f : q > 255.0f ? 255.0f : q;
@@ -4522,7 +4633,8 @@ static void sdq__ly_observe_output(sdq_ctx *ctx, sdq_layer *l, const sdq_tensor 
 typedef struct sdq__fake { sdq__qinput in[2]; uint8_t *mask; } sdq__fake;
 
 static sdq_status sdq__ly_forward_quant(sdq_ctx *ctx, sdq_layer *l, const sdq_tensor *x,
-                                        const sdq_tensor *res, sdq_tensor *y, int fake, sdq__fake *keep) {
+                                        const sdq_tensor *res, sdq_tensor *y, int fake,
+                                        sdq__fake *keep) {
     const int late = l->quant.quantize_output && res;   /* the residual is added afterwards */
     sdq__qinput in[2];
     size_t i;
@@ -4550,7 +4662,9 @@ static sdq_status sdq__ly_forward_quant(sdq_ctx *ctx, sdq_layer *l, const sdq_te
     if (l->quant.quantize_output) {
         if (l->observe && fake && !ctx->replay) sdq__ly_observe_output(ctx, l, y);
         SDQ__TRY(sdq__ly_quantize_output(ctx, l, y, keep ? keep->mask : NULL));
-        if (late) sdq__op_binary(ctx, ctx->k->add, sdq_f32(y), sdq_f32(y), sdq_f32(res), sdq_tensor_count(y));
+        if (late)
+            sdq__op_binary(ctx, ctx->k->add, sdq_f32(y), sdq_f32(y), sdq_f32(res),
+                           sdq_tensor_count(y));
     }
     return ctx->status;
 }
@@ -4559,8 +4673,8 @@ static sdq_status sdq__ly_forward_quant(sdq_ctx *ctx, sdq_layer *l, const sdq_te
 
 /* Straight-through through the input quantizer of a static range, with the scale of the forward
  * pass (an observer may have moved on): g = gradient of xh. */
-static void sdq__ly_ste_input(sdq_ctx *ctx, sdq__qpart *p, const sdq__qinput *in8, const sdq_tensor *x,
-                              const float *g, float *dx) {
+static void sdq__ly_ste_input(sdq_ctx *ctx, sdq__qpart *p, const sdq__qinput *in8,
+                              const sdq_tensor *x, const float *g, float *dx) {
     const size_t ld = sdq__t_chan(x), rows = sdq__t_rows(x);
     const float inv = 1.0f / in8->s[0], z = (float)in8->z[0];
     float *ds = sdq__tape_grad(ctx, &p->s);
@@ -4599,7 +4713,8 @@ static void sdq__ly_ste_weight(sdq_ctx *ctx, sdq_layer *l, const float *g) {
 }
 
 static void sdq__ly_fake_weight_gradient(sdq_ctx *ctx, sdq_layer *l, const sdq_tensor *x,
-                                         const sdq_tensor *y, const float *dy, const sdq__fake *keep) {
+                                         const sdq_tensor *y, const float *dy,
+                                         const sdq__fake *keep) {
     const sdq_mark mark = sdq_arena_mark(ctx);
     float *g = sdq__ly_zeros(ctx, l->out * sdq__ly_k(l));
     size_t i;
@@ -4644,9 +4759,11 @@ static void sdq__ly_fake_back(sdq_ctx *ctx, sdq__node *n) {
         float *g = fixed ? SDQ__PUSH_N(ctx, float, sdq_tensor_count(x)) : dx;
         if (!q || !g) return;
         sdq__ly_input_gradient(ctx, l, x, n->y, dy, q, g, !fixed);
-        for (i = 0; fixed && i < l->parts; i++) sdq__ly_ste_input(ctx, &l->part[i], &keep->in[i], x, g, dx);
+        for (i = 0; fixed && i < l->parts; i++)
+            sdq__ly_ste_input(ctx, &l->part[i], &keep->in[i], x, g, dx);
     }
-    if (l->w.needs_grad || l->sw.needs_grad) sdq__ly_fake_weight_gradient(ctx, l, x, n->y, dy, keep);
+    if (l->w.needs_grad || l->sw.needs_grad)
+        sdq__ly_fake_weight_gradient(ctx, l, x, n->y, dy, keep);
     if (db) sdq__gemm_colsum(ctx, db, dy, sdq__t_rows(n->y), l->out);
     sdq_arena_release(ctx, mark);
 }
@@ -4655,8 +4772,8 @@ static void sdq__ly_fake_back(sdq_ctx *ctx, sdq__node *n) {
 
 /* Bias correction (Nagel et al., "Data-Free Quantization", arXiv 1906.04721, section 4.2): collect
  * the mean of FLOAT - FAKE per output channel on the same input. */
-static void sdq__ly_collect_bias(sdq_ctx *ctx, sdq_layer *l, const sdq_tensor *x, const sdq_tensor *res,
-                                 const sdq_tensor *y) {
+static void sdq__ly_collect_bias(sdq_ctx *ctx, sdq_layer *l, const sdq_tensor *x,
+                                 const sdq_tensor *res, const sdq_tensor *y) {
     const sdq_mark mark = sdq_arena_mark(ctx);
     sdq_tensor *f = sdq__t_like(ctx, y);
     size_t r, o;
@@ -4664,7 +4781,8 @@ static void sdq__ly_collect_bias(sdq_ctx *ctx, sdq_layer *l, const sdq_tensor *x
         sdq__ly_forward_float(ctx, l, x, res, f);
         for (r = 0; r < sdq__t_rows(y); r++)
             for (o = 0; o < l->out; o++)
-                l->bias_sum[o] += (double)sdq_f32(f)[r * l->out + o] - (double)sdq_f32(y)[r * l->out + o];
+                l->bias_sum[o] +=
+                    (double)sdq_f32(f)[r * l->out + o] - (double)sdq_f32(y)[r * l->out + o];
         l->bias_rows += (double)sdq__t_rows(y);
     }
     sdq_arena_release(ctx, mark);
@@ -4707,7 +4825,8 @@ static sdq_tensor *sdq__ly_forward(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *x, sd
     y = sdq__ly_result(ctx, l, x, res);
     if (!y) return NULL;
     if (mode == SDQ_FLOAT || !l->quant.enabled) {
-        sdq__node *n = sdq__tape_push(ctx, sdq__ly_float_back, y, x, res, &l->w, l->b.data ? &l->b : NULL);
+        sdq__node *n =
+            sdq__tape_push(ctx, sdq__ly_float_back, y, x, res, &l->w, l->b.data ? &l->b : NULL);
         if (n) n->p[0] = l;
         if (n && !l->w.data && x->needs_grad) {
             sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: gradients need float weights", l->name);
@@ -4723,7 +4842,8 @@ static sdq_tensor *sdq__ly_forward(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *x, sd
         return NULL;
     }
     if (!l->part[0].w.b) {
-        sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: has no int8 weights; convert the model first", l->name);
+        sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: has no int8 weights; convert the model first",
+                  l->name);
         return NULL;
     }
     mark = sdq_arena_mark(ctx);
@@ -4773,8 +4893,10 @@ SDQ_API sdq_status sdq_layer_convert(sdq_ctx *ctx, sdq_layer *l) {
     sdq_status st;
     if (!l->quant.enabled || !l->w.data) return SDQ_OK;
     if (sdq__ly_range(l) == SDQ_RANGE_STATIC && !l->part[0].seen)
-        return sdq__fail(ctx, SDQ_ERR_NOT_CALIBRATED, "layer %s: its input range was never observed;"
-                         " calibrate first", l->name);
+        return sdq__fail(ctx, SDQ_ERR_NOT_CALIBRATED,
+                         "layer %s: its input range was never observed;"
+                         " calibrate first",
+                         l->name);
     st = sdq__ly_weight_scales(ctx, l);
     q = st == SDQ_OK ? sdq__ly_quantize_weights(ctx, l) : NULL;
     if (q) st = sdq__ly_set_int8(ctx, l, q);
@@ -8532,13 +8654,15 @@ SDQ_API sdq_status sdq_optim_add(sdq_ctx *ctx, sdq_optim *o, sdq_tensor *t, cons
     float *grad;
     size_t n, i;
     if (ctx->status != SDQ_OK) return ctx->status;
-    if (!t) return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "optimizer: %s has no float values to train", name);
+    if (!t)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "optimizer: %s has no float values to train", name);
     for (i = 0; i < o->count; i++)
         if (o->leaf[i].t == t || strcmp(o->leaf[i].name, name) == 0)
             return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "optimizer: %s was added twice", name);
     n = sdq_tensor_count(t);
     memset(&l, 0, sizeof l);
-    if (!sdq__grow(ctx, (void **)(void *)&o->leaf, &o->cap, o->count + 1, sizeof l)) return ctx->status;
+    if (!sdq__grow(ctx, (void **)(void *)&o->leaf, &o->cap, o->count + 1, sizeof l))
+        return ctx->status;
     l.t = t;
     l.name = sdq__strdup(ctx, name);
     l.m = SDQ__NEW_N(ctx, float, n);
@@ -8565,7 +8689,8 @@ static sdq_status sdq__opt_add_state(sdq_ctx *ctx, sdq_optim *o, const char *nam
                                      sdq__state_fn fn, void *user) {
     sdq__leaf l;
     memset(&l, 0, sizeof l);
-    if (!sdq__grow(ctx, (void **)(void *)&o->leaf, &o->cap, o->count + 1, sizeof l)) return ctx->status;
+    if (!sdq__grow(ctx, (void **)(void *)&o->leaf, &o->cap, o->count + 1, sizeof l))
+        return ctx->status;
     l.state = fn;
     l.user = user;
     l.name = sdq__strdup(ctx, name);
@@ -8582,7 +8707,8 @@ static sdq_status sdq__opt_add_state(sdq_ctx *ctx, sdq_optim *o, const char *nam
 SDQ_API void sdq_optim_zero(sdq_optim *o) {
     size_t i;
     for (i = 0; i < o->count; i++)
-        if (!o->leaf[i].state) memset(o->leaf[i].t->grad, 0, sdq_tensor_count(o->leaf[i].t) * sizeof(float));
+        if (!o->leaf[i].state)
+            memset(o->leaf[i].t->grad, 0, sdq_tensor_count(o->leaf[i].t) * sizeof(float));
 }
 SDQ_API size_t sdq_optim_steps_done(const sdq_optim *o) { return o->step; }
 SDQ_API double sdq_optim_grad_norm(const sdq_optim *o) { return o->norm; }
@@ -8622,14 +8748,18 @@ SDQ_API sdq_status sdq_optim_step(sdq_ctx *ctx, sdq_optim *o) {
     if (ctx->status != SDQ_OK) return ctx->status;
     o->norm = sdq__opt_norm(ctx, o);
     if (!(o->norm < 1e30))
-        return sdq__fail(ctx, SDQ_ERR_NUMERIC, "training: the gradient of step %zu is not finite; the"
-                         " last checkpoint is good, lower the learning rate", o->step);
+        return sdq__fail(ctx, SDQ_ERR_NUMERIC,
+                         "training: the gradient of step %zu is not finite; the"
+                         " last checkpoint is good, lower the learning rate",
+                         o->step);
     o->rate = sdq__opt_rate(d, o->step);
     if (decay > (double)d->ema) decay = (double)d->ema;
     s.beta1 = d->beta1; s.beta2 = d->beta2; s.eps = d->eps;
     s.c1 = (float)(1.0 / (1.0 - pow((double)d->beta1, t)));
     s.c2 = (float)(1.0 / (1.0 - pow((double)d->beta2, t)));
-    s.clip = d->clip > 0.0f && o->norm > (double)d->clip ? (float)((double)d->clip / (o->norm + 1e-6)) : 1.0f;
+    s.clip = d->clip > 0.0f && o->norm > (double)d->clip
+                 ? (float)((double)d->clip / (o->norm + 1e-6))
+                 : 1.0f;
     for (i = 0; i < o->count; i++) {
         sdq__leaf *l = &o->leaf[i];
         float *w = sdq_f32(l->t);
@@ -8711,7 +8841,8 @@ SDQ_API sdq_status sdq_optim_save(sdq_ctx *ctx, const sdq_optim *o, const char *
 /* The step is digits and nothing else; 0 when it is not. */
 static int sdq__opt_parse_step(const char *text, size_t *step) {
     size_t i, v = 0;
-    for (i = 0; text[i] >= '0' && text[i] <= '9' && i < 18; i++) v = v * 10 + (size_t)(text[i] - '0');
+    for (i = 0; text[i] >= '0' && text[i] <= '9' && i < 18; i++)
+        v = v * 10 + (size_t)(text[i] - '0');
     *step = v;
     return i > 0 && text[i] == 0;
 }
@@ -8726,8 +8857,10 @@ SDQ_API sdq_status sdq_optim_load(sdq_ctx *ctx, sdq_optim *o, const char *path) 
     if (st != SDQ_OK) return st;
     text = sdq_file_meta(f, "step");
     if (!text || !sdq__opt_parse_step(text, &step) || sdq_file_count(f) != arrays) {
-        st = sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: is not the state of this training (%zu arrays, expected %zu);"
-                       " use another state file or delete it", path, sdq_file_count(f), arrays);
+        st = sdq__fail(ctx, SDQ_ERR_FORMAT,
+                       "%s: is not the state of this training (%zu arrays, expected %zu);"
+                       " use another state file or delete it",
+                       path, sdq_file_count(f), arrays);
         goto done;
     }
     for (pass = 0; pass < 2; pass++)        /* check everything before anything changes */
@@ -8763,8 +8896,8 @@ static void sdq__opt_rng(sdq_rng *rng, uint64_t seed, size_t step, size_t micro)
     sdq_rng_init(rng, SDQ_RNG_TORCH, mix ^ (mix >> 32));
 }
 
-static sdq_status sdq__opt_micro(sdq_ctx *ctx, sdq_loss_fn fn, void *user, sdq_rng *rng, size_t step,
-                                 float share, double *loss) {
+static sdq_status sdq__opt_micro(sdq_ctx *ctx, sdq_loss_fn fn, void *user, sdq_rng *rng,
+                                 size_t step, float share, double *loss) {
     const sdq_mark mark = sdq_arena_mark(ctx);
     sdq_tensor *y;
     sdq_tape_begin(ctx);
@@ -8797,13 +8930,17 @@ SDQ_API sdq_status sdq_fit(sdq_ctx *ctx, sdq_optim *o, const sdq_fit_desc *d, sd
             SDQ__TRY(sdq__opt_micro(ctx, fn, user, &rng, o->step, 1.0f / (float)micros, &loss));
         }
         if (!(loss > -1e30 && loss < 1e30))
-            return sdq__fail(ctx, SDQ_ERR_NUMERIC, "training: the loss of step %zu is not finite; the last"
-                             " checkpoint is good, lower the learning rate", o->step);
+            return sdq__fail(ctx, SDQ_ERR_NUMERIC,
+                             "training: the loss of step %zu is not finite; the last"
+                             " checkpoint is good, lower the learning rate",
+                             o->step);
         SDQ__TRY(sdq_optim_step(ctx, o));
         if (d->progress) stop = d->progress(d->user, "train", o->step, d->steps, loss);
-        if (d->state && (stop || o->step == d->steps || (d->save_every && o->step % d->save_every == 0)))
+        if (d->state
+            && (stop || o->step == d->steps || (d->save_every && o->step % d->save_every == 0)))
             SDQ__TRY(sdq_optim_save(ctx, o, d->state));
-        if (stop) return sdq__fail(ctx, SDQ_ERR_CANCELLED, "training: cancelled after step %zu", o->step);
+        if (stop)
+            return sdq__fail(ctx, SDQ_ERR_CANCELLED, "training: cancelled after step %zu", o->step);
     }
     return SDQ_OK;
 }
@@ -11671,7 +11808,8 @@ SDQ_API void sdq_pipeline_free(sdq_ctx *ctx, sdq_pipeline *p) {
     sdq__free(ctx, p);
 }
 
-static sdq_status sdq__pl_load_scheduler(sdq_ctx *ctx, const char *folder, sdq_scheduler_desc *out) {
+static sdq_status sdq__pl_load_scheduler(sdq_ctx *ctx, const char *folder,
+                                         sdq_scheduler_desc *out) {
     char *path = sdq__io_join(ctx, folder, "/scheduler/", "scheduler_config.json");
     char *text = NULL;
     size_t len = 0;
@@ -11687,8 +11825,8 @@ static sdq_status sdq__pl_load_scheduler(sdq_ctx *ctx, const char *folder, sdq_s
     return st;
 }
 
-SDQ_API sdq_status sdq_pipeline_load(sdq_ctx *ctx, const char *folder, const sdq_pipeline_desc *desc,
-                                     sdq_pipeline **out) {
+SDQ_API sdq_status sdq_pipeline_load(sdq_ctx *ctx, const char *folder,
+                                     const sdq_pipeline_desc *desc, sdq_pipeline **out) {
     sdq_pipeline *p = SDQ__NEW(ctx, sdq_pipeline);
     sdq_pipeline_desc d;
     char *tok = NULL;
@@ -11708,10 +11846,12 @@ SDQ_API sdq_status sdq_pipeline_load(sdq_ctx *ctx, const char *folder, const sdq
     if (st == SDQ_OK && d.unet_int8) {
         p->policy = SDQ__NEW(ctx, sdq_policy);
         st = ctx->status;
-        if (st == SDQ_OK) st = sdq_model_load_int8(ctx, folder, d.unet_int8, &p->unet_int8, p->policy);
+        if (st == SDQ_OK)
+            st = sdq_model_load_int8(ctx, folder, d.unet_int8, &p->unet_int8, p->policy);
     }
     if (st == SDQ_OK && !p->unet && !p->unet_int8)
-        st = sdq__fail(ctx, SDQ_ERR_ARGUMENT, "%s: neither a float nor an int8 UNet was asked for", folder);
+        st = sdq__fail(ctx, SDQ_ERR_ARGUMENT, "%s: neither a float nor an int8 UNet was asked for",
+                       folder);
     if (st == SDQ_OK) st = sdq_model_freeze(ctx, p->text);
     if (st == SDQ_OK) st = sdq_model_freeze(ctx, p->vae);
     if (st == SDQ_OK && p->unet && !d.trainable) st = sdq_model_freeze(ctx, p->unet);
@@ -11742,7 +11882,8 @@ static int sdq__pl_policy_fits(const sdq_policy *p, const sdq_scheduler *s) {
 
 /* A schedule found for other settings: every evaluation takes the precision of the nearest
  * timestep. */
-static void sdq__pl_map_policy(const sdq_policy *p, const sdq_scheduler *s, unsigned char *is_float) {
+static void sdq__pl_map_policy(const sdq_policy *p, const sdq_scheduler *s,
+                               unsigned char *is_float) {
     size_t i, j;
     if (sdq__pl_policy_fits(p, s)) { memcpy(is_float, p->is_float, p->count); return; }
     for (i = 0; i < sdq_scheduler_count(s); i++) {
@@ -11764,7 +11905,8 @@ static sdq_status sdq__pl_precision(sdq_ctx *ctx, const sdq_pipeline *p, const s
     case SDQ_PRECISION_FLOAT: memset(is_float, 1, n); return SDQ_OK;
     case SDQ_PRECISION_INT8: memset(is_float, 0, n); return SDQ_OK;
     case SDQ_PRECISION_EDGES:
-        for (i = 0; i < n; i++) is_float[i] = (unsigned char)(i < d->k_first || i + d->k_last > n - 1);
+        for (i = 0; i < n; i++)
+            is_float[i] = (unsigned char)(i < d->k_first || i + d->k_last > n - 1);
         return SDQ_OK;
     case SDQ_PRECISION_LIST:
         if (!d->is_float) return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "precision list: none was given");
@@ -11772,7 +11914,8 @@ static sdq_status sdq__pl_precision(sdq_ctx *ctx, const sdq_pipeline *p, const s
         return SDQ_OK;
     default:
         if (!p->policy || p->policy->count == 0)
-            return sdq__fail(ctx, SDQ_ERR_MISSING, "the int8 network has no precision schedule; make one with"
+            return sdq__fail(ctx, SDQ_ERR_MISSING,
+                             "the int8 network has no precision schedule; make one with"
                              " sdq schedule, or choose first and last evaluations");
         sdq__pl_map_policy(p->policy, s, is_float);
         if (notice && !sdq__pl_policy_fits(p->policy, s))
@@ -11870,7 +12013,8 @@ static sdq_tensor *sdq__pl_context(sdq_ctx *ctx, const sdq_pipeline *p, const sd
     size_t dim[3], i, size;
     text[0] = r->d->negative;
     text[1] = r->d->prompt;
-    c = sdq_text_forward(ctx, p->text, sdq_pipeline_ids(ctx, p, text + (2 - r->branches), r->branches));
+    c = sdq_text_forward(ctx, p->text,
+                         sdq_pipeline_ids(ctx, p, text + (2 - r->branches), r->branches));
     if (!c) return NULL;
     memcpy(dim, c->dim, sizeof dim);
     size = dim[1] * dim[2];
@@ -11890,8 +12034,10 @@ static sdq_status sdq__pl_noise(sdq_ctx *ctx, const sdq_pipeline *p, sdq__pl_run
     const float sigma = sdq_scheduler_init_sigma(r->s);
     size_t i, n;
     if (w % f || h % f || w > 65536 || h > 65536)
-        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "a picture of %zu x %zu: sides must be multiples of %zu and"
-                         " at most 65536", w, h, f);
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT,
+                         "a picture of %zu x %zu: sides must be multiples of %zu and"
+                         " at most 65536",
+                         w, h, f);
     r->x = sdq_tensor_4d(ctx, r->count, h / f, w / f, unet.in);
     if (!r->x) return ctx->status;
     n = sdq_tensor_count(r->x);
@@ -11909,11 +12055,13 @@ static sdq_status sdq__pl_networks(sdq_ctx *ctx, const sdq_pipeline *p, sdq__pl_
     r->net[0].mode = r->d->mode == SDQ_FAKE ? SDQ_FAKE : SDQ_INT8;
     for (i = 0; i < sdq_scheduler_count(r->s); i++)
         if (!r->net[r->is_float[i] != 0].model)
-            return sdq__fail(ctx, SDQ_ERR_MISSING, "no int8 UNet is loaded; make one with sdq quantize");
+            return sdq__fail(ctx, SDQ_ERR_MISSING,
+                             "no int8 UNet is loaded; make one with sdq quantize");
     return SDQ_OK;
 }
 
-static sdq_status sdq__pl_denoise(sdq_ctx *ctx, const sdq_pipeline *p, sdq__pl_run *r, const char **notice) {
+static sdq_status sdq__pl_denoise(sdq_ctx *ctx, const sdq_pipeline *p, sdq__pl_run *r,
+                                  const char **notice) {
     size_t i, n;
     sdq_scheduler_desc sd = p->scheduler;
     const sdq_txt2img_desc *d = r->d;
@@ -11922,7 +12070,8 @@ static sdq_status sdq__pl_denoise(sdq_ctx *ctx, const sdq_pipeline *p, sdq__pl_r
     sd.steps = d->steps;
     SDQ__TRY(sdq_scheduler_create(ctx, &sd, &r->s));
     n = sdq_scheduler_count(r->s);
-    if (n > 1001) return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "%zu evaluations: at most 1001 are possible", n);
+    if (n > 1001)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "%zu evaluations: at most 1001 are possible", n);
     SDQ__TRY(sdq__pl_precision(ctx, p, d, r->s, r->is_float, notice));
     SDQ__TRY(sdq__pl_networks(ctx, p, r));
     sdq_rng_init(&r->rng, d->rng, d->seed);
@@ -11975,7 +12124,8 @@ SDQ_API sdq_status sdq_decode_latents(sdq_ctx *ctx, const sdq_pipeline *p, sdq_t
     for (i = 0; i < latents->dim[0] && st == SDQ_OK; i++) {      /* one at a time: less memory */
         const sdq_mark mark = sdq_arena_mark(ctx);
         const size_t size = sdq_tensor_count(latents) / latents->dim[0];
-        sdq_tensor *z = sdq_tensor_4d(ctx, 1, latents->dim[1], latents->dim[2], latents->dim[3]), *y;
+        sdq_tensor *z = sdq_tensor_4d(ctx, 1, latents->dim[1], latents->dim[2], latents->dim[3]),
+                   *y;
         for (j = 0; z && j < size; j++) sdq_f32(z)[j] = sdq_f32(latents)[i * size + j] / scaling;
         y = sdq_vae_decode(ctx, p->vae, z, SDQ_FLOAT);
         st = y ? sdq_image_new(ctx, y->dim[2], y->dim[1], y->dim[3], &images[i]) : ctx->status;
@@ -12532,7 +12682,8 @@ SDQ_API sdq_tensor *sdq_diffusion_task_loss(sdq_ctx *ctx, void *arg, sdq_rng *rn
     return sdq_mse(ctx, sdq_unet_forward(ctx, t->unet, &in, t->mode), b.target, b.weight);
 }
 
-SDQ_API sdq_status sdq_optim_add_model(sdq_ctx *ctx, sdq_optim *o, sdq_model *m, const char *prefix) {
+SDQ_API sdq_status sdq_optim_add_model(sdq_ctx *ctx, sdq_optim *o, sdq_model *m,
+                                       const char *prefix) {
     size_t i;
     for (i = 0; i < sdq_model_param_count(m); i++) {
         const char *name;
@@ -12578,30 +12729,38 @@ SDQ_API sdq_recipe sdq_recipe_reference(void) {
     return r;
 }
 
-static const char *const sdq__rc_range[SDQ_RANGE_COUNT] = {"default", "static", "picture", "position", "block"};
+static const char *const sdq__rc_range[SDQ_RANGE_COUNT] = {"default", "static", "picture",
+                                                           "position", "block"};
 
 SDQ_API void sdq_recipe_to_str(const sdq_recipe *r, char *buf, size_t size) {
-    (void)snprintf(buf, size, "range_linear=%s range_conv=%s quantize_outputs=%d quantize_edges=%d "
-                   "quantize_time=%d quantize_context=%d split_skip=%d bias_correction=%d "
-                   "learn_scales=%d freeze_weights=%d moving=%g weight_scale=%d calibrate_on_data=%d "
-                   "noise_loss=%g teacher_loss=%g", sdq__rc_range[r->range_linear],
-                   sdq__rc_range[r->range_conv], r->quantize_outputs, r->quantize_edges,
-                   r->quantize_time, r->quantize_context, r->split_skip, r->bias_correction,
-                   r->learn_scales, r->freeze_weights, (double)r->moving, (int)r->weight_scale,
-                   r->calibrate_on_data, (double)r->noise_loss, (double)r->teacher_loss);
+    (void)snprintf(
+        buf, size,
+        "range_linear=%s range_conv=%s quantize_outputs=%d quantize_edges=%d "
+        "quantize_time=%d quantize_context=%d split_skip=%d bias_correction=%d "
+        "learn_scales=%d freeze_weights=%d moving=%g weight_scale=%d calibrate_on_data=%d "
+        "noise_loss=%g teacher_loss=%g",
+        sdq__rc_range[r->range_linear], sdq__rc_range[r->range_conv], r->quantize_outputs,
+        r->quantize_edges, r->quantize_time, r->quantize_context, r->split_skip, r->bias_correction,
+        r->learn_scales, r->freeze_weights, (double)r->moving, (int)r->weight_scale,
+        r->calibrate_on_data, (double)r->noise_loss, (double)r->teacher_loss);
 }
 
-static int sdq__rc_starts(const char *s, const char *with) { return strncmp(s, with, strlen(with)) == 0; }
+static int sdq__rc_starts(const char *s, const char *with) {
+    return strncmp(s, with, strlen(with)) == 0;
+}
 
 static int sdq__rc_quantized(const sdq_recipe *r, const char *name, const char *const *keep) {
     size_t i;
     if (!r->quantize_edges && (!strcmp(name, "conv_in") || !strcmp(name, "conv_out"))) return 0;
-    if (!r->quantize_time && (sdq__rc_starts(name, "time_embedding.") || sdq__io_ends(name, ".time_emb_proj")))
+    if (!r->quantize_time
+        && (sdq__rc_starts(name, "time_embedding.") || sdq__io_ends(name, ".time_emb_proj")))
         return 0;
-    if (!r->quantize_context && (sdq__io_ends(name, ".attn2.to_k") || sdq__io_ends(name, ".attn2.to_v")))
+    if (!r->quantize_context
+        && (sdq__io_ends(name, ".attn2.to_k") || sdq__io_ends(name, ".attn2.to_v")))
         return 0;
     for (i = 0; keep && keep[i]; i++)
-        if (!strcmp(name, keep[i]) || (sdq__io_ends(keep[i], ".") && sdq__rc_starts(name, keep[i]))) return 0;
+        if (!strcmp(name, keep[i]) || (sdq__io_ends(keep[i], ".") && sdq__rc_starts(name, keep[i])))
+            return 0;
     return 1;
 }
 
@@ -12654,7 +12813,12 @@ SDQ_API void sdq_states_free(sdq_ctx *ctx, sdq_states *s) {
 SDQ_API size_t sdq_states_count(const sdq_states *s) { return s->count; }
 
 /* The states of one evaluation: one per branch. */
-typedef struct sdq__cal_collect { sdq_ctx *ctx; sdq_states *s; const sdq_txt2img_desc *d; size_t at; } sdq__cal_collect;
+typedef struct sdq__cal_collect {
+    sdq_ctx *ctx;
+    sdq_states *s;
+    const sdq_txt2img_desc *d;
+    size_t at;
+} sdq__cal_collect;
 
 static int sdq__cal_keep(void *user, const sdq_step_info *info) {
     sdq__cal_collect *w = (sdq__cal_collect *)user;
@@ -12662,8 +12826,10 @@ static int sdq__cal_keep(void *user, const sdq_step_info *info) {
     const size_t branches = info->input->dim[0];
     size_t b;
     for (b = 0; b < branches; b++, s->count++) {
-        memcpy(s->x + s->count * s->size, sdq_f32(info->input) + b * s->size, s->size * sizeof(float));
-        memcpy(s->eps + s->count * s->size, sdq_f32(info->raw) + b * s->size, s->size * sizeof(float));
+        memcpy(s->x + s->count * s->size, sdq_f32(info->input) + b * s->size,
+               s->size * sizeof(float));
+        memcpy(s->eps + s->count * s->size, sdq_f32(info->raw) + b * s->size,
+               s->size * sizeof(float));
         s->time[s->count] = info->timestep;
         s->context_of[s->count] = w->at + b;
         if (info->i == 0)
@@ -12673,8 +12839,9 @@ static int sdq__cal_keep(void *user, const sdq_step_info *info) {
     return w->d->progress ? w->d->progress(w->d->user, "states", s->count, s->cap, 0.0) : 0;
 }
 
-SDQ_API sdq_status sdq_states_collect(sdq_ctx *ctx, const sdq_pipeline *p, const char *const *prompts,
-                                      size_t n, const sdq_txt2img_desc *desc, sdq_states **out) {
+SDQ_API sdq_status sdq_states_collect(sdq_ctx *ctx, const sdq_pipeline *p,
+                                      const char *const *prompts, size_t n,
+                                      const sdq_txt2img_desc *desc, sdq_states **out) {
     const sdq_model_info unet = sdq_model_get_info(p->unet ? p->unet : p->unet_int8);
     const sdq_model_info vae = sdq_model_get_info(p->vae);
     const float g = desc->guidance == 0.0f ? 7.5f : desc->guidance;
@@ -12731,7 +12898,8 @@ static sdq_status sdq__cal_batch(sdq_ctx *ctx, const sdq_states *s, const size_t
         memcpy(sdq_f32(in->sample) + i * s->size, s->x + idx[i] * s->size, s->size * sizeof(float));
         memcpy(sdq_f32(*target) + i * s->size, s->eps + idx[i] * s->size, s->size * sizeof(float));
         memcpy(sdq_f32(in->context) + i * s->context_size,
-               s->context + s->context_of[idx[i]] * s->context_size, s->context_size * sizeof(float));
+               s->context + s->context_of[idx[i]] * s->context_size,
+               s->context_size * sizeof(float));
         times[i] = s->time[idx[i]];
     }
     in->timesteps = times;
@@ -12739,8 +12907,9 @@ static sdq_status sdq__cal_batch(sdq_ctx *ctx, const sdq_states *s, const size_t
 }
 
 /* One pass over all states in a mode. */
-static sdq_status sdq__cal_pass(sdq_ctx *ctx, const sdq_model *unet, const sdq_states *s, size_t batch,
-                                sdq_mode mode, const char *stage, sdq_progress_fn progress, void *user) {
+static sdq_status sdq__cal_pass(sdq_ctx *ctx, const sdq_model *unet, const sdq_states *s,
+                                size_t batch, sdq_mode mode, const char *stage,
+                                sdq_progress_fn progress, void *user) {
     size_t i, j, idx[64];
     batch = batch == 0 ? 8 : batch > 64 ? 64 : batch;
     for (i = 0; i < s->count; i += batch) {
@@ -12781,8 +12950,9 @@ static sdq_status sdq__cal_bias(sdq_ctx *ctx, sdq_model *m, const sdq_states *s,
     return st;
 }
 
-SDQ_API sdq_status sdq_calibrate_states(sdq_ctx *ctx, sdq_model *unet, const sdq_states *s, size_t batch,
-                                        int bias_correction, sdq_progress_fn progress, void *user) {
+SDQ_API sdq_status sdq_calibrate_states(sdq_ctx *ctx, sdq_model *unet, const sdq_states *s,
+                                        size_t batch, int bias_correction, sdq_progress_fn progress,
+                                        void *user) {
     sdq_status st;
     sdq_model_observe(unet, 1);
     st = sdq__cal_pass(ctx, unet, s, batch, SDQ_FLOAT, "calibrate", progress, user);
@@ -12828,10 +12998,10 @@ static sdq_tensor *sdq__ds_forward(sdq_ctx *ctx, const sdq_model *m, const sdq_u
     return y;
 }
 
-/* Run the teacher: none of its tensors needs a gradient, so nothing is noted. Where outputs of inner
- * layers are wanted the tape stays on all the same, because the arena then keeps everything. */
-static sdq_tensor *sdq__ds_teacher(sdq_ctx *ctx, const sdq_distill_task *t, const sdq_unet_input *in,
-                                   sdq__tap *tap) {
+/* Run the teacher: none of its tensors needs a gradient, so nothing is noted. Where outputs of
+ * inner layers are wanted the tape stays on all the same, because the arena then keeps everything. */
+static sdq_tensor *sdq__ds_teacher(sdq_ctx *ctx, const sdq_distill_task *t,
+                                   const sdq_unet_input *in, sdq__tap *tap) {
     const int recording = ctx->recording;
     sdq_unet_input i = *in;
     sdq_tensor *y;
@@ -12850,7 +13020,9 @@ static sdq_tensor *sdq__ds_add(sdq_ctx *ctx, sdq_tensor *sum, sdq_tensor *loss, 
 static sdq_status sdq__ds_batch(sdq_ctx *ctx, const sdq_distill_task *t, sdq_rng *rng,
                                 sdq_unet_input *in, sdq_tensor **noise, sdq_tensor **teacher) {
     size_t i, idx[64];
-    if (t->batch > 64) return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "distillation: a batch of %zu, at most 64", t->batch);
+    if (t->batch > 64)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "distillation: a batch of %zu, at most 64",
+                         t->batch);
     if (t->states) {
         for (i = 0; i < t->batch; i++) idx[i] = (size_t)sdq_rng_below(rng, t->states->count);
         return sdq__cal_batch(ctx, t->states, idx, t->batch, in, teacher);
@@ -12877,7 +13049,8 @@ SDQ_API sdq_tensor *sdq_distill_task_loss(sdq_ctx *ctx, void *arg, sdq_rng *rng,
     (void)step;
     memset(tap, 0, sizeof tap);
     if (t->maps > 16 || (t->maps && t->checkpoint) || (!t->states && !t->data)) {
-        sdq__fail(ctx, SDQ_ERR_ARGUMENT, "distillation: at most 16 mapped layers, none with checkpointing,"
+        sdq__fail(ctx, SDQ_ERR_ARGUMENT,
+                  "distillation: at most 16 mapped layers, none with checkpointing,"
                   " and states or data must be given");
         return NULL;
     }
@@ -12885,13 +13058,15 @@ SDQ_API sdq_tensor *sdq_distill_task_loss(sdq_ctx *ctx, void *arg, sdq_rng *rng,
     if (t->teacher && (!teacher || t->maps)) teacher = sdq__ds_teacher(ctx, t, &in, tap[0]);
     in.checkpoint = t->checkpoint;
     y = sdq__ds_forward(ctx, t->student, &in, SDQ_FAKE, t, tap[1]);
-    if (t->teacher_loss != 0.0f) sum = sdq__ds_add(ctx, sum, sdq_mse(ctx, y, teacher, NULL), t->teacher_loss);
+    if (t->teacher_loss != 0.0f)
+        sum = sdq__ds_add(ctx, sum, sdq_mse(ctx, y, teacher, NULL), t->teacher_loss);
     if (t->noise_loss != 0.0f && noise)
         sum = sdq__ds_add(ctx, sum, sdq_mse(ctx, y, noise, NULL), t->noise_loss);
     for (i = 0; i < t->maps; i++) {
         sdq_tensor *a = tap[1][i].y, *b = tap[0][i].y;
         if (!a || !b) {
-            sdq__fail(ctx, SDQ_ERR_MISSING, "distillation: no layer %s in student and teacher", t->map[i].layer);
+            sdq__fail(ctx, SDQ_ERR_MISSING, "distillation: no layer %s in student and teacher",
+                      t->map[i].layer);
             return NULL;
         }
         sum = sdq__ds_add(ctx, sum, t->map[i].l1 ? sdq_l1(ctx, a, b) : sdq_mse(ctx, a, b, NULL),
@@ -12900,15 +13075,16 @@ SDQ_API sdq_tensor *sdq_distill_task_loss(sdq_ctx *ctx, void *arg, sdq_rng *rng,
     return sum;
 }
 
-SDQ_API sdq_status sdq_optim_add_student(sdq_ctx *ctx, sdq_optim *o, sdq_model *m, const sdq_recipe *r,
-                                         float scale_lr) {
+SDQ_API sdq_status sdq_optim_add_student(sdq_ctx *ctx, sdq_optim *o, sdq_model *m,
+                                         const sdq_recipe *r, float scale_lr) {
     char name[256];
     size_t i, p;
     if (!r->freeze_weights) SDQ__TRY(sdq_optim_add_model(ctx, o, m, ""));
     for (i = 0; r->moving > 0.0f && i < m->layers; i++) {       /* observers that go on moving */
         sdq_layer *l = m->layer[i];
         if (!l->quant.enabled) continue;
-        if (l->quant.weight_scale == SDQ_WEIGHT_MOVING && !l->w_mn) SDQ__TRY(sdq__ly_observe_weights(ctx, l));
+        if (l->quant.weight_scale == SDQ_WEIGHT_MOVING && !l->w_mn)
+            SDQ__TRY(sdq__ly_observe_weights(ctx, l));
         (void)snprintf(name, sizeof name, "%s.observers", l->name);
         SDQ__TRY(sdq__opt_add_state(ctx, o, name, sdq__ly_state_count(l), sdq__ly_state, l));
     }
@@ -12974,7 +13150,8 @@ static void sdq__cv_unpack(const sdq_layer *l, int8_t *dst) {
             for (t = 0; t < taps; t++)
                 for (c = 0; c < p->c; c++) {
                     const size_t quad = (o / SDQ__NR * taps + t) * p->w.quads + c / 4;
-                    dst[(o * taps + t) * l->in + p->c0 + c] = p->w.b[(quad * SDQ__NR + o % SDQ__NR) * 4 + c % 4];
+                    dst[(o * taps + t) * l->in + p->c0 + c] =
+                        p->w.b[(quad * SDQ__NR + o % SDQ__NR) * 4 + c % 4];
                 }
     }
 }
@@ -13036,7 +13213,8 @@ static void sdq__cv_layer(sdq__cv_out *o, const sdq_layer *l) {
         s[2] = l->out_mn; s[3] = l->out_mx;
         sdq__cv_add(o, l->name, ".output_range", SDQ_F32, SDQ_F32, 1, &two, s + 2);
     }
-    (void)snprintf(text, 128, "range=%s split=%zu", sdq__rc_range[sdq__ly_range(l)], l->parts == 2 ? l->quant.split : 0);
+    (void)snprintf(text, 128, "range=%s split=%zu", sdq__rc_range[sdq__ly_range(l)],
+                   l->parts == 2 ? l->quant.split : 0);
     o->meta[o->metas].key = sdq__cv_text(o->ctx, "sdq.layer.", l->name);
     o->meta[o->metas++].value = text;
 }
@@ -13069,7 +13247,8 @@ static void sdq__cv_param(sdq__cv_out *o, const sdq__param *p) {
         sdq__md_export(p, copy, data);
         data = copy;
     }
-    sdq__cv_add(o, p->name, "", SDQ_F32, bias ? SDQ_F32 : sdq__cv_exact(data, n), p->rank, p->dim, data);
+    sdq__cv_add(o, p->name, "", SDQ_F32, bias ? SDQ_F32 : sdq__cv_exact(data, n), p->rank, p->dim,
+                data);
 }
 
 /* "pndm 50 4 51 981:1 961:0 ...": scheduler, steps, guidance, count, timestep:float */
@@ -13114,8 +13293,9 @@ SDQ_API sdq_status sdq_model_save_int8(sdq_ctx *ctx, const sdq_model *m, const c
 
 /* ---- reading it back ---- */
 
-static const sdq_entry *sdq__cv_need(sdq_ctx *ctx, const sdq_file *f, const char *path, const char *name,
-                                     const char *suffix, sdq_dtype dtype, size_t count) {
+static const sdq_entry *sdq__cv_need(sdq_ctx *ctx, const sdq_file *f, const char *path,
+                                     const char *name, const char *suffix, sdq_dtype dtype,
+                                     size_t count) {
     char full[320];
     const sdq_entry *e;
     (void)snprintf(full, sizeof full, "%s%s", name, suffix);
@@ -13125,8 +13305,8 @@ static const sdq_entry *sdq__cv_need(sdq_ctx *ctx, const sdq_file *f, const char
         return NULL;
     }
     if (e->dtype != dtype || sdq_entry_count(e) != count) {
-        sdq__fail(ctx, SDQ_ERR_SHAPE, "%s: %s is %s with %zu values, expected %s with %zu", path, full,
-                  sdq_dtype_name(e->dtype), sdq_entry_count(e), sdq_dtype_name(dtype), count);
+        sdq__fail(ctx, SDQ_ERR_SHAPE, "%s: %s is %s with %zu values, expected %s with %zu", path,
+                  full, sdq_dtype_name(e->dtype), sdq_entry_count(e), sdq_dtype_name(dtype), count);
         return NULL;
     }
     return e;
@@ -13139,7 +13319,8 @@ static int sdq__cv_good_scale(const float *s, size_t n) {
     return 1;
 }
 
-static sdq_status sdq__cv_read_settings(sdq_ctx *ctx, const sdq_file *f, const char *path, sdq_layer *l) {
+static sdq_status sdq__cv_read_settings(sdq_ctx *ctx, const sdq_file *f, const char *path,
+                                        sdq_layer *l) {
     char key[320], word[16];
     const char *text;
     unsigned long split = 0;
@@ -13149,11 +13330,13 @@ static sdq_status sdq__cv_read_settings(sdq_ctx *ctx, const sdq_file *f, const c
     (void)snprintf(key, sizeof key, "sdq.layer.%s", l->name);
     text = sdq_file_meta(f, key);
     if (!text || sscanf(text, "range=%15s split=%lu", word, &split) != 2)
-        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: the settings of layer %s are missing or damaged", path, l->name);
+        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: the settings of layer %s are missing or damaged",
+                         path, l->name);
     for (r = 1; r < SDQ_RANGE_COUNT; r++)
         if (!strcmp(word, sdq__rc_range[r])) q.range = (sdq_range)r;
     if (q.range == SDQ_RANGE_DEFAULT || split >= l->in)
-        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: layer %s has settings \"%s\"", path, l->name, text);
+        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: layer %s has settings \"%s\"", path, l->name,
+                         text);
     q.enabled = 1;
     q.split = (size_t)split;
     (void)snprintf(key, sizeof key, "%s.output_range", l->name);
@@ -13161,7 +13344,8 @@ static sdq_status sdq__cv_read_settings(sdq_ctx *ctx, const sdq_file *f, const c
     return sdq_layer_set_quant(ctx, l, &q);
 }
 
-static sdq_status sdq__cv_read_layer(sdq_ctx *ctx, const sdq_file *f, const char *path, sdq_layer *l) {
+static sdq_status sdq__cv_read_layer(sdq_ctx *ctx, const sdq_file *f, const char *path,
+                                     sdq_layer *l) {
     const sdq_entry *w, *sw, *s, *z, *r;
     size_t i;
     SDQ__TRY(sdq__cv_read_settings(ctx, f, path, l));
@@ -13176,12 +13360,16 @@ static sdq_status sdq__cv_read_layer(sdq_ctx *ctx, const sdq_file *f, const char
         memcpy(p->s.data, (const char *)s->data + 4 * i, 4);
         memcpy(&p->z, (const char *)z->data + 4 * i, 4);
         p->seen = sdq_f32(&p->s)[0] > 0.0f;
-        if (p->z < 0 || p->z > 255 || (sdq__ly_range(l) == SDQ_RANGE_STATIC && !sdq__cv_good_scale(sdq_f32(&p->s), 1)))
-            return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: layer %s has an input scale or zero point that is not"
-                             " valid", path, l->name);
+        if (p->z < 0 || p->z > 255
+            || (sdq__ly_range(l) == SDQ_RANGE_STATIC && !sdq__cv_good_scale(sdq_f32(&p->s), 1)))
+            return sdq__fail(ctx, SDQ_ERR_FORMAT,
+                             "%s: layer %s has an input scale or zero point that is not"
+                             " valid",
+                             path, l->name);
     }
     if (!sdq__cv_good_scale(sdq_f32(&l->sw), l->out))
-        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: layer %s has a weight scale that is not positive", path, l->name);
+        return sdq__fail(ctx, SDQ_ERR_FORMAT,
+                         "%s: layer %s has a weight scale that is not positive", path, l->name);
     if (l->quant.quantize_output) {
         r = sdq__cv_need(ctx, f, path, l->name, ".output_range", SDQ_F32, 2);
         if (!r) return ctx->status;
@@ -13192,7 +13380,8 @@ static sdq_status sdq__cv_read_layer(sdq_ctx *ctx, const sdq_file *f, const char
     return sdq__ly_set_int8(ctx, l, (const int8_t *)w->data);
 }
 
-static sdq_status sdq__cv_read_policy(sdq_ctx *ctx, const sdq_file *f, const char *path, sdq_policy *p) {
+static sdq_status sdq__cv_read_policy(sdq_ctx *ctx, const sdq_file *f, const char *path,
+                                      sdq_policy *p) {
     const char *text = sdq_file_meta(f, "sdq.schedule");
     unsigned long steps, count;
     char kind[16];
@@ -13207,7 +13396,8 @@ static sdq_status sdq__cv_read_policy(sdq_ctx *ctx, const sdq_file *f, const cha
     for (i = 0; i < count; i++) {
         int n = 0, is_float;
         if (sscanf(text + at, " %f:%d%n", &p->timestep[i], &is_float, &n) != 2)
-            return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: sdq.schedule has %zu evaluations, not %lu", path, i, count);
+            return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: sdq.schedule has %zu evaluations, not %lu",
+                             path, i, count);
         p->is_float[i] = is_float != 0;
         at += n;
     }
@@ -13222,21 +13412,26 @@ static sdq_layer *sdq__cv_layer_of(const sdq_model *m, const sdq__param *p) {
     return p->rank > 1 ? p->layer : NULL;
 }
 
-static sdq_status sdq__cv_read_params(sdq_ctx *ctx, const sdq_file *f, const char *path, sdq_model *m) {
+static sdq_status sdq__cv_read_params(sdq_ctx *ctx, const sdq_file *f, const char *path,
+                                      sdq_model *m) {
     size_t i;
     for (i = 0; i < m->params; i++) {
         const sdq__param *p = &m->param[i];
         const sdq_entry *e = sdq_file_find(f, p->name);
         size_t j, n = 1;
-        if (!e) return sdq__fail(ctx, SDQ_ERR_MISSING, "%s: %s is missing; the file is not complete", path, p->name);
+        if (!e)
+            return sdq__fail(ctx, SDQ_ERR_MISSING, "%s: %s is missing; the file is not complete",
+                             path, p->name);
         if (e->dtype == SDQ_I8 && sdq__cv_layer_of(m, p)) {
             SDQ__TRY(sdq__cv_read_layer(ctx, f, path, p->layer));
             continue;
         }
         for (j = 0; j < 4; j++) n = n && e->dim[j] == p->dim[j];
         if (!n || e->rank != p->rank || (e->dtype != SDQ_F32 && e->dtype != SDQ_F16))
-            return sdq__fail(ctx, SDQ_ERR_SHAPE, "%s: %s has not the shape or type that the configuration asks"
-                             " for", path, p->name);
+            return sdq__fail(ctx, SDQ_ERR_SHAPE,
+                             "%s: %s has not the shape or type that the configuration asks"
+                             " for",
+                             path, p->name);
         SDQ__TRY(sdq__md_read(ctx, p, e));
     }
     return SDQ_OK;
@@ -13258,8 +13453,10 @@ SDQ_API sdq_status sdq_model_load_int8(sdq_ctx *ctx, const char *folder, const c
     SDQ__TRY_DONE(sdq__md_open(ctx, dir, SDQ_PART_UNET, NULL, &m));
     config = sdq_file_meta(f, "sdq.config");
     if (!config || strcmp(config, m->config) != 0) {
-        st = sdq__fail(ctx, SDQ_ERR_FORMAT, config ? "%s: was made from another UNet than the one in %s"
-                       : "%s: is not a network quantized by sdq (made for %s?)", path, folder);
+        st = sdq__fail(ctx, SDQ_ERR_FORMAT,
+                       config ? "%s: was made from another UNet than the one in %s"
+                              : "%s: is not a network quantized by sdq (made for %s?)",
+                       path, folder);
         goto done;
     }
     for (i = 0; i < m->layers; i++) m->layer[i]->quant.enabled = 0;
@@ -13318,9 +13515,10 @@ static int sdq__se_measure(void *user, const sdq_step_info *info) {
 }
 
 /* Median PSNR of the prompts' pictures under a list of float evaluations. */
-static sdq_status sdq__se_psnr(sdq_ctx *ctx, const sdq_pipeline *p, const char *const *prompts, size_t n,
-                               const sdq_txt2img_desc *desc, const unsigned char *is_float,
-                               const sdq_image *ref, double *median) {
+static sdq_status sdq__se_psnr(sdq_ctx *ctx, const sdq_pipeline *p, const char *const *prompts,
+                               size_t n, const sdq_txt2img_desc *desc,
+                               const unsigned char *is_float, const sdq_image *ref,
+                               double *median) {
     double *psnr = SDQ__NEW_N(ctx, double, n);
     sdq_status st = ctx->status;
     size_t i;
@@ -13373,10 +13571,10 @@ static void sdq__se_take(unsigned char *is_float, const size_t *order, size_t co
     for (i = 0; i < take; i++) is_float[order[i]] = 1;
 }
 
-static sdq_status sdq__se_bisect(sdq_ctx *ctx, const sdq_pipeline *p, const char *const *prompts, size_t n,
-                                 const sdq_txt2img_desc *desc, const sdq_image *ref, const size_t *order,
-                                 size_t count, double target, size_t max_float, sdq_policy *policy,
-                                 double *reached) {
+static sdq_status sdq__se_bisect(sdq_ctx *ctx, const sdq_pipeline *p, const char *const *prompts,
+                                 size_t n, const sdq_txt2img_desc *desc, const sdq_image *ref,
+                                 const size_t *order, size_t count, double target, size_t max_float,
+                                 sdq_policy *policy, double *reached) {
     size_t lo = 0, hi = max_float && max_float < count ? max_float : count;
     double psnr = 0.0;
     if (target <= 0.0) lo = hi;
@@ -13393,8 +13591,9 @@ static sdq_status sdq__se_bisect(sdq_ctx *ctx, const sdq_pipeline *p, const char
     return SDQ_OK;
 }
 
-SDQ_API sdq_status sdq_schedule_search(sdq_ctx *ctx, const sdq_pipeline *p, const char *const *prompts,
-                                       size_t n, const sdq_txt2img_desc *desc, double target_psnr,
+SDQ_API sdq_status sdq_schedule_search(sdq_ctx *ctx, const sdq_pipeline *p,
+                                       const char *const *prompts, size_t n,
+                                       const sdq_txt2img_desc *desc, double target_psnr,
                                        size_t max_float, sdq_policy *policy, double *errors,
                                        double *reached) {
     sdq__search *s = SDQ__NEW(ctx, sdq__search);
@@ -13405,7 +13604,8 @@ SDQ_API sdq_status sdq_schedule_search(sdq_ctx *ctx, const sdq_pipeline *p, cons
     sdq_status st = ctx->status;
     memset(policy, 0, sizeof *policy);
     if (!p->unet || !p->unet_int8 || n == 0)
-        st = sdq__fail(ctx, SDQ_ERR_ARGUMENT, "schedule: needs prompts and both the float and the int8 UNet");
+        st = sdq__fail(ctx, SDQ_ERR_ARGUMENT,
+                       "schedule: needs prompts and both the float and the int8 UNet");
     if (st != SDQ_OK) goto done;
     s->ctx = ctx;
     s->p = p;
@@ -13434,8 +13634,8 @@ SDQ_API sdq_status sdq_schedule_search(sdq_ctx *ctx, const sdq_pipeline *p, cons
         policy->timestep[i] = s->time[i];
         if (errors) errors[i] = s->mse[i] / (double)n;
     }
-    st = sdq__se_bisect(ctx, p, prompts, n, desc, ref, order, s->count, target_psnr, max_float, policy,
-                        reached);
+    st = sdq__se_bisect(ctx, p, prompts, n, desc, ref, order, s->count, target_psnr, max_float,
+                        policy, reached);
 done:
     for (i = 0; i < done; i++) sdq_image_free(ctx, &ref[i]);
     if (sch) sdq_scheduler_free(ctx, sch);
@@ -14735,6 +14935,6 @@ static const sdq__kernels SDQ__K(table) = { SDQ__KERNEL_LIST(SDQ__X) };
  * THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
  * NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
  * NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM,
- * DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT
- * OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+ * DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+ * OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
  * ======================================================================== */

@@ -36,11 +36,11 @@ static void open_all(setup *u) {
     size_t n;
     const float *noise, *fixed;
     memset(u, 0, sizeof *u);
-    CHECK(sdq_ctx_create(NULL, &u->ctx) == SDQ_OK);
-    CHECK(sdq_file_open(u->ctx, "tests/golden/schedulers.safetensors", &u->file) == SDQ_OK);
+    SDQT_CHECK(sdq_ctx_create(NULL, &u->ctx) == SDQ_OK);
+    SDQT_CHECK(sdq_file_open(u->ctx, "tests/golden/schedulers.safetensors", &u->file) == SDQ_OK);
     noise = golden(u, "", "noise", &n);
     fixed = golden(u, "", "fixed", &n);
-    CHECK(noise && fixed);
+    SDQT_CHECK(noise && fixed);
     if (noise) to_nhwc(noise, u->noise);
     if (fixed) to_nhwc(fixed, u->fixed);
 }
@@ -71,7 +71,7 @@ static void run_all(const setup *u, sdq_scheduler *s, float *x, float *samples) 
     for (i = 0; i < sdq_scheduler_count(s); i++) {
         sdq_scheduler_scale_input(s, i, x, in, COUNT);
         for (j = 0; j < COUNT; j++) eps[j] = 0.25f * in[j] + 0.05f * u->fixed[j];
-        CHECK(sdq_scheduler_step(u->ctx, s, i, eps, x, x, 1, 5, 3, 4, &rng) == SDQ_OK);
+        SDQT_CHECK(sdq_scheduler_step(u->ctx, s, i, eps, x, x, 1, 5, 3, 4, &rng) == SDQ_OK);
         if (samples) memcpy(samples + i * COUNT, x, sizeof eps);
     }
 }
@@ -99,7 +99,8 @@ static int compare_run(const setup *u, const char *run, sdq_scheduler *s) {
     return good;
 }
 
-TEST(scheduler_golden) {
+static void scheduler_golden(int tier) {
+    (void)tier;
     static const char *const names[] = {"pndm", "ddim", "euler", "euler_a", "dpmpp2m",
                                         "dpmpp2m_karras", "lcm"};
     static const char *const forms[] = {"epsilon/leading", "epsilon/linspace", "epsilon/trailing",
@@ -122,16 +123,16 @@ TEST(scheduler_golden) {
         d.spacing = spacing[f];
         d.prediction = f == 3 ? SDQ_PREDICT_V : SDQ_PREDICT_EPSILON;
         (void)snprintf(run, sizeof run, "%s/%s/%zu", names[k], forms[f], steps[n]);
-        CHECK(sdq_scheduler_create(u.ctx, &d, &s) == SDQ_OK);
+        SDQT_CHECK(sdq_scheduler_create(u.ctx, &d, &s) == SDQ_OK);
         if (s) {
             const int good = compare_run(&u, run, s);
             if (!good) printf("    %s\n", run);
-            CHECK(good);
+            SDQT_CHECK(good);
             runs++;
         }
         sdq_scheduler_free(u.ctx, s);
     }
-    CHECK(runs == 130);
+    SDQT_CHECK(runs == 130);
     close_all(&u);
 }
 
@@ -258,7 +259,8 @@ static const row rows[] = {
      {831.0f, 1.0f}, {-5.1311717f, -12.7054892f, 2.95048618f}, 0, 0, 1, 1, 0, 0}
 };
 
-TEST(scheduler_cases) {
+static void scheduler_cases(int tier) {
+    (void)tier;
     size_t i;
     setup u;
     open_all(&u);
@@ -284,24 +286,25 @@ TEST(scheduler_cases) {
         d.beta_schedule = r->linear ? SDQ_BETA_LINEAR : SDQ_BETA_SCALED_LINEAR;
         d.beta_start = r->linear ? 0.0001 : 0;
         d.beta_end = r->linear ? 0.02 : 0;
-        CHECK(sdq_scheduler_create(u.ctx, &d, &s) == SDQ_OK);
+        SDQT_CHECK(sdq_scheduler_create(u.ctx, &d, &s) == SDQ_OK);
         if (!s) continue;
-        CHECK(sdq_scheduler_count(s) == (size_t)r->count);
-        CHECK(fabs((double)(sdq_scheduler_timestep(s, 0) - r->time[0])) < 1e-3);
-        CHECK(fabs((double)(sdq_scheduler_timestep(s, (size_t)r->count - 1) - r->time[1])) < 1e-3);
+        SDQT_CHECK(sdq_scheduler_count(s) == (size_t)r->count);
+        SDQT_CHECK(fabs((double)(sdq_scheduler_timestep(s, 0) - r->time[0])) < 1e-3);
+        SDQT_CHECK(fabs((double)(sdq_scheduler_timestep(s, (size_t)r->count - 1) - r->time[1])) < 1e-3);
         run_all(&u, s, x, NULL);
         got[0] = x[0]; got[1] = x[14 * 4 + 1]; got[2] = x[59];  /* 29 is c 1, pixel 14 */
         if (!(distance(got, r->at, 3) <= TOL)) printf("    row %zu\n", i);
-        CHECK(distance(got, r->at, 3) <= TOL);
+        SDQT_CHECK(distance(got, r->at, 3) <= TOL);
         sdq_scheduler_reset(s);                                 /* a second run is the same */
         run_all(&u, s, x, NULL);
-        CHECK(x[0] == got[0] && x[59] == got[2]);
+        SDQT_CHECK(x[0] == got[0] && x[59] == got[2]);
         sdq_scheduler_free(u.ctx, s);
     }
     close_all(&u);
 }
 
-TEST(scheduler_training) {
+static void scheduler_training(int tier) {
+    (void)tier;
     setup u;
     sdq_scheduler *s;
     const float *g, *x, *noise, *velocity;
@@ -312,26 +315,26 @@ TEST(scheduler_training) {
     static const size_t t[] = {0, 1, 499, 981, 999};
     size_t n, i;
     open_all(&u);
-    CHECK(sdq_scheduler_create(u.ctx, NULL, &s) == SDQ_OK);
+    SDQT_CHECK(sdq_scheduler_create(u.ctx, NULL, &s) == SDQ_OK);
     g = golden(&u, "", "alphas_cumprod", &n);
-    CHECK(g && n == 1000 && memcmp(g, sdq_scheduler_alphas_cumprod(s), 4000) == 0);
+    SDQT_CHECK(g && n == 1000 && memcmp(g, sdq_scheduler_alphas_cumprod(s), 4000) == 0);
     x = golden(&u, "", "add_noise/x", &n);
     noise = golden(&u, "", "add_noise/noise", &n);
     velocity = golden(&u, "", "add_noise/velocity", &n);
     g = golden(&u, "", "add_noise/y", &n);
-    CHECK(x && noise && velocity && g && n == 5 * 24);
+    SDQT_CHECK(x && noise && velocity && g && n == 5 * 24);
     for (i = 0; g && velocity && i < 5; i++) {
         sdq_scheduler_add_noise(s, t[i], x + i * 24, noise + i * 24, y, 24);
-        CHECK(distance(y, g + i * 24, 24) < 2e-7);
+        SDQT_CHECK(distance(y, g + i * 24, 24) < 2e-7);
         sdq_scheduler_velocity(s, t[i], x + i * 24, noise + i * 24, y, 24);
-        CHECK(distance(y, velocity + i * 24, 24) < 2e-7);
+        SDQT_CHECK(distance(y, velocity + i * 24, 24) < 2e-7);
     }
-    CHECK(fabs(sdq_scheduler_snr_weight(s, 0, 5.0) * 1175.440361825959 / 5.0 - 1) < 1e-9);
-    CHECK(sdq_scheduler_snr_weight(s, 999, 5.0) == 1.0 && sdq_scheduler_snr_weight(s, 5, 0) == 1.0);
+    SDQT_CHECK(fabs(sdq_scheduler_snr_weight(s, 0, 5.0) * 1175.440361825959 / 5.0 - 1) < 1e-9);
+    SDQT_CHECK(sdq_scheduler_snr_weight(s, 999, 5.0) == 1.0 && sdq_scheduler_snr_weight(s, 5, 0) == 1.0);
     sdq_guidance_embedding(7.5, e, 10);
-    CHECK(distance(e, embed, 10) < 1.8e-7);     /* measured 6e-8 */
-    CHECK(sdq_scheduler_first(s, 0.75) == 13 && sdq_scheduler_first(s, 1.0) == 0);
-    CHECK(sdq_scheduler_first(s, 0.0) == 50);
+    SDQT_CHECK(distance(e, embed, 10) < 1.8e-7);     /* measured 6e-8 */
+    SDQT_CHECK(sdq_scheduler_first(s, 0.75) == 13 && sdq_scheduler_first(s, 1.0) == 0);
+    SDQT_CHECK(sdq_scheduler_first(s, 0.0) == 50);
     sdq_scheduler_free(u.ctx, s);
     close_all(&u);
 }
@@ -343,7 +346,8 @@ static sdq_status read_json(sdq_ctx *ctx, const char *text, sdq_scheduler_kind k
 }
 
 /* The file of Stable Diffusion 1.5, and what diffusers makes of it for other classes. */
-TEST(scheduler_json) {
+static void scheduler_json(int tier) {
+    (void)tier;
     static const char sd15[] =
         "{\"_class_name\": \"PNDMScheduler\", \"_diffusers_version\": \"0.6.0\","
         "\"beta_end\": 0.012, \"beta_schedule\": \"scaled_linear\", \"beta_start\": 0.00085,"
@@ -351,31 +355,32 @@ TEST(scheduler_json) {
         "\"steps_offset\": 1, \"trained_betas\": null, \"clip_sample\": false}";
     sdq_ctx *ctx;
     sdq_scheduler_desc d;
-    CHECK(sdq_ctx_create(NULL, &ctx) == SDQ_OK);
-    CHECK(read_json(ctx, sd15, SDQ_SCHEDULER_DEFAULT, &d) == SDQ_OK);
-    CHECK(d.kind == SDQ_PNDM && d.beta_start == 0.00085 && d.beta_end == 0.012);
-    CHECK(d.steps_offset == 1 && !d.alpha_to_one && d.beta_schedule == SDQ_BETA_SCALED_LINEAR);
-    CHECK(read_json(ctx, sd15, SDQ_EULER, &d) == SDQ_OK);
-    CHECK(d.kind == SDQ_EULER && d.spacing == SDQ_SPACING_DEFAULT);     /* linspace */
-    CHECK(read_json(ctx, "{\"_class_name\":\"DDIMScheduler\"}", SDQ_SCHEDULER_DEFAULT, &d)
+    SDQT_CHECK(sdq_ctx_create(NULL, &ctx) == SDQ_OK);
+    SDQT_CHECK(read_json(ctx, sd15, SDQ_SCHEDULER_DEFAULT, &d) == SDQ_OK);
+    SDQT_CHECK(d.kind == SDQ_PNDM && d.beta_start == 0.00085 && d.beta_end == 0.012);
+    SDQT_CHECK(d.steps_offset == 1 && !d.alpha_to_one && d.beta_schedule == SDQ_BETA_SCALED_LINEAR);
+    SDQT_CHECK(read_json(ctx, sd15, SDQ_EULER, &d) == SDQ_OK);
+    SDQT_CHECK(d.kind == SDQ_EULER && d.spacing == SDQ_SPACING_DEFAULT);     /* linspace */
+    SDQT_CHECK(read_json(ctx, "{\"_class_name\":\"DDIMScheduler\"}", SDQ_SCHEDULER_DEFAULT, &d)
           == SDQ_OK);
-    CHECK(d.kind == SDQ_DDIM && d.alpha_to_one && d.clip_sample && d.steps_offset == -1);
-    CHECK(d.beta_start == 0.0001 && d.beta_schedule == SDQ_BETA_LINEAR);
-    CHECK(read_json(ctx, "{\"_class_name\":\"LCMScheduler\",\"original_inference_steps\":25}",
+    SDQT_CHECK(d.kind == SDQ_DDIM && d.alpha_to_one && d.clip_sample && d.steps_offset == -1);
+    SDQT_CHECK(d.beta_start == 0.0001 && d.beta_schedule == SDQ_BETA_LINEAR);
+    SDQT_CHECK(read_json(ctx, "{\"_class_name\":\"LCMScheduler\",\"original_inference_steps\":25}",
                     SDQ_SCHEDULER_DEFAULT, &d) == SDQ_OK);
-    CHECK(d.lcm_steps == 25 && d.beta_schedule == SDQ_BETA_SCALED_LINEAR && !d.clip_sample);
+    SDQT_CHECK(d.lcm_steps == 25 && d.beta_schedule == SDQ_BETA_SCALED_LINEAR && !d.clip_sample);
     /* diffusers itself writes -Infinity */
-    CHECK(read_json(ctx, "{\"_class_name\":\"DPMSolverMultistepScheduler\",\"solver_order\":2,"
+    SDQT_CHECK(read_json(ctx, "{\"_class_name\":\"DPMSolverMultistepScheduler\",\"solver_order\":2,"
                     "\"lambda_min_clipped\": -Infinity, \"use_karras_sigmas\":true,"
                     "\"algorithm_type\":\"dpmsolver++\",\"final_sigmas_type\":\"sigma_min\","
                     "\"timestep_spacing\":\"trailing\",\"prediction_type\":\"v_prediction\"}",
                     SDQ_SCHEDULER_DEFAULT, &d) == SDQ_OK);
-    CHECK(d.karras && d.final_sigma_min && d.spacing == SDQ_SPACING_TRAILING);
-    CHECK(d.prediction == SDQ_PREDICT_V);
+    SDQT_CHECK(d.karras && d.final_sigma_min && d.spacing == SDQ_SPACING_TRAILING);
+    SDQT_CHECK(d.prediction == SDQ_PREDICT_V);
     sdq_ctx_free(ctx);
 }
 
-TEST(scheduler_refused) {
+static void scheduler_refused(int tier) {
+    (void)tier;
     static const struct { const char *text; sdq_scheduler_kind kind; const char *key; } cases[] = {
         {"{\"skip_prk_steps\":false}", SDQ_PNDM, "skip_prk_steps"},
         {"{}", SDQ_PNDM, "skip_prk_steps"},
@@ -400,14 +405,14 @@ TEST(scheduler_refused) {
     sdq_scheduler_desc d;
     sdq_ctx *ctx;
     size_t i;
-    CHECK(sdq_ctx_create(NULL, &ctx) == SDQ_OK);
+    SDQT_CHECK(sdq_ctx_create(NULL, &ctx) == SDQ_OK);
     for (i = 0; i < SDQ__COUNT(cases); i++) {
-        CHECK(read_json(ctx, cases[i].text, cases[i].kind, &d) != SDQ_OK);
+        SDQT_CHECK(read_json(ctx, cases[i].text, cases[i].kind, &d) != SDQ_OK);
         if (!strstr(sdq_error_text(ctx), cases[i].key)) printf("    %s\n", sdq_error_text(ctx));
-        CHECK(strstr(sdq_error_text(ctx), cases[i].key) != NULL);
+        SDQT_CHECK(strstr(sdq_error_text(ctx), cases[i].key) != NULL);
     }
     /* what another class knows does not matter */
-    CHECK(read_json(ctx, "{\"thresholding\":true,\"solver_order\":3}", SDQ_EULER, &d) == SDQ_OK);
+    SDQT_CHECK(read_json(ctx, "{\"thresholding\":true,\"solver_order\":3}", SDQ_EULER, &d) == SDQ_OK);
     sdq_ctx_free(ctx);
 }
 
@@ -419,51 +424,52 @@ static int refused(sdq_ctx *ctx, const sdq_scheduler_desc *d) {
     return st != SDQ_OK && !s;
 }
 
-TEST(scheduler_arguments) {
+static void scheduler_arguments(int tier) {
+    (void)tier;
     float x[COUNT], y[COUNT];
     sdq_scheduler_desc d;
     sdq_scheduler *s;
     sdq_ctx *ctx;
     memset(x, 0, sizeof x);
-    CHECK(sdq_ctx_create(NULL, &ctx) == SDQ_OK);
-    memset(&d, 0, sizeof d); d.steps = 1001; CHECK(refused(ctx, &d));
-    memset(&d, 0, sizeof d); d.steps = 1000; CHECK(refused(ctx, &d));   /* 999 + offset 1 */
-    d.steps_offset = -1; CHECK(!refused(ctx, &d));
-    memset(&d, 0, sizeof d); d.prediction = SDQ_PREDICT_SAMPLE; CHECK(refused(ctx, &d));
-    memset(&d, 0, sizeof d); d.kind = SDQ_LCM; d.steps = 51; CHECK(refused(ctx, &d));
-    memset(&d, 0, sizeof d); d.beta_start = -1; CHECK(refused(ctx, &d));
-    memset(&d, 0, sizeof d); d.train_steps = 1; CHECK(refused(ctx, &d));
-    memset(&d, 0, sizeof d); d.eta = (double)NAN; CHECK(refused(ctx, &d));
+    SDQT_CHECK(sdq_ctx_create(NULL, &ctx) == SDQ_OK);
+    memset(&d, 0, sizeof d); d.steps = 1001; SDQT_CHECK(refused(ctx, &d));
+    memset(&d, 0, sizeof d); d.steps = 1000; SDQT_CHECK(refused(ctx, &d));   /* 999 + offset 1 */
+    d.steps_offset = -1; SDQT_CHECK(!refused(ctx, &d));
+    memset(&d, 0, sizeof d); d.prediction = SDQ_PREDICT_SAMPLE; SDQT_CHECK(refused(ctx, &d));
+    memset(&d, 0, sizeof d); d.kind = SDQ_LCM; d.steps = 51; SDQT_CHECK(refused(ctx, &d));
+    memset(&d, 0, sizeof d); d.beta_start = -1; SDQT_CHECK(refused(ctx, &d));
+    memset(&d, 0, sizeof d); d.train_steps = 1; SDQT_CHECK(refused(ctx, &d));
+    memset(&d, 0, sizeof d); d.eta = (double)NAN; SDQT_CHECK(refused(ctx, &d));
     memset(&d, 0, sizeof d); d.kind = SDQ_DDIM; d.spacing = SDQ_SPACING_TRAILING;
-    d.steps = 61; CHECK(!refused(ctx, &d));         /* numpy makes 62 of it, ending at -1 */
+    d.steps = 61; SDQT_CHECK(!refused(ctx, &d));         /* numpy makes 62 of it, ending at -1 */
     memset(&d, 0, sizeof d); d.kind = SDQ_EULER_A; d.steps = 3;
-    CHECK(sdq_scheduler_create(ctx, &d, &s) == SDQ_OK);
-    CHECK(sdq_scheduler_step(ctx, s, 0, x, x, y, 1, 5, 3, 4, NULL) == SDQ_ERR_ARGUMENT);
+    SDQT_CHECK(sdq_scheduler_create(ctx, &d, &s) == SDQ_OK);
+    SDQT_CHECK(sdq_scheduler_step(ctx, s, 0, x, x, y, 1, 5, 3, 4, NULL) == SDQ_ERR_ARGUMENT);
     sdq_clear_error(ctx);
     sdq_scheduler_free(ctx, s);
-    CHECK(sdq_scheduler_create(ctx, NULL, &s) == SDQ_OK);
-    CHECK(sdq_scheduler_step(ctx, s, 51, x, x, y, 1, 5, 3, 4, NULL) == SDQ_ERR_ARGUMENT);
+    SDQT_CHECK(sdq_scheduler_create(ctx, NULL, &s) == SDQ_OK);
+    SDQT_CHECK(sdq_scheduler_step(ctx, s, 51, x, x, y, 1, 5, 3, 4, NULL) == SDQ_ERR_ARGUMENT);
     sdq_clear_error(ctx);
-    CHECK(sdq_scheduler_step(ctx, s, 0, x, x, y, SIZE_MAX, 5, 3, 4, NULL) == SDQ_ERR_ARGUMENT);
+    SDQT_CHECK(sdq_scheduler_step(ctx, s, 0, x, x, y, SIZE_MAX, 5, 3, 4, NULL) == SDQ_ERR_ARGUMENT);
     sdq_clear_error(ctx);
-    CHECK(sdq_scheduler_step(ctx, s, 20, x, x, y, 1, 5, 3, 4, NULL) == SDQ_OK);
-    CHECK(sdq_scheduler_step(ctx, s, 22, x, x, y, 1, 5, 3, 4, NULL) == SDQ_ERR_ARGUMENT);
+    SDQT_CHECK(sdq_scheduler_step(ctx, s, 20, x, x, y, 1, 5, 3, 4, NULL) == SDQ_OK);
+    SDQT_CHECK(sdq_scheduler_step(ctx, s, 22, x, x, y, 1, 5, 3, 4, NULL) == SDQ_ERR_ARGUMENT);
     sdq_clear_error(ctx);
-    CHECK(sdq_scheduler_step(ctx, s, 21, x, x, y, 1, 3, 5, 4, NULL) == SDQ_ERR_SHAPE);
+    SDQT_CHECK(sdq_scheduler_step(ctx, s, 21, x, x, y, 1, 3, 5, 4, NULL) == SDQ_ERR_SHAPE);
     sdq_clear_error(ctx);
     sdq_scheduler_reset(s);
-    CHECK(sdq_scheduler_step(ctx, s, 7, x, x, y, 1, 2, 2, 4, NULL) == SDQ_OK);
+    SDQT_CHECK(sdq_scheduler_step(ctx, s, 7, x, x, y, 1, 2, 2, 4, NULL) == SDQ_OK);
     sdq_scheduler_free(ctx, s);
     sdq_scheduler_free(ctx, NULL);
     sdq_ctx_free(ctx);
 }
 
-int main(void) {
-    RUN(scheduler_golden);
-    RUN(scheduler_cases);
-    RUN(scheduler_training);
-    RUN(scheduler_json);
-    RUN(scheduler_refused);
-    RUN(scheduler_arguments);
-    return sdq_failed != 0;
-}
+static const sdqt_case cases[] = {
+    {"scheduler_golden", scheduler_golden, 0},
+    {"scheduler_cases", scheduler_cases, 0},
+    {"scheduler_training", scheduler_training, 0},
+    {"scheduler_json", scheduler_json, 0},
+    {"scheduler_refused", scheduler_refused, 0},
+    {"scheduler_arguments", scheduler_arguments, 0},
+};
+int main(int argc, char **argv) { return SDQT_MAIN(argc, argv, cases); }
