@@ -44,8 +44,8 @@
  *
  *     >>manual        the book: load, draw, calibrate, train, convert; numerics, memory, errors
  *     >>api-config >>api-types >>api-context >>api-tensor >>api-ops >>api-layer >>api-quant
- *     >>api-files >>api-image >>api-dataset >>api-tokenizer >>api-random >>api-scheduler
- *     >>api-report >>api-model >>api-train >>api-tasks >>api-pipeline >>api-recipe
+ *     >>api-files (also pictures, datasets, tokenizers) >>api-random >>api-scheduler >>api-report
+ *     >>api-model >>api-train >>api-tasks >>api-pipeline >>api-recipe
  *     >>impl          includes, compiler detection
  *     >>util >>error >>memory >>parallel >>cpu
  *     >>kernel-list   every kernel, its definition, one table per instruction set
@@ -53,9 +53,9 @@
  *     >>tensor >>qmath
  *     >>gemm >>attention                  one driver for every product, float and int8
  *     >>tape >>ops >>layer                forward, backward and int8 rule of every operation
- *     >>files >>json >>safetensors >>image >>dataset >>tokenizer
+ *     >>io >>json >>safetensors >>image >>dataset >>tokenizer
  *     >>optim         AdamW and the training loop
- *     >>model >>text >>unet >>vae         the networks, each written once
+ *     >>model >>blocks >>text >>unet >>vae >>model-file     the networks, each written once
  *     >>scheduler >>pipeline >>report
  *     >>tasks >>recipe >>calibrate >>distill >>convert >>schedule
  *     >>kernel-text   the kernels, compiled once per instruction set
@@ -75,9 +75,10 @@
  *     number.
  *
  * Drawing
- *     sdq_pipeline_load reads a diffusers folder: tokenizer/, text_encoder/, unet/, vae/, scheduler/. sdq_txt2img draws. desc.precision says which evaluations of the denoising
- *     loop are float: all, none, the first and last k, or the schedule stored with the int8 file.
- *     The same seed gives the picture that diffusers gives on a CPU (up to float rounding).
+ *     sdq_pipeline_load reads a diffusers folder: tokenizer/, text_encoder/, unet/, vae/,
+ *     scheduler/. sdq_txt2img draws. desc.precision says which evaluations of the denoising loop
+ *     are float: all, none, the first and last k, or the schedule stored with the int8 file. The
+ *     same seed gives the picture that diffusers gives on a CPU (up to float rounding).
  *
  * Quantizing
  *     sdq_recipe_default() or _reference() -> sdq_recipe_apply(unet) -> sdq_states_collect (the
@@ -1692,7 +1693,8 @@ typedef struct sdq__adamw_step {
     /* backward of a tile row: p = exp(s*scale - lse); s = p; dp = (p*(dp - delta))*scale */ \
     X(void, softmax_tile_bwd, \
       (float *s, float *dp, size_t n, float scale, float lse, float delta), EXACT) \
-    /* PyTorch's AdamW: g = grad*clip; m, v; w -= decay*w; w -= lr * (m*c1) / (sqrt(v*c2) + eps) */ \
+    /* PyTorch's AdamW: g = grad*clip; m, v; w -= decay*w; \
+       w -= lr * (m*c1) / (sqrt(v*c2) + eps) */ \
     X(void, adamw, \
       (float *w, float *m, float *v, const float *grad, size_t n, const sdq__adamw_step *s), \
        EXACT) \
@@ -2173,7 +2175,8 @@ static void sdq__t_free(sdq_ctx *ctx, sdq_tensor *t) {
 
 typedef struct sdq__qparam { float s, inv; int32_t z; } sdq__qparam;
 
-/* rint by adding and subtracting 1.5 * 2^23: half to even for |x| < 2^22; the clamp does the rest */
+/* rint by adding and subtracting 1.5 * 2^23: half to even for |x| < 2^22; for the others the
+ * clamp that follows decides. */
 static float sdq__q_rint(float x) {
     const float big = 12582912.0f;
     if (!(x < 4194304.0f && x > -4194304.0f)) return x;
@@ -12999,7 +13002,7 @@ static sdq_tensor *sdq__ds_forward(sdq_ctx *ctx, const sdq_model *m, const sdq_u
 }
 
 /* Run the teacher: none of its tensors needs a gradient, so nothing is noted. Where outputs of
- * inner layers are wanted the tape stays on all the same, because the arena then keeps everything. */
+ * inner layers are wanted the tape stays on all the same: the arena then keeps everything. */
 static sdq_tensor *sdq__ds_teacher(sdq_ctx *ctx, const sdq_distill_task *t,
                                    const sdq_unet_input *in, sdq__tap *tap) {
     const int recording = ctx->recording;
