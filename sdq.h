@@ -4426,6 +4426,12 @@ static void sdq__ly_state(void *user, float *v, int load) {
         if (load) { *range[2 * i] = v[0]; *range[2 * i + 1] = v[1]; *seen[i] = v[2] != 0.0f; }
         else { v[0] = *range[2 * i]; v[1] = *range[2 * i + 1]; v[2] = *seen[i] ? 1.0f : 0.0f; }
     }
+    for (i = 0; load && i < 2; i++) {           /* the scales follow from the ranges */
+        const sdq__qparam q = sdq__q_from_range(l->part[i].mn, l->part[i].mx);
+        if (!l->part[i].seen) continue;
+        sdq_f32(&l->part[i].s)[0] = q.s;
+        l->part[i].z = q.z;
+    }
     if (!l->w_mn) return;
     memcpy(load ? l->w_mn : v, load ? v : l->w_mn, l->out * sizeof(float));
     memcpy(load ? l->w_mx : v + l->out, load ? v + l->out : l->w_mx, l->out * sizeof(float));

@@ -75,8 +75,10 @@ for c in $compilers; do
 done
 
 printf 'int main(void){return 0;}' >"$out/san.c"
-if ${CC:-cc} -fsanitize=address,undefined "$out/san.c" -o "$out/san" 2>/dev/null && "$out/san"; then
-    build_all "${CC:-cc}" san -g -O1 -DSDQ_NO_SIMD -fsanitize=address,undefined \
+san=${CC:-cc}
+command -v clang >/dev/null 2>&1 && san=clang       # several times faster at it than gcc
+if $san -fsanitize=address,undefined "$out/san.c" -o "$out/san" 2>/dev/null && "$out/san"; then
+    build_all "$san" san -g -O1 -DSDQ_NO_SIMD -fsanitize=address,undefined \
         -fno-sanitize-recover=undefined,float-cast-overflow
     run_all san
 else

@@ -297,14 +297,14 @@ static void test_refusals(int tier) {
     sdq_ctx_free(ctx);
 }
 
-/* ---- a small training: two layers, one quantized with learned scales ---- */
+/* ---- a small training: a float layer, one with learned scales, one with moving observers ---- */
 
 #define IN 12
 #define HIDDEN 20
 #define OUT 5
 
 typedef struct job {
-    sdq_layer *a, *b;
+    sdq_layer *a, *b, *c;
     sdq_optim *o;
     size_t calls, cancel_at, nan_at, null_at;   /* calls from 1 on; 0: never */
     double loss[64];
@@ -323,6 +323,7 @@ static sdq_tensor *job_loss(sdq_ctx *ctx, void *user, sdq_rng *rng, size_t step)
     if (++j->calls == j->null_at) return NULL;
     h = sdq_silu(ctx, sdq_layer_forward(ctx, j->a, x, NULL, SDQ_FLOAT));
     y = sdq_layer_forward(ctx, j->b, h, NULL, SDQ_FAKE);
+    y = sdq_layer_forward(ctx, j->c, y, NULL, SDQ_FAKE);
     if (j->calls == j->nan_at) y = sdq_scale(ctx, y, (float)NAN);
     return sdq_mse(ctx, y, random_tensor(ctx, rng, 6, OUT), NULL);
 }
@@ -364,17 +365,30 @@ static sdq_status job_new(sdq_ctx *ctx, job *j) {
     q.learn_scales = 1;
     SDQ__TRY(sdq_layer_set_quant(ctx, j->b, &q));
     SDQ__TRY(sdq__ly_weight_scales(ctx, j->b));
+    SDQ__TRY(job_layer(ctx, &j->c, OUT, OUT, 3));
+    q.range = SDQ_RANGE_STATIC;
+    q.weight_scale = SDQ_WEIGHT_MOVING;
+    q.moving = 0.1f;
+    q.quantize_output = 1;
+    q.split = 2;
+    q.learn_scales = 0;
+    SDQ__TRY(sdq_layer_set_quant(ctx, j->c, &q));
+    SDQ__TRY(sdq__ly_observe_weights(ctx, j->c));
+    sdq_layer_observe(j->c, 1);
     SDQ__TRY(sdq_optim_create(ctx, &d, &j->o));
     SDQ__TRY(sdq_optim_add(ctx, j->o, sdq_layer_weight(j->a), "a.weight", 0, 0, 1));
     SDQ__TRY(sdq_optim_add(ctx, j->o, sdq_layer_bias(j->a), "a.bias", 0, 0, 0));
     SDQ__TRY(sdq_optim_add(ctx, j->o, sdq_layer_weight(j->b), "b.weight", 0, 0, 1));
     SDQ__TRY(sdq_optim_add(ctx, j->o, sdq_layer_bias(j->b), "b.bias", 0, 0, 0));
-    return sdq_optim_add(ctx, j->o, &j->b->sw, "b.scale", 0.1f, 1e-7f, 0);
+    SDQ__TRY(sdq_optim_add(ctx, j->o, &j->b->sw, "b.scale", 0.1f, 1e-7f, 0));
+    SDQ__TRY(sdq_optim_add(ctx, j->o, sdq_layer_weight(j->c), "c.weight", 0, 0, 1));
+    return sdq__opt_add_state(ctx, j->o, "c.observers", sdq__ly_state_count(j->c), sdq__ly_state, j->c);
 }
 static void job_free(sdq_ctx *ctx, job *j) {
     sdq_optim_free(ctx, j->o);
     sdq_layer_free(ctx, j->a);
     sdq_layer_free(ctx, j->b);
+    sdq_layer_free(ctx, j->c);
 }
 
 static sdq_fit_desc fit_desc(job *j, size_t steps, size_t accumulate, const char *state) {
@@ -474,6 +488,11 @@ static void test_save_load(int tier) {
     SDQT_CHECK(same_files(STATE_A, STATE_B));
     SDQT_CHECK(sdq_optim_load(ctx, k.o, STATE_A) == SDQ_OK);
     SDQT_CHECK(sdq_optim_steps_done(k.o) == 5);
+    SDQT_CHECK(k.c->part[1].seen && k.c->part[0].z == j.c->part[0].z && k.c->part[1].z == j.c->part[1].z
+               && sdq_f32(&k.c->part[1].s)[0] == sdq_f32(&j.c->part[1].s)[0]
+               && sdq_layer_convert(ctx, k.c) == SDQ_OK);
+    job_free(ctx, &k);
+    SDQT_CHECK(job_new(ctx, &k) == SDQ_OK && sdq_optim_load(ctx, k.o, STATE_A) == SDQ_OK);
     for (i = 0; i < j.o->count; i++)
         SDQT_CHECK(memcmp(j.o->leaf[i].t->data, k.o->leaf[i].t->data, sdq_tensor_count(j.o->leaf[i].t) * 4) == 0);
     SDQT_CHECK(sdq_optim_save(ctx, k.o, STATE_B) == SDQ_OK && same_files(STATE_A, STATE_B));
@@ -611,14 +630,16 @@ static void snapshot(const job *j, float *out) {
     for (i = 0; i < j->o->count; i++) {
         const sdq__leaf *l = &j->o->leaf[i];
         const size_t n = sdq_tensor_count(l->t);
+        if (l->state) l->state(l->user, sdq_f32(l->t), 0);
         memcpy(out, l->t->data, n * 4);
+        if (l->state) { out += n; continue; }
         memcpy(out + n, l->m, n * 4);
         memcpy(out + 2 * n, l->v, n * 4);
         memcpy(out + 3 * n, l->ema, n * 4);
         out += 4 * n;
     }
 }
-#define SNAPSHOT (4 * (IN * HIDDEN + HIDDEN + HIDDEN * OUT + 2 * OUT))
+#define SNAPSHOT (4 * (IN * HIDDEN + HIDDEN + HIDDEN * OUT + 2 * OUT + OUT * OUT) + 9 + 2 * OUT)
 
 static void refused(sdq_ctx *ctx, job *j, const char *what) {
     static float before[SNAPSHOT], after[SNAPSHOT];
@@ -738,7 +759,7 @@ static int train_with(int tier, heap *h) {
         SDQT_CHECK(st == sdq_last_error(ctx));
         h->fail_at = SIZE_MAX;              /* memory is back: what was made still works */
         sdq_clear_error(ctx);
-        if (j.o && j.o->count == 5) {
+        if (j.o && j.o->count == 7) {
             sdq_optim_zero(j.o);
             SDQT_CHECK(sdq_optim_step(ctx, j.o) == SDQ_OK);
         }

@@ -5,7 +5,12 @@ set -e
 model=${MODEL:-examples/emoji/model} data=${DATA:-examples/emoji/data} out=${OUT:-build/demo}
 steps=20 guidance=4 sdq=build/sdq
 mkdir -p "$out"
-run() { echo; echo "\$ sdq $*"; "$sdq" "$@"; }
+run() {
+    printf '\n$ sdq'
+    for word; do case $word in *' '*) printf ' "%s"' "$word";; *) printf ' %s' "$word";; esac; done
+    echo
+    "$sdq" "$@"
+}
 
 echo "A demonstration: $steps denoising steps and a few prompts. make eval measures in earnest."
 

@@ -1310,7 +1310,7 @@ static const flag txt2img_flags[] = {
     {"out,o,output", "FILE.png", NULL, "picture to write, also .ppm"},
     {"rng", "cpu|cuda", "cpu", "whose random numbers: torch's on CPU, or Philox as on CUDA"},
     {"unet", "FILE", NULL, "int8 UNet, of sdq quantize or sdq train --what qat"},
-    {"precision", "fp32|int8|mixed|schedule", NULL, "with --unet: the file's schedule, else int8"},
+    {"precision", "fp32|int8|mixed|schedule", NULL, "with --unet: mixed if -k is given, the file's schedule, or int8"},
     {"k", "N", "3", "mixed: float evaluations at the beginning and at the end"},
     {"k-first", "N", NULL, NULL},
     {"k-last", "N", NULL, NULL},
@@ -1399,7 +1399,8 @@ static sdq_status precision_from_args(job *j, sdq_txt2img_desc *d) {
     const char *list = arg_text(&j->a, "float-evals");
     const int quantized = j->pipe->unet_int8 != NULL;
     const int stored = quantized && j->pipe->policy && j->pipe->policy->count;
-    int p = !quantized ? 0 : stored ? 3 : 1;
+    const int k = arg_given(&j->a, "k") || arg_given(&j->a, "k-first") || arg_given(&j->a, "k-last");
+    int p = !quantized ? 0 : k ? 2 : stored ? 3 : 1;
     unsigned char *is_float = NULL;
     size_t n;
     TRY(arg_choice(j, "precision", words, 4, &p));
@@ -1514,6 +1515,14 @@ static sdq_status draw(job *j, const sdq_txt2img_desc *d, const char *out, const
     return SDQ_OK;
 }
 
+static sdq_status check_length(job *j, const char *prompt) {
+    const size_t most = sdq_tokenizer_length(j->pipe->tokenizer);
+    size_t n = 0;
+    TRY(sdq_tokenizer_encode(j->ctx, j->pipe->tokenizer, prompt, NULL, 0, &n));
+    if (n > most) note(j, "the prompt has %zu tokens, %zu are read: its end is lost", n - 2, most - 2);
+    return SDQ_OK;
+}
+
 static sdq_status cmd_txt2img(job *j) {
     static const char *const rngs[] = {"cpu,torch,std_default", "cuda,philox,gpu"};
     const char *model, *out = arg_text(&j->a, "out"), *save = arg_text(&j->a, "save-latents");
@@ -1535,6 +1544,7 @@ static sdq_status cmd_txt2img(job *j) {
     pd.unet_int8 = arg_text(&j->a, "unet");
     pd.int8_only = arg_on(&j->a, "int8-only");
     TRY(sdq_pipeline_load(j->ctx, model, &pd, &j->pipe));
+    TRY(check_length(j, d.prompt));
     TRY(precision_from_args(j, &d));
     TRY(read_latents(j, &d));
     d.progress = progress;
@@ -1906,5 +1916,9 @@ int main(int argc, char **argv) {
     (void)sigaction(SIGTERM, &action, NULL);
     if (argc < 2) { help_all(); return 2; }
     if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h") || !strcmp(argv[1], "help")) { help_all(); return 0; }
+    if (!strcmp(argv[1], "--version")) {
+        printf("sdq %d.%d.%d\n", SDQ_VERSION_MAJOR, SDQ_VERSION_MINOR, SDQ_VERSION_PATCH);
+        return 0;
+    }
     return run_command(argc - 1, argv + 1);
 }

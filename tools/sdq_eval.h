@@ -156,17 +156,18 @@ static sdq_status eval_make_net(eval *e, eval_result *r) {
     job *j = e->j;
     const int reference = strstr(r->row.recipe, "reference") != NULL;
     const char *extra = r->row.train && !reference ? arg_text(&j->a, "qat") : "", *base;
-    const char *common = format_text(j, "--model %s --data %s --calib-prompts %s --calib-guidance %g --threads %d %s",
-        e->model, e->data, arg_text(&j->a, "calib-prompts"), (double)e->d.guidance, sdq_ctx_threads(j->ctx), r->row.recipe);
+    const char *common = format_text(j, "--model %s --data %s --calib-prompts %s --calib-guidance %g %s",
+        e->model, e->data, arg_text(&j->a, "calib-prompts"), (double)e->d.guidance, r->row.recipe);
     const char *steps = r->row.train ? format_text(j, " --what qat --steps %s %s", arg_text(&j->a, "train-steps"), extra) : "";
+    const int threads = sdq_ctx_threads(j->ctx);        /* not in the key: results do not depend on it */
     uint64_t h = hash_text(hash_text(hash_model(j, e->model), common), steps);
     TRY(make_folder(j, format_text(j, "%s/nets", e->out)));
     base = format_text(j, "%s/nets/%s-%08llx", e->out, r->row.name, (unsigned long long)(h & 0xffffffffu));
     r->file = format_text(j, "%s.safetensors", base);
     if (exists(r->file)) return SDQ_OK;
-    if (!r->row.train) return run_line(j, format_text(j, "quantize %s --out %s", common, r->file));
-    return run_line(j, format_text(j, "train%s %s --out %s --state %s.state --log %s.csv --save-every 20", steps, common,
-                                   r->file, base, base));
+    if (!r->row.train) return run_line(j, format_text(j, "quantize %s --threads %d --out %s", common, threads, r->file));
+    return run_line(j, format_text(j, "train%s %s --threads %d --out %s --state %s.state --log %s.csv --save-every 20",
+                                   steps, common, threads, r->file, base, base));
 }
 
 /* A copy of the best network, with a schedule searched for it on training prompts. */
