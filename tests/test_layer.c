@@ -53,8 +53,14 @@ enum { SPLIT = 1, RESIDUAL = 2, QUANTIZE_OUTPUT = 4, NO_BIAS = 8 };
 /* Case i of the product of kernels, ranges, channels and options; 0 when there is none. */
 static int case_at(size_t i, layer_case *c) {
     static const size_t in[] = {3, 20, 33, 70}, out[] = {33, 70, 5, 34};
-    static const int option[] = {0, SPLIT, RESIDUAL, QUANTIZE_OUTPUT, NO_BIAS, SPLIT | RESIDUAL,
-                                 QUANTIZE_OUTPUT | RESIDUAL | SPLIT, SPLIT | QUANTIZE_OUTPUT | NO_BIAS};
+    static const int option[] = {0,
+                                 SPLIT,
+                                 RESIDUAL,
+                                 QUANTIZE_OUTPUT,
+                                 NO_BIAS,
+                                 SPLIT | RESIDUAL,
+                                 QUANTIZE_OUTPUT | RESIDUAL | SPLIT,
+                                 SPLIT | QUANTIZE_OUTPUT | NO_BIAS};
     static const int stride[] = {1, 1, 1, 2, 2};
     const size_t kind = i % 5, range = i / 5 % 4, chan = i / 20 % 4, opt = i / 80;
     int k;
@@ -79,7 +85,8 @@ static int case_at(size_t i, layer_case *c) {
     return 1;
 }
 static void case_text(const layer_case *c, char *s, size_t size) {
-    (void)snprintf(s, size, "%dx%d stride %d %zu->%zu rank %d range %d split %zu out %d res %d bias %d",
+    (void)snprintf(s, size,
+                   "%dx%d stride %d %zu->%zu rank %d range %d split %zu out %d res %d bias %d",
                    c->kernel, c->kernel, c->stride, c->in, c->out, c->rank, (int)c->quant.range,
                    c->quant.split, c->quant.quantize_output, c->residual, !c->no_bias);
 }
@@ -256,7 +263,10 @@ static void oracle_quantize(oracle *o, const float *x, int observe) {
     for (part = 0; part < 2 && observe; part++) {
         float mn = INFINITY, mx = -INFINITY;
         for (i = 0; i < n; i++)
-            if (oracle_part(c, i % c->in, &first) == part) { mn = fminf(mn, x[i]); mx = fmaxf(mx, x[i]); }
+            if (oracle_part(c, i % c->in, &first) == part) {
+                mn = fminf(mn, x[i]);
+                mx = fmaxf(mx, x[i]);
+            }
         oracle_track(o, mn, mx, &o->mn[part], &o->mx[part]);
     }
     memset(o->z, 0xff, n * 4);
@@ -266,7 +276,9 @@ static void oracle_quantize(oracle *o, const float *x, int observe) {
         if (o->z[i] >= 0) continue;
         part = oracle_part(c, i % c->in, &first);
         /* STATIC ranges interleave by parts; all others end within an entry */
-        later = c->quant.range == SDQ_RANGE_STATIC ? n : i + c->h * c->w * c->in < n ? i + c->h * c->w * c->in : n;
+        later = c->quant.range == SDQ_RANGE_STATIC ? n
+                : i + c->h * c->w * c->in < n      ? i + c->h * c->w * c->in
+                                                   : n;
         for (j = i; j < later; j++)
             if (oracle_shares(c, i, j)) { mn = fminf(mn, x[j]); mx = fmaxf(mx, x[j]); }
         if (c->quant.range == SDQ_RANGE_STATIC) { mn = o->mn[part]; mx = o->mx[part]; }
@@ -302,7 +314,8 @@ static void oracle_weights(oracle *o) {
 /* Source pixel of an output pixel and tap, or SIZE_MAX outside of the picture. */
 static size_t oracle_source(const layer_case *c, size_t m, size_t tap) {
     const size_t ow = case_ow(c), oh = case_oh(c);
-    const ptrdiff_t y = (ptrdiff_t)(m / ow % oh) * c->stride + (ptrdiff_t)tap / c->kernel - c->pad[0];
+    const ptrdiff_t y = (ptrdiff_t)(m / ow % oh) * c->stride + (ptrdiff_t)tap / c->kernel
+                        - c->pad[0];
     const ptrdiff_t x = (ptrdiff_t)(m % ow) * c->stride + (ptrdiff_t)tap % c->kernel - c->pad[1];
     if (y < 0 || x < 0 || y >= (ptrdiff_t)c->h || x >= (ptrdiff_t)c->w) return SIZE_MAX;
     return (m / (ow * oh) * c->h + (size_t)y) * c->w + (size_t)x;
@@ -404,7 +417,8 @@ static void copy_grad(float *to, const sdq_tensor *t) {
 }
 
 /* Gradients of the second batch; learn: of the scales, too. */
-static void run_backward(sdq_ctx *ctx, const layer_case *c, const numbers *v, sdq_layer *l, int learn, run *r) {
+static void run_backward(sdq_ctx *ctx, const layer_case *c, const numbers *v, sdq_layer *l,
+                         int learn, run *r) {
     sdq_tensor *leaf[5], *x, *res, *y;
     int i;
     sdq_tape_begin(ctx);
@@ -444,14 +458,17 @@ static void run_case(sdq_ctx *ctx, const layer_case *c, const numbers *v, int le
     if (!SDQT_THAT(l != NULL, "%s", sdq_error_text(ctx))) return;
     sdq_layer_observe(l, 1);
     for (b = 0; b < 2; b++)
-        (void)sdq_layer_forward(ctx, l, input_of(ctx, c, v->x[b], c->n), residual_of(ctx, c, v->res, c->n), SDQ_FAKE);
+        (void)sdq_layer_forward(ctx, l, input_of(ctx, c, v->x[b], c->n),
+                                residual_of(ctx, c, v->res, c->n), SDQ_FAKE);
     sdq_layer_observe(l, 0);
-    y = sdq_layer_forward(ctx, l, input_of(ctx, c, v->x[1], c->n), residual_of(ctx, c, v->res, c->n), SDQ_FAKE);
+    y = sdq_layer_forward(ctx, l, input_of(ctx, c, v->x[1], c->n),
+                          residual_of(ctx, c, v->res, c->n), SDQ_FAKE);
     if (y) memcpy(r->y, y->data, v->y_count * 4);
     run_backward(ctx, c, v, l, learn, r);
     SDQT_THAT(sdq_layer_convert(ctx, l) == SDQ_OK, "%s", sdq_error_text(ctx));
     SDQT_CHECK(sdq_layer_weight(l) == NULL);
-    y = sdq_layer_forward(ctx, l, input_of(ctx, c, v->x[1], c->n), residual_of(ctx, c, v->res, c->n), SDQ_INT8);
+    y = sdq_layer_forward(ctx, l, input_of(ctx, c, v->x[1], c->n),
+                          residual_of(ctx, c, v->res, c->n), SDQ_INT8);
     SDQT_THAT(y != NULL, "%s", sdq_error_text(ctx));
     if (y) memcpy(r->y8, y->data, v->y_count * 4);
     sdq_arena_release(ctx, mark);
@@ -564,16 +581,23 @@ static void test_batch(int tier) {
         numbers_new(&c, &v);
         l = layer_of(ctx, &c, &v);
         sdq_layer_observe(l, 1);
-        (void)sdq_layer_forward(ctx, l, input_of(ctx, &c, v.x[0], 2), residual_of(ctx, &c, v.res, 2), SDQ_FAKE);
+        (void)sdq_layer_forward(ctx, l, input_of(ctx, &c, v.x[0], 2),
+                                residual_of(ctx, &c, v.res, 2), SDQ_FAKE);
         sdq_layer_observe(l, 0);
         for (mode = SDQ_FLOAT; mode <= SDQ_INT8; mode++) {
             if (mode == SDQ_INT8) SDQT_CHECK(sdq_layer_convert(ctx, l) == SDQ_OK);
-            y = sdq_layer_forward(ctx, l, input_of(ctx, &c, v.x[1], 2), residual_of(ctx, &c, v.res, 2), (sdq_mode)mode);
+            y = sdq_layer_forward(ctx, l, input_of(ctx, &c, v.x[1], 2),
+                                  residual_of(ctx, &c, v.res, 2), (sdq_mode)mode);
             for (e = 0; e < 2 && y; e++) {
                 one = sdq_layer_forward(ctx, l, input_of(ctx, &c, v.x[1] + e * v.x_count / 2, 1),
-                                        residual_of(ctx, &c, v.res + e * v.y_count / 2, 1), (sdq_mode)mode);
-                SDQT_THAT(one && memcmp(one->data, sdq_f32(y) + e * v.y_count / 2, v.y_count / 2 * 4) == 0,
-                          "mode %d, entry %zu differs alone (case %zu): %s", mode, e, i, sdq_error_text(ctx));
+                                        residual_of(ctx, &c, v.res + e * v.y_count / 2, 1),
+                                        (sdq_mode)mode);
+                SDQT_THAT(
+                    one
+                        && memcmp(one->data, sdq_f32(y) + e * v.y_count / 2, v.y_count / 2 * 4)
+                               == 0,
+                    "mode %d, entry %zu differs alone (case %zu): %s", mode, e, i,
+                    sdq_error_text(ctx));
             }
             SDQT_THAT(y != NULL, "%s", sdq_error_text(ctx));
         }
@@ -592,7 +616,9 @@ static void test_batch(int tier) {
 #define GRADIENT_TOL 1e-6
 #define SCALE_TOL 1e-6
 
-typedef struct slopes { double *dx, *dw, *dw_size, *db, *dsw, *dsw_size, ds[2], ds_size[2]; } slopes;
+typedef struct slopes {
+    double *dx, *dw, *dw_size, *db, *dsw, *dsw_size, ds[2], ds_size[2];
+} slopes;
 
 static void slopes_new(const layer_case *c, const numbers *v, slopes *g) {
     memset(g, 0, sizeof *g);
@@ -638,7 +664,9 @@ static void oracle_quantizers_back(const oracle *o, const float *x, slopes *g) {
                                   : c->quant.split ? (double)c->quant.split : (double)c->in;
         const double norm = 1 / sqrt(255.0 * (double)(entry / c->in) * chans);
         const float u = x[i] * (1.0f / o->s[i]), q = nearbyintf(u) + (float)o->z[i];
-        const double slope = q < 0 ? -o->z[i] : q > 255 ? 255 - o->z[i] : (double)nearbyintf(u) - (double)u;
+        const double slope = q < 0     ? -o->z[i]
+                             : q > 255 ? 255 - o->z[i]
+                                       : (double)nearbyintf(u) - (double)u;
         g->ds[part] += g->dx[i] * slope * norm;
         g->ds_size[part] += fabs(g->dx[i] * slope * norm);
         if (q < 0 || q > 255) g->dx[i] = 0;
@@ -656,7 +684,10 @@ static void oracle_quantizers_back(const oracle *o, const float *x, slopes *g) {
 static double distance(const float *a, const double *b, size_t n) {
     double d = 0, s = 0;
     size_t i;
-    for (i = 0; i < n; i++) { d += ((double)a[i] - b[i]) * ((double)a[i] - b[i]); s += b[i] * b[i]; }
+    for (i = 0; i < n; i++) {
+        d += ((double)a[i] - b[i]) * ((double)a[i] - b[i]);
+        s += b[i] * b[i];
+    }
     return d == 0 ? 0 : s > 0 && d < 1e300 ? sqrt(d / s) : 1e30;
 }
 
@@ -729,10 +760,12 @@ static void test_clipped(int tier) {
     x->needs_grad = 1;
     sdq_tape_begin(ctx);
     y = sdq_layer_forward(ctx, l, x, NULL, SDQ_FAKE);
-    SDQT_CHECK(sdq_backward(ctx, sdq_mse(ctx, y, sdq_tensor_new(ctx, SDQ_F32, 4, y->dim), NULL)) == SDQ_OK);
+    SDQT_CHECK(sdq_backward(ctx, sdq_mse(ctx, y, sdq_tensor_new(ctx, SDQ_F32, 4, y->dim), NULL))
+               == SDQ_OK);
     sdq_tape_end(ctx);
     for (i = 0; i < v.x_count; i++) {
-        const float q = nearbyintf(v.x[0][i] * (1.0f / sdq_f32(&l->part[0].s)[0])) + (float)l->part[0].z;
+        const float q = nearbyintf(v.x[0][i] * (1.0f / sdq_f32(&l->part[0].s)[0]))
+                        + (float)l->part[0].z;
         if (q < 0 || q > 255) cut++;
         SDQT_CHECK((x->grad[i] == 0) == (q < 0 || q > 255));
     }
@@ -801,7 +834,9 @@ static void golden_act(sdq_ctx *ctx, sdq_file *f, const char *path, int lsq) {
     part.s.needs_grad = lsq;
     sdq__ly_ste_input(ctx, &part, &in, x, dy, dx);
     SDQT_THAT(equal(dx, golden_f(f, path, "dx"), n, lsq), "%s: mask", path);
-    if (lsq) SDQT_NEAR(part.s.grad[0], golden_f(f, path, "ds")[0], LSQ_TOL * fabs((double)golden_f(f, path, "ds")[0]));
+    if (lsq)
+        SDQT_NEAR(part.s.grad[0], golden_f(f, path, "ds")[0],
+                  LSQ_TOL * fabs((double)golden_f(f, path, "ds")[0]));
     sdq_arena_release(ctx, mark);
 }
 
@@ -838,7 +873,7 @@ static void golden_weight(sdq_ctx *ctx, sdq_file *f, const char *path, int lsq) 
 
 static void golden_observer(sdq_ctx *ctx, sdq_file *f, const char *name, int weight) {
     const sdq_mark mark = sdq_arena_mark(ctx);
-    char path[64], role[8];
+    char path[64], role[16];
     const float *mn, *mx, *s;
     const int32_t *z;
     sdq_layer *l = NULL;
@@ -881,7 +916,8 @@ static void golden_observer(sdq_ctx *ctx, sdq_file *f, const char *name, int wei
             const int8_t *q = sdq__ly_quantize_weights(ctx, l);
             float *y = SDQ__PUSH_N(ctx, float, n);
             for (o = 0; o < 5; o++)
-                SDQT_CHECK(l->w_mn[o] == mn[batch * 5 + (int)o] && l->w_mx[o] == mx[batch * 5 + (int)o]
+                SDQT_CHECK(l->w_mn[o] == mn[batch * 5 + (int)o]
+                           && l->w_mx[o] == mx[batch * 5 + (int)o]
                            && sdq_f32(&l->sw)[o] == s[batch * 5 + (int)o]);
             for (o = 0; o < n; o++) y[o] = (float)q[o] * sdq_f32(&l->sw)[o / (n / 5)];
             SDQT_CHECK(apart(y, golden_f(f, path, role), n, s + batch * 5, n / 5) == 0);
@@ -891,9 +927,11 @@ static void golden_observer(sdq_ctx *ctx, sdq_file *f, const char *name, int wei
             sdq__qinput in;
             float *y = SDQ__PUSH_N(ctx, float, n);
             SDQT_CHECK(sdq_layer_input_range(l, 0, &scale, &zero) == 1);
-            SDQT_THAT(fminf(l->part[0].mn, 0) == fminf(mn[batch], 0) && fmaxf(l->part[0].mx, 0) == fmaxf(mx[batch], 0),
-                      "%s batch %d: range %.9g %.9g, torch %.9g %.9g", path, batch, (double)l->part[0].mn,
-                      (double)l->part[0].mx, (double)mn[batch], (double)mx[batch]);
+            SDQT_THAT(fminf(l->part[0].mn, 0) == fminf(mn[batch], 0)
+                          && fmaxf(l->part[0].mx, 0) == fmaxf(mx[batch], 0),
+                      "%s batch %d: range %.9g %.9g, torch %.9g %.9g", path, batch,
+                      (double)l->part[0].mn, (double)l->part[0].mx, (double)mn[batch],
+                      (double)mx[batch]);
             SDQT_CHECK(scale == s[batch] && zero == z[batch]);
             SDQT_CHECK(sdq__ly_quantize_input(ctx, l, &l->part[0], x, &in) == SDQ_OK);
             for (o = 0; o < n; o++)
@@ -954,13 +992,17 @@ static void test_weight_scales(int tier) {
         (void)sdq_layer_forward(ctx, l, x, NULL, SDQ_FAKE);
         sdq_layer_observe(l, 0);
         a = sdq_layer_forward(ctx, l, x, NULL, SDQ_FAKE);
-        SDQT_NEAR(sdq_f32(&l->sw)[1] / first[0], source == SDQ_WEIGHT_CURRENT ? 3 : source == SDQ_WEIGHT_MOVING ? 2 : 1, 1e-6);
+        SDQT_NEAR(sdq_f32(&l->sw)[1] / first[0],
+                  source == SDQ_WEIGHT_CURRENT  ? 3
+                  : source == SDQ_WEIGHT_MOVING ? 2
+                                                : 1,
+                  1e-6);
         if (source == SDQ_WEIGHT_FIXED) sdq_f32(&l->sw)[1] *= 2.5f;     /* as learning does */
         if (source == SDQ_WEIGHT_FIXED) a = sdq_layer_forward(ctx, l, x, NULL, SDQ_FAKE);
         SDQT_CHECK(sdq_layer_convert(ctx, l) == SDQ_OK);
         b = sdq_layer_forward(ctx, l, x, NULL, SDQ_INT8);
-        SDQT_THAT(a && b && memcmp(a->data, b->data, v.y_count * 4) == 0, "source %d differs: %s", source,
-                  sdq_error_text(ctx));
+        SDQT_THAT(a && b && memcmp(a->data, b->data, v.y_count * 4) == 0, "source %d differs: %s",
+                  source, sdq_error_text(ctx));
         sdq_layer_free(ctx, l);
         numbers_free(&v);
         sdq_arena_release(ctx, mark);
@@ -985,8 +1027,10 @@ static void test_ranges(int tier) {
     l = layer_of(ctx, &c, &v);
     x = input_of(ctx, &c, v.x[0], 2);
     SDQT_CHECK(sdq_layer_input_range(l, 0, &s, &zero) == 0 && s == -1 && zero == -1);
-    SDQT_CHECK(!sdq_layer_forward(ctx, l, x, NULL, SDQ_FAKE) && sdq_last_error(ctx) == SDQ_ERR_NOT_CALIBRATED);
-    SDQT_CHECK(strstr(sdq_error_text(ctx), "layer tested: its input range was never observed") != NULL);
+    SDQT_CHECK(!sdq_layer_forward(ctx, l, x, NULL, SDQ_FAKE)
+               && sdq_last_error(ctx) == SDQ_ERR_NOT_CALIBRATED);
+    SDQT_CHECK(strstr(sdq_error_text(ctx), "layer tested: its input range was never observed")
+               != NULL);
     sdq_clear_error(ctx);
     SDQT_CHECK(sdq_layer_convert(ctx, l) == SDQ_ERR_NOT_CALIBRATED && sdq_layer_weight(l) != NULL);
     sdq_clear_error(ctx);
@@ -1002,16 +1046,19 @@ static void test_ranges(int tier) {
     SDQT_CHECK(q.range == SDQ_RANGE_STATIC && q.enabled);
     q.split = 1;
     SDQT_CHECK(sdq_layer_set_quant(ctx, l, &q) == SDQ_OK);                  /* forgets */
-    SDQT_CHECK(sdq_layer_input_range(l, 0, &s, &zero) == 0 && sdq_layer_input_range(l, 1, &s, &zero) == 0);
+    SDQT_CHECK(sdq_layer_input_range(l, 0, &s, &zero) == 0
+               && sdq_layer_input_range(l, 1, &s, &zero) == 0);
     sdq_layer_observe(l, 1);
     (void)sdq_layer_forward(ctx, l, x, NULL, SDQ_FAKE);
-    SDQT_CHECK(sdq_layer_input_range(l, 0, &s, &zero) == 2 && sdq_layer_input_range(l, 1, &s2, &zero) == 2 && s != s2);
+    SDQT_CHECK(sdq_layer_input_range(l, 0, &s, &zero) == 2
+               && sdq_layer_input_range(l, 1, &s2, &zero) == 2 && s != s2);
     q.quantize_output = 1;
     SDQT_CHECK(sdq_layer_set_quant(ctx, l, &q) == SDQ_OK);
     sdq_layer_observe(l, 0);
     q.range = SDQ_RANGE_POSITION;
     SDQT_CHECK(sdq_layer_set_quant(ctx, l, &q) == SDQ_OK);
-    SDQT_CHECK(!sdq_layer_forward(ctx, l, x, NULL, SDQ_FAKE) && sdq_last_error(ctx) == SDQ_ERR_NOT_CALIBRATED);
+    SDQT_CHECK(!sdq_layer_forward(ctx, l, x, NULL, SDQ_FAKE)
+               && sdq_last_error(ctx) == SDQ_ERR_NOT_CALIBRATED);
     SDQT_CHECK(strstr(sdq_error_text(ctx), "output range") != NULL);
     sdq_clear_error(ctx);
     q.quantize_output = 0;
@@ -1056,7 +1103,8 @@ static void test_late_observer(int tier) {
         y = sdq_layer_forward(ctx, l, x, NULL, SDQ_FAKE);
         sdq_layer_observe(l, late);
         (void)sdq_layer_forward(ctx, l, input_of(ctx, &c, v.x[1], 2), NULL, SDQ_FAKE);
-        SDQT_CHECK(sdq_backward(ctx, sdq_mse(ctx, y, sdq_tensor_new(ctx, SDQ_F32, 4, y->dim), NULL)) == SDQ_OK);
+        SDQT_CHECK(sdq_backward(ctx, sdq_mse(ctx, y, sdq_tensor_new(ctx, SDQ_F32, 4, y->dim), NULL))
+                   == SDQ_OK);
         sdq_tape_end(ctx);
         dx[late] = (float *)room(v.x_count, 4);
         copy_grad(dx[late], x);
@@ -1099,13 +1147,16 @@ static void test_float_of_int8(int tier) {
         SDQT_THAT(y && z && memcmp(y->data, z->data, v.y_count * 4) == 0, "case %zu", i);
         sdq_tape_begin(ctx);                        /* it cannot be trained */
         x->needs_grad = 1;
-        SDQT_CHECK(!sdq_layer_forward(ctx, a, x, NULL, SDQ_FLOAT) && sdq_last_error(ctx) == SDQ_ERR_ARGUMENT);
+        SDQT_CHECK(!sdq_layer_forward(ctx, a, x, NULL, SDQ_FLOAT)
+                   && sdq_last_error(ctx) == SDQ_ERR_ARGUMENT);
         sdq_tape_end(ctx);
         sdq_clear_error(ctx);
-        SDQT_CHECK(!sdq_layer_forward(ctx, a, x, NULL, SDQ_FAKE) && sdq_last_error(ctx) == SDQ_ERR_ARGUMENT);
+        SDQT_CHECK(!sdq_layer_forward(ctx, a, x, NULL, SDQ_FAKE)
+                   && sdq_last_error(ctx) == SDQ_ERR_ARGUMENT);
         SDQT_CHECK(strstr(sdq_error_text(ctx), "needs float weights") != NULL);
         sdq_clear_error(ctx);
-        SDQT_CHECK(!sdq_layer_forward(ctx, b, x, NULL, SDQ_INT8) && sdq_last_error(ctx) == SDQ_ERR_ARGUMENT);
+        SDQT_CHECK(!sdq_layer_forward(ctx, b, x, NULL, SDQ_INT8)
+                   && sdq_last_error(ctx) == SDQ_ERR_ARGUMENT);
         SDQT_CHECK(strstr(sdq_error_text(ctx), "convert") != NULL);
         sdq_clear_error(ctx);
         SDQT_CHECK(sdq_layer_set_quant(ctx, a, &c.quant) == SDQ_ERR_ARGUMENT);
@@ -1148,8 +1199,8 @@ static void test_vector(int tier) {
             if (mode == SDQ_INT8) SDQT_CHECK(sdq_layer_convert(ctx, l) == SDQ_OK);
             y1 = sdq_layer_forward(ctx, l, x1, NULL, (sdq_mode)mode);
             y2 = sdq_layer_forward(ctx, l, x2, NULL, (sdq_mode)mode);
-            SDQT_THAT(y1 && y2 && y1->rank == 1 && memcmp(y1->data, y2->data, 19 * 4) == 0, "range %d mode %d",
-                      range, mode);
+            SDQT_THAT(y1 && y2 && y1->rank == 1 && memcmp(y1->data, y2->data, 19 * 4) == 0,
+                      "range %d mode %d", range, mode);
         }
         sdq_layer_free(ctx, l);
         numbers_free(&v);
@@ -1184,8 +1235,10 @@ static void test_arguments(int tier) {
     SDQT_CHECK(strstr(sdq_error_text(ctx), "result [1,2,2,7], residual [1,4,4,5]") != NULL);
     sdq_clear_error(ctx);
     x = sdq_tensor_4d(ctx, 1, 4, 4, 6);
-    SDQT_CHECK(!sdq_layer_forward(ctx, l, x, NULL, SDQ_FLOAT) && sdq_last_error(ctx) == SDQ_ERR_SHAPE);
-    SDQT_CHECK(strstr(sdq_error_text(ctx), "input [1,4,4,6], expected 5 channels in [n,h,w,c]") != NULL);
+    SDQT_CHECK(!sdq_layer_forward(ctx, l, x, NULL, SDQ_FLOAT)
+               && sdq_last_error(ctx) == SDQ_ERR_SHAPE);
+    SDQT_CHECK(strstr(sdq_error_text(ctx), "input [1,4,4,6], expected 5 channels in [n,h,w,c]")
+               != NULL);
     sdq_layer_free(ctx, l);
     sdq_layer_free(ctx, NULL);
     sdq_ctx_free(ctx);
@@ -1193,7 +1246,9 @@ static void test_arguments(int tier) {
 
 /* ---- no memory: the k-th allocation fails, or all from the k-th on; or the arena is full ---- */
 
-typedef struct heap { size_t live, calls, fail_at, fails, largest; } heap;     /* largest: 0 = any */
+typedef struct heap {
+    size_t live, calls, fail_at, fails, largest;
+} heap; /* largest: 0 = any */
 
 static void *heap_alloc(void *user, size_t bytes) {
     heap *h = (heap *)user;
@@ -1211,7 +1266,8 @@ static void heap_release(void *user, void *p) {
 }
 
 /* A layer's whole life. Returns the first status that is not SDQ_OK. */
-static sdq_status life(sdq_ctx *ctx, const layer_case *c, const numbers *v, sdq_layer **keep, size_t left) {
+static sdq_status life(sdq_ctx *ctx, const layer_case *c, const numbers *v, sdq_layer **keep,
+                       size_t left) {
     sdq_layer_desc d;
     sdq_layer *l = NULL;
     sdq_optim *o = NULL;
@@ -1237,7 +1293,7 @@ static sdq_status life(sdq_ctx *ctx, const layer_case *c, const numbers *v, sdq_
     leaf[0] = sdq_layer_weight(l); leaf[1] = sdq_layer_bias(l); leaf[2] = &l->sw;
     leaf[3] = &l->part[0].s; leaf[4] = &l->part[1].s;
     for (i = 0; i < 5; i++) {
-        char name[8];
+        char name[16];
         (void)snprintf(name, sizeof name, "%d", i);
         (void)sdq_optim_add(ctx, o, leaf[i], name, 1, i > 1 ? 1e-7f : 0, i == 0);
     }
@@ -1309,7 +1365,8 @@ static void test_no_memory(int tier) {
             SDQT_CHECK(life_with(&c, &v, tier, &h, SIZE_MAX) == ok);
         }
         SDQT_THAT(k > 20 && ok, "%zu allocations", k);
-        for (ok = 0, k = 0; !ok && k < ((size_t)1 << 21); k += k < 8192 ? 64 : sdq__u_round_up(k / 32, 64)) {
+        for (ok = 0, k = 0; !ok && k < ((size_t)1 << 21);
+             k += k < 8192 ? 64 : sdq__u_round_up(k / 32, 64)) {
             memset(&h, 0, sizeof h);
             h.fail_at = SIZE_MAX;
             ok = life_with(&c, &v, tier, &h, k);

@@ -53,7 +53,10 @@ static sdq_tensor *run_linear(sdq_ctx *ctx, sdq_tensor **in, const float *p) {
     return run_layer(ctx, in, &d);
 }
 #define RUN_FN(name, call) \
-    static sdq_tensor *run_##name(sdq_ctx *ctx, sdq_tensor **in, const float *p) { (void)p; return call; }
+    static sdq_tensor *run_##name(sdq_ctx *ctx, sdq_tensor **in, const float *p) { \
+        (void)p; \
+        return call; \
+    }
 RUN_FN(group_norm, sdq_group_norm(ctx, in[0], in[1], in[2], (int)p[0], p[1], 0))
 RUN_FN(group_norm_silu, sdq_group_norm(ctx, in[0], in[1], in[2], (int)p[0], p[1], 1))
 RUN_FN(layer_norm, sdq_layer_norm(ctx, in[0], in[1], in[2], p[0]))
@@ -177,11 +180,12 @@ static void golden_case(sdq_ctx *ctx, sdq_file *f, const golden_op *o, const cha
     double e;
     size_t i;
     if (p) SDQT_CHECK(sdq_entry_to_f32(ctx, p, number) == SDQ_OK);
-    for (i = 0; i < MAX_IN && o->in[i]; i++) in[i] = tensor_of(ctx, golden(f, o->name, name, o->in[i]));
+    for (i = 0; i < MAX_IN && o->in[i]; i++)
+        in[i] = tensor_of(ctx, golden(f, o->name, name, o->in[i]));
     sdq_tape_begin(ctx);
     y = o->run(ctx, in, number);
-    if (SDQT_THAT(y && gy && dy && sdq_entry_count(gy) == sdq_tensor_count(y), "%s/%s: no result: %s",
-                  o->name, name, sdq_error_text(ctx))) {
+    if (SDQT_THAT(y && gy && dy && sdq_entry_count(gy) == sdq_tensor_count(y),
+                  "%s/%s: no result: %s", o->name, name, sdq_error_text(ctx))) {
         e = error_of(sdq_f32(y), (const float *)gy->data, sdq_tensor_count(y), 0);
         SDQT_THAT(e <= FORWARD_TOL, "%s/%s: forward error %.3g", o->name, name, e);
         backward_of(ctx, y, (const float *)dy->data);
@@ -192,7 +196,9 @@ static void golden_case(sdq_ctx *ctx, sdq_file *f, const golden_op *o, const cha
         (void)snprintf(role, sizeof role, "d%s", o->in[i]);
         g = golden(f, o->name, name, role);
         if (!g) continue;
-        e = in[i]->grad ? error_of(in[i]->grad, (const float *)g->data, sdq_tensor_count(in[i]), least) : 1e30;
+        e = in[i]->grad
+                ? error_of(in[i]->grad, (const float *)g->data, sdq_tensor_count(in[i]), least)
+                : 1e30;
         SDQT_THAT(e <= BACKWARD_TOL, "%s/%s: %s error %.3g", o->name, name, role, e);
     }
     sdq_tape_end(ctx);
@@ -210,9 +216,11 @@ static void test_golden(int tier) {
             const size_t n = strlen(golden_ops[i].name);
             const char *path = sdq_file_entry(f, j)->name, *end = strrchr(path, '/');
             char name[64];
-            if (strncmp(path, golden_ops[i].name, n) != 0 || path[n] != '/' || strcmp(end, "/y") != 0)
+            if (strncmp(path, golden_ops[i].name, n) != 0 || path[n] != '/'
+                || strcmp(end, "/y") != 0)
                 continue;
-            (void)snprintf(name, sizeof name, "%.*s", (int)(end - path - (ptrdiff_t)n - 1), path + n + 1);
+            (void)snprintf(name, sizeof name, "%.*s", (int)(end - path - (ptrdiff_t)n - 1),
+                           path + n + 1);
             golden_case(ctx, f, &golden_ops[i], name);
             seen++;
         }
@@ -241,20 +249,26 @@ typedef struct random_case {
 #define PAD1 {3, 3, 1, 1, 1, 1, 1}
 
 static const random_case random_cases[] = {
-    {"conv3x3", run_conv2d, {{4, {2, 13, 11, 70}}, {4, {40, 3, 3, 70}}, {1, {40}}}, PAD1, BATCH, 1, 0},
-    {"conv3x3 deep", run_conv2d, {{4, {1, 3, 4, 1540}}, {4, {33, 3, 3, 1540}}, {1, {33}}}, PAD1, BATCH, 1, 0},
-    {"conv3x3 many", run_conv2d, {{4, {2, 5, 4, 190}}, {4, {3, 3, 3, 190}}, {1, {3}}}, PAD1, BATCH, 1, 0},
+    {"conv3x3", run_conv2d, {{4, {2, 13, 11, 70}}, {4, {40, 3, 3, 70}}, {1, {40}}}, PAD1, BATCH, 1,
+     0},
+    {"conv3x3 deep", run_conv2d, {{4, {1, 3, 4, 1540}}, {4, {33, 3, 3, 1540}}, {1, {33}}}, PAD1,
+     BATCH, 1, 0},
+    {"conv3x3 many", run_conv2d, {{4, {2, 5, 4, 190}}, {4, {3, 3, 3, 190}}, {1, {3}}}, PAD1, BATCH,
+     1, 0},
     {"conv stride 2", run_conv2d, {{4, {2, 9, 12, 33}}, {4, {35, 3, 3, 33}}, {1, {35}}},
      {3, 3, 2, 1, 1, 1, 1}, BATCH, 1, 0},
     {"conv one-sided", run_conv2d, {{4, {2, 9, 12, 5}}, {4, {66, 3, 3, 5}}, {1, {66}}},
      {3, 3, 2, 0, 0, 1, 1}, BATCH, 1, 0},
-    {"conv1x1", run_conv2d, {{4, {2, 7, 9, 65}}, {4, {33, 1, 1, 65}}, {1, {33}}}, {1, 1, 1}, BATCH, 1, 0},
+    {"conv1x1", run_conv2d, {{4, {2, 7, 9, 65}}, {4, {33, 1, 1, 65}}, {1, {33}}}, {1, 1, 1}, BATCH,
+     1, 0},
     {"linear", run_linear, {{3, {2, 67, 300}}, {2, {70, 300}}, {1, {70}}}, {0}, BATCH, 1, 0},
     {"linear long", run_linear, {{3, {2, 5, 3100}}, {2, {33, 3100}}, {0, {0}}}, {0}, BATCH, 1, 0},
     {"linear tall", run_linear, {{2, {700, 6}}, {2, {9, 6}}, {1, {9}}}, {0}, BATCH, 1, 0},
     {"linear vector", run_linear, {{1, {37}}, {2, {41, 37}}, {1, {41}}}, {0}, 0, 0, 0},
-    {"group_norm", run_group_norm, {{4, {2, 9, 15, 48}}, {1, {48}}, {1, {48}}}, {6, 1e-5f}, BATCH, 1, 0},
-    {"group_norm_silu", run_group_norm_silu, {{4, {3, 9, 15, 35}}, {1, {35}}, {1, {35}}}, {5, 1e-6f}, BATCH, 1, 0},
+    {"group_norm", run_group_norm, {{4, {2, 9, 15, 48}}, {1, {48}}, {1, {48}}}, {6, 1e-5f}, BATCH,
+     1, 0},
+    {"group_norm_silu", run_group_norm_silu, {{4, {3, 9, 15, 35}}, {1, {35}}, {1, {35}}},
+     {5, 1e-6f}, BATCH, 1, 0},
     {"group_norm vector", run_group_norm, {{1, {24}}, {1, {24}}, {1, {24}}}, {4, 1e-5f}, 0, 0, 0},
     {"layer_norm", run_layer_norm, {{3, {2, 70, 77}}, {1, {77}}, {1, {77}}}, {1e-5f}, BATCH, 1, 0},
     {"gelu", run_gelu, ONE_IN(3, 2, 130, 131, 0), {0}, BATCH, 1, 0},
@@ -262,9 +276,12 @@ static const random_case random_cases[] = {
     {"silu", run_silu, ONE_IN(3, 2, 130, 131, 0), {0}, BATCH, 1, 0},
     {"softmax", run_softmax, ONE_IN(3, 2, 5, 133, 0), {0}, BATCH, 1, 0},
     {"geglu", run_geglu, ONE_IN(3, 2, 33, 62, 0), {0}, BATCH, 1, 0},
-    {"attention", run_attention, {{3, {2, 100, 40}}, {3, {2, 100, 40}}, {3, {2, 100, 40}}}, {2, 0}, BATCH, 7, 0},
-    {"attention cross", run_attention, {{3, {2, 50, 21}}, {3, {2, 131, 21}}, {3, {2, 131, 21}}}, {3, 0}, BATCH, 7, 0},
-    {"attention causal", run_attention, {{3, {2, 100, 34}}, {3, {2, 100, 34}}, {3, {2, 100, 34}}}, {1, 1}, BATCH, 7, 0},
+    {"attention", run_attention, {{3, {2, 100, 40}}, {3, {2, 100, 40}}, {3, {2, 100, 40}}}, {2, 0},
+     BATCH, 7, 0},
+    {"attention cross", run_attention, {{3, {2, 50, 21}}, {3, {2, 131, 21}}, {3, {2, 131, 21}}},
+     {3, 0}, BATCH, 7, 0},
+    {"attention causal", run_attention, {{3, {2, 100, 34}}, {3, {2, 100, 34}}, {3, {2, 100, 34}}},
+     {1, 1}, BATCH, 7, 0},
     {"upsample", run_upsample, ONE_IN(4, 2, 5, 7, 19), {9, 14}, BATCH, 1, 0},
     {"concat", run_concat, {{4, {2, 3, 5, 7}}, {4, {2, 3, 5, 21}}, {0, {0}}}, {0}, BATCH, 3, 0},
     {"slice", run_slice, ONE_IN(3, 2, 5, 37, 0), {3, 18}, BATCH, 1, 0},
@@ -275,11 +292,13 @@ static const random_case random_cases[] = {
     {"add_rows", run_add_rows, {{3, {2, 13, 19}}, {2, {20, 19}}, {0, {0}}}, {0}, BATCH, 1, 0},
     {"embedding", run_embedding, {{2, {23, 37}}, {2, {2, 31}}, {0, {0}}}, {0}, BATCH | IDS, 2, 2},
     {"mse", run_mse, {{4, {2, 65, 40, 7}}, {4, {2, 65, 40, 7}}, {0, {0}}}, {0}, 0, 0, 0},
-    {"mse_weighted", run_mse_weighted, {{2, {3, 50}}, {2, {3, 50}}, {0, {0}}}, {0.5f, 2, 1.25f}, 0, 0, 0},
+    {"mse_weighted", run_mse_weighted, {{2, {3, 50}}, {2, {3, 50}}, {0, {0}}}, {0.5f, 2, 1.25f}, 0,
+     0, 0},
     {"l1", run_l1, {{4, {2, 65, 40, 7}}, {4, {2, 65, 40, 7}}, {0, {0}}}, {0}, 0, 0, 0},
     {"l1_edges", run_l1_edges, {{4, {2, 7, 9, 3}}, {4, {2, 7, 9, 3}}, {0, {0}}}, {0}, 0, 0, 0},
     {"kl", run_kl, ONE_IN(4, 2, 7, 9, 8), {0}, 0, 0, 0},
-    {"sample_gaussian", run_sample_gaussian, {{4, {2, 5, 6, 8}}, {4, {2, 5, 6, 4}}, {0, {0}}}, {0}, BATCH, 3, 2},
+    {"sample_gaussian", run_sample_gaussian, {{4, {2, 5, 6, 8}}, {4, {2, 5, 6, 4}}, {0, {0}}}, {0},
+     BATCH, 3, 2},
 };
 #define RANDOM_CASES (sizeof random_cases / sizeof random_cases[0])
 
@@ -312,7 +331,8 @@ static void values_new(const random_case *c, values *v) {
         v->grad[i] = numbers(v->count[i]);
         for (j = 0; j < v->count[i]; j++) x[j] = sdqt_normal();
         if (c->flags & IDS && i == 1)
-            for (j = 0; j < v->count[i]; j++) ((int32_t *)v->in[i])[j] = (int32_t)sdqt_below(c->in[0].dim[0]);
+            for (j = 0; j < v->count[i]; j++)
+                ((int32_t *)v->in[i])[j] = (int32_t)sdqt_below(c->in[0].dim[0]);
     }
 }
 static void values_free(values *v) {
@@ -324,7 +344,8 @@ static void values_free(values *v) {
 }
 
 /* The inputs as tensors; entry >= 0: that entry of the inputs that have entries. */
-static void make_inputs(sdq_ctx *ctx, const random_case *c, const values *v, int entry, sdq_tensor **in) {
+static void make_inputs(sdq_ctx *ctx, const random_case *c, const values *v, int entry,
+                        sdq_tensor **in) {
     int i;
     for (i = 0; i < MAX_IN; i++) {
         const int ids = c->flags & IDS && i == 1, cut = entry >= 0 && (c->per_entry >> i & 1);
@@ -383,7 +404,8 @@ static void test_equal_bits(int tier) {
             w.y = numbers(v.y_count);
             for (j = 0; j < MAX_IN; j++) w.grad[j] = numbers(v.count[j]);
             SDQT_THAT(run_values(ctx, c, &w), "%s: %s", c->name, sdq_error_text(ctx));
-            SDQT_THAT(memcmp(v.y, w.y, v.y_count * 4) == 0, "%s, %d threads: forward differs", c->name, threads);
+            SDQT_THAT(memcmp(v.y, w.y, v.y_count * 4) == 0, "%s, %d threads: forward differs",
+                      c->name, threads);
             for (j = 0; j < MAX_IN; j++) {
                 SDQT_THAT(memcmp(v.grad[j], w.grad[j], v.count[j] * 4) == 0,
                           "%s, %d threads: gradient of input %zu differs", c->name, threads, j);
@@ -398,7 +420,8 @@ static void test_equal_bits(int tier) {
 }
 
 /* Entry e alone gives the bytes it gives in the batch: y, and gradients of inputs per entry. */
-static void one_entry(sdq_ctx *ctx, const random_case *c, const values *v, size_t entries, size_t e) {
+static void one_entry(sdq_ctx *ctx, const random_case *c, const values *v, size_t entries,
+                      size_t e) {
     const sdq_mark mark = sdq_arena_mark(ctx);
     const size_t n = v->y_count / entries;
     sdq_tensor *in[MAX_IN], *y;
@@ -407,7 +430,8 @@ static void one_entry(sdq_ctx *ctx, const random_case *c, const values *v, size_
     make_inputs(ctx, c, v, (int)e, in);
     y = c->run(ctx, in, c->p);
     if (SDQT_THAT(y && sdq_tensor_count(y) == n, "%s alone: %s", c->name, sdq_error_text(ctx))) {
-        SDQT_THAT(memcmp(y->data, v->y + e * n, n * 4) == 0, "%s: entry %zu differs alone", c->name, e);
+        SDQT_THAT(memcmp(y->data, v->y + e * n, n * 4) == 0, "%s: entry %zu differs alone", c->name,
+                  e);
         backward_of(ctx, y, v->dy + e * n);
     }
     for (j = 0; j < MAX_IN && y; j++) {
@@ -446,8 +470,8 @@ static void test_batch(int tier) {
 #define FD_TOL 4e-3
 #define FD_TOL_KINK 8e-3
 
-static double loss_at(sdq_ctx *ctx, const random_case *c, const values *v, size_t which, const float *d,
-                      double h) {
+static double loss_at(sdq_ctx *ctx, const random_case *c, const values *v, size_t which,
+                      const float *d, double h) {
     const sdq_mark mark = sdq_arena_mark(ctx);
     sdq_tensor *in[MAX_IN], *y;
     double sum = 0;
@@ -471,7 +495,8 @@ static double fd_error(sdq_ctx *ctx, const random_case *c, const values *v, size
     for (i = 0; i < n; i++) gg += (double)g[i] * (double)g[i];
     gg = sqrt(gg);
     for (i = 0; i < n; i++) {
-        d[i] = 0.7f * sdqt_normal() + (float)(0.7 * sqrt((double)n) * (double)g[i] / (gg > 0 ? gg : 1));
+        d[i] = 0.7f * sdqt_normal()
+               + (float)(0.7 * sqrt((double)n) * (double)g[i] / (gg > 0 ? gg : 1));
         dd += (double)d[i] * (double)d[i];
         gd += (double)g[i] * (double)d[i];
     }
@@ -544,7 +569,8 @@ static void block_new(sdq_ctx *ctx, block *b, sdq_optim *o, int index) {
     d.kernel = 3;
     for (i = 0; i < 4; i++) d.pad[i] = 1;
     SDQT_CHECK(sdq_layer_create(ctx, &d, &b->conv) == SDQ_OK);
-    SDQT_CHECK(sdq__t_init(ctx, &b->gamma, 1, &c) == SDQ_OK && sdq__t_init(ctx, &b->beta, 1, &c) == SDQ_OK);
+    SDQT_CHECK(sdq__t_init(ctx, &b->gamma, 1, &c) == SDQ_OK
+               && sdq__t_init(ctx, &b->beta, 1, &c) == SDQ_OK);
     leaf[0] = sdq_layer_weight(b->conv); leaf[1] = sdq_layer_bias(b->conv);
     leaf[2] = sdq_layer_weight(b->time); leaf[3] = sdq_layer_bias(b->time);
     leaf[4] = &b->gamma; leaf[5] = &b->beta;
@@ -606,7 +632,8 @@ static void chain_run(int tier, sdq_mode mode, int how, int needs, chain_result 
     if (v->grad) memcpy(r->dv, v->grad, sizeof r->dv);
     for (i = 0; i < BLOCKS; i++) {
         for (j = 0; j < 6; j++)
-            memcpy(r->leaf[i][j], o->leaf[i * 6 + j].t->grad, sdq_tensor_count(o->leaf[i * 6 + j].t) * 4);
+            memcpy(r->leaf[i][j], o->leaf[i * 6 + j].t->grad,
+                   sdq_tensor_count(o->leaf[i * 6 + j].t) * 4);
         (void)sdq_layer_input_range(b[i].conv, 0, &r->scale[i], &zero);
     }
     sdq_tape_end(ctx);
@@ -625,13 +652,15 @@ static void test_checkpoint(int tier) {
         for (needs = 0; needs < 2; needs++) {
             sdqt.rng = seed;
             chain_run(tier, (sdq_mode)mode, PLAIN, needs, &plain);
-            for (i = 0; i < BLOCKS; i++) SDQT_CHECK(plain.leaf[i][0][0] != 0 && plain.leaf[i][5][0] != 0);
+            for (i = 0; i < BLOCKS; i++)
+                SDQT_CHECK(plain.leaf[i][0][0] != 0 && plain.leaf[i][5][0] != 0);
             SDQT_CHECK(needs == (plain.dx[0] != 0));
             for (how = CHECKPOINTS; how <= NESTED; how++) {
                 sdqt.rng = seed;
                 chain_run(tier, (sdq_mode)mode, how, needs, &with);
-                SDQT_THAT(with.peak < plain.peak, "mode %d way %d: %zu bytes, without checkpoints %zu",
-                          mode, how, with.peak, plain.peak);
+                SDQT_THAT(with.peak < plain.peak,
+                          "mode %d way %d: %zu bytes, without checkpoints %zu", mode, how,
+                          with.peak, plain.peak);
                 with.peak = plain.peak;
                 SDQT_THAT(memcmp(&plain, &with, sizeof with) == 0,
                           "mode %d way %d needs %d: differs (loss %.9g %.9g)", mode, how, needs,
@@ -672,7 +701,8 @@ static void test_checkpoint_corners(int tier) {
     loss = sdq_mse(ctx, y, in[0], NULL);
     SDQT_CHECK(sdq_backward(ctx, loss) == SDQ_OK);
     for (i = 0; x->grad && i < sdq_tensor_count(x); i++)
-        if (!SDQT_NEAR(x->grad[i], 8.0 * (double)sdq_f32(x)[i] / (double)sdq_tensor_count(x), 1e-6)) break;
+        if (!SDQT_NEAR(x->grad[i], 8.0 * (double)sdq_f32(x)[i] / (double)sdq_tensor_count(x), 1e-6))
+            break;
     sdq_tape_end(ctx);
     x->grad = NULL;
     sdq_tape_begin(ctx);            /* a leaf without memory for its gradient is told */
@@ -684,10 +714,12 @@ static void test_checkpoint_corners(int tier) {
     sdq_tape_end(ctx);
     sdq_clear_error(ctx);
     sdq_tape_begin(ctx);            /* an error inside of the block */
-    SDQT_CHECK(!sdq_checkpoint(ctx, failing_fn, NULL, in, 1) && sdq_last_error(ctx) == SDQ_ERR_SHAPE);
+    SDQT_CHECK(!sdq_checkpoint(ctx, failing_fn, NULL, in, 1)
+               && sdq_last_error(ctx) == SDQ_ERR_SHAPE);
     SDQT_CHECK(!ctx->tape && ctx->recording == 1);
     sdq_clear_error(ctx);
-    SDQT_CHECK(!sdq_checkpoint(ctx, block_fn, &b, in, 5) && sdq_last_error(ctx) == SDQ_ERR_ARGUMENT);
+    SDQT_CHECK(!sdq_checkpoint(ctx, block_fn, &b, in, 5)
+               && sdq_last_error(ctx) == SDQ_ERR_ARGUMENT);
     sdq_tape_end(ctx);
     block_free(ctx, &b);
     sdq_ctx_free(ctx);
@@ -711,8 +743,8 @@ static void test_null(int tier) {
             values_new(c, &v);
             make_inputs(ctx, c, &v, -1, in);
             in[missing] = NULL;
-            SDQT_THAT(!c->run(ctx, in, c->p) && sdq_last_error(ctx) == SDQ_OK, "%s without input %d: %s",
-                      c->name, missing, sdq_error_text(ctx));
+            SDQT_THAT(!c->run(ctx, in, c->p) && sdq_last_error(ctx) == SDQ_OK,
+                      "%s without input %d: %s", c->name, missing, sdq_error_text(ctx));
             values_free(&v);
             sdq_arena_release(ctx, mark);
             sdq_clear_error(ctx);
@@ -734,18 +766,23 @@ typedef struct wrong_case {
 
 static const wrong_case wrong_cases[] = {
     {run_add, {{2, {3, 4}}, {2, {4, 3}}, {0, {0}}}, {0}, "add: [3,4] and [4,3] differ"},
-    {run_add, {{3, {2, 3, 4}}, {2, {3, 4}}, {0, {0}}}, {0}, "add_vector: [3,4] does not fit [2,3,4]"},
+    {run_add, {{3, {2, 3, 4}}, {2, {3, 4}}, {0, {0}}}, {0},
+     "add_vector: [3,4] does not fit [2,3,4]"},
     {run_add, {{1, {4}}, {1, {3}}, {0, {0}}}, {0}, "add: [4] and [3] differ"},
-    {run_add_rows, {{3, {2, 5, 4}}, {2, {4, 4}}, {0, {0}}}, {0}, "table [4,4] does not fit [2,5,4]"},
+    {run_add_rows, {{3, {2, 5, 4}}, {2, {4, 4}}, {0, {0}}}, {0},
+     "table [4,4] does not fit [2,5,4]"},
     {run_add_rows, {{2, {5, 4}}, {2, {5, 4}}, {0, {0}}}, {0}, "add_rows"},
     {run_geglu, ONE_IN(2, 3, 5, 0, 0), {0}, "geglu: 5 channels are not even"},
-    {run_group_norm, {{2, {2, 10}}, {1, {10}}, {1, {10}}}, {3, 1}, "group_norm: 10 channels, 3 groups"},
+    {run_group_norm, {{2, {2, 10}}, {1, {10}}, {1, {10}}}, {3, 1},
+     "group_norm: 10 channels, 3 groups"},
     {run_group_norm, {{2, {2, 10}}, {1, {10}}, {1, {10}}}, {-1, 1}, "group_norm"},
     {run_group_norm, {{2, {2, 10}}, {1, {9}}, {1, {10}}}, {5, 1}, "9 weights"},
     {run_group_norm, {{2, {2, 10}}, {1, {10}}, {1, {9}}}, {5, 1}, "9 biases"},
-    {run_layer_norm, {{2, {2, 10}}, {1, {11}}, {1, {10}}}, {1}, "layer_norm: 10 channels, 11 weights"},
+    {run_layer_norm, {{2, {2, 10}}, {1, {11}}, {1, {10}}}, {1},
+     "layer_norm: 10 channels, 11 weights"},
     {run_layer_norm, {{2, {2, 10}}, {1, {10}}, {1, {2}}}, {1}, "2 biases"},
-    {run_attention, {{3, {1, 4, 6}}, {3, {1, 5, 6}}, {3, {1, 4, 6}}}, {2, 0}, "attention: q [1,4,6], k [1,5,6], v [1,4,6]"},
+    {run_attention, {{3, {1, 4, 6}}, {3, {1, 5, 6}}, {3, {1, 4, 6}}}, {2, 0},
+     "attention: q [1,4,6], k [1,5,6], v [1,4,6]"},
     {run_attention, {{3, {1, 4, 6}}, {3, {2, 4, 6}}, {3, {2, 4, 6}}}, {2, 0}, "attention"},
     {run_attention, {{3, {1, 4, 6}}, {3, {1, 4, 8}}, {3, {1, 4, 8}}}, {2, 0}, "attention"},
     {run_attention, {{3, {1, 4, 6}}, {3, {1, 4, 6}}, {3, {1, 4, 6}}}, {4, 0}, "with 4 heads"},
@@ -754,7 +791,8 @@ static const wrong_case wrong_cases[] = {
     {run_attention, {{2, {4, 6}}, {2, {4, 6}}, {2, {4, 6}}}, {2, 0}, "attention"},
     {run_upsample, ONE_IN(4, 1, 3, 3, 2), {2, 3}, "upsample: [1,3,3,2] to 2 x 3"},
     {run_upsample, ONE_IN(3, 3, 3, 2, 0), {6, 6}, "upsample"},
-    {run_concat, {{4, {2, 3, 5, 7}}, {4, {2, 5, 3, 7}}, {0, {0}}}, {0}, "concat: [2,3,5,7] and [2,5,3,7]"},
+    {run_concat, {{4, {2, 3, 5, 7}}, {4, {2, 5, 3, 7}}, {0, {0}}}, {0},
+     "concat: [2,3,5,7] and [2,5,3,7]"},
     {run_concat, {{3, {2, 15, 7}}, {4, {2, 3, 5, 7}}, {0, {0}}}, {0}, "concat"},
     {run_concat, {{2, {2, 7}}, {2, {3, 7}}, {0, {0}}}, {0}, "concat"},
     {run_slice, ONE_IN(2, 2, 7, 0, 0), {5, 3}, "slice: channels 5 + 3 of 7"},
@@ -769,11 +807,14 @@ static const wrong_case wrong_cases[] = {
     {run_l1_edges, {{4, {1, 1, 2, 3}}, {4, {1, 1, 2, 3}}, {0, {0}}}, {0}, "l1_edges"},
     {run_l1_edges, {{2, {2, 3}}, {2, {2, 3}}, {0, {0}}}, {0}, "l1_edges"},
     {run_kl, ONE_IN(2, 2, 7, 0, 0), {0}, "kl: 7 channels"},
-    {run_sample_gaussian, {{2, {2, 6}}, {2, {2, 2}}, {0, {0}}}, {0}, "sample_gaussian: moments [2,6], noise [2,2]"},
+    {run_sample_gaussian, {{2, {2, 6}}, {2, {2, 2}}, {0, {0}}}, {0},
+     "sample_gaussian: moments [2,6], noise [2,2]"},
     {run_sample_gaussian, {{2, {2, 7}}, {2, {2, 3}}, {0, {0}}}, {0}, "sample_gaussian"},
-    {run_linear, {{2, {2, 6}}, {2, {3, 5}}, {1, {3}}}, {0}, "layer tested: input [2,6], expected 5 channels"},
+    {run_linear, {{2, {2, 6}}, {2, {3, 5}}, {1, {3}}}, {0},
+     "layer tested: input [2,6], expected 5 channels"},
     {run_conv2d, {{3, {2, 6, 5}}, {4, {4, 3, 3, 5}}, {1, {4}}}, PAD1, "[n,h,w,c]"},
-    {run_conv2d, {{4, {2, 1, 2, 5}}, {4, {4, 3, 3, 5}}, {1, {4}}}, {3, 3, 1, 0, 1, 1, 1}, "layer tested: input [2,1,2,5]"},
+    {run_conv2d, {{4, {2, 1, 2, 5}}, {4, {4, 3, 3, 5}}, {1, {4}}}, {3, 3, 1, 0, 1, 1, 1},
+     "layer tested: input [2,1,2,5]"},
 };
 
 static void test_shapes(int tier) {
@@ -786,7 +827,8 @@ static void test_shapes(int tier) {
         int j;
         for (j = 0; j < MAX_IN && w->in[j].rank; j++)
             in[j] = sdq_tensor_new(ctx, SDQ_F32, w->in[j].rank, w->in[j].dim);
-        SDQT_THAT(!w->run(ctx, in, w->p) && sdq_last_error(ctx) == SDQ_ERR_SHAPE, "no error: %s", w->says);
+        SDQT_THAT(!w->run(ctx, in, w->p) && sdq_last_error(ctx) == SDQ_ERR_SHAPE, "no error: %s",
+                  w->says);
         SDQT_THAT(strstr(sdq_error_text(ctx), w->says) != NULL, "'%s' does not say '%s'",
                   sdq_error_text(ctx), w->says);
         layer_done(ctx);
@@ -798,7 +840,8 @@ static void test_shapes(int tier) {
 
 static void test_arguments(int tier) {
     sdq_ctx *ctx = new_ctx(tier, 1);
-    const size_t two[2] = {1, 2}, none[2] = {3, 0}, huge[3] = {(size_t)1 << 31, (size_t)1 << 31, 16};
+    const size_t two[2] = {1, 2}, none[2] = {3, 0},
+                 huge[3] = {(size_t)1 << 31, (size_t)1 << 31, 16};
     sdq_tensor *ids = sdq_tensor_new(ctx, SDQ_I32, 2, two), *table = sdq_tensor_2d(ctx, 5, 3), *y;
     int bad;
     for (bad = -1; bad <= 5; bad += 6) {
@@ -813,7 +856,8 @@ static void test_arguments(int tier) {
     sdq_clear_error(ctx);
     SDQT_CHECK(!sdq_tensor_new(ctx, SDQ_F32, 5, two) && sdq_last_error(ctx) == SDQ_ERR_ARGUMENT);
     sdq_clear_error(ctx);
-    SDQT_CHECK(!sdq_tensor_new(ctx, SDQ_DTYPE_COUNT, 2, two) && sdq_last_error(ctx) == SDQ_ERR_ARGUMENT);
+    SDQT_CHECK(!sdq_tensor_new(ctx, SDQ_DTYPE_COUNT, 2, two)
+               && sdq_last_error(ctx) == SDQ_ERR_ARGUMENT);
     sdq_clear_error(ctx);
     sdq_tape_begin(ctx);
     table->needs_grad = 1;
@@ -888,10 +932,12 @@ static int squeezed(const random_case *c, const values *v, int tier, size_t left
     SDQT_CHECK(sdq_ctx_create(&d, &ctx) == SDQ_OK);
     sdq_tape_begin(ctx);
     make_inputs(ctx, c, v, -1, in);
-    if (c->run == run_conv2d || c->run == run_linear) (void)c->run(ctx, in, c->p);  /* heap, first chunk */
+    if (c->run == run_conv2d || c->run == run_linear)
+        (void)c->run(ctx, in, c->p); /* heap, first chunk */
     while (ctx->chunk_at + 1 < ctx->chunk_count) ctx->chunk_at++;
     if (ctx->chunks[ctx->chunk_at].size - ctx->chunks[ctx->chunk_at].used > left)
-        (void)sdq__push(ctx, ctx->chunks[ctx->chunk_at].size - ctx->chunks[ctx->chunk_at].used - left);
+        (void)sdq__push(ctx,
+                        ctx->chunks[ctx->chunk_at].size - ctx->chunks[ctx->chunk_at].used - left);
     h.fail_from = h.calls;
     if (live) y = sdq_layer_forward(ctx, live, in[0], NULL, SDQ_FLOAT);
     else y = c->run(ctx, in, c->p);

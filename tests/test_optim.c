@@ -56,7 +56,8 @@ static double distance(const float *a, const float *b, size_t n) {
     return d == 0 ? 0 : s > 0 && d < 1e300 ? sqrt(d / s) : 1e30;
 }
 
-static const float *golden(sdq_file *f, const char *op, const char *name, const char *role, size_t n) {
+static const float *golden(sdq_file *f, const char *op, const char *name, const char *role,
+                           size_t n) {
     char path[96];
     const sdq_entry *e;
     (void)snprintf(path, sizeof path, "%s/%s/%s", op, name, role);
@@ -66,7 +67,8 @@ static const float *golden(sdq_file *f, const char *op, const char *name, const 
 }
 
 static void golden_adamw(sdq_ctx *ctx, sdq_file *f, const char *name) {
-    const float *p = golden(f, "adamw", name, "p", 5), *grads = golden(f, "adamw", name, "grads", 95);
+    const float *p = golden(f, "adamw", name, "p", 5),
+                *grads = golden(f, "adamw", name, "grads", 95);
     const float *y = golden(f, "adamw", name, "y", 95);
     const size_t dim = 19;
     sdq_optim_desc d;
@@ -87,10 +89,10 @@ static void golden_adamw(sdq_ctx *ctx, sdq_file *f, const char *name) {
         SDQT_THAT(e <= ADAM_TOL, "%s step %d: %.3g", name, step, e);
         SDQT_CHECK(t.grad[0] == 0 && t.grad[18] == 0);      /* cleared */
     }
-    SDQT_THAT(distance(o->leaf[0].m, golden(f, "adamw", name, "m", 19), 19) <= ADAM_TOL, "%s m: %.3g", name,
-              distance(o->leaf[0].m, golden(f, "adamw", name, "m", 19), 19));
-    SDQT_THAT(distance(o->leaf[0].v, golden(f, "adamw", name, "v", 19), 19) <= SECOND_TOL, "%s v: %.3g", name,
-              distance(o->leaf[0].v, golden(f, "adamw", name, "v", 19), 19));
+    SDQT_THAT(distance(o->leaf[0].m, golden(f, "adamw", name, "m", 19), 19) <= ADAM_TOL,
+              "%s m: %.3g", name, distance(o->leaf[0].m, golden(f, "adamw", name, "m", 19), 19));
+    SDQT_THAT(distance(o->leaf[0].v, golden(f, "adamw", name, "v", 19), 19) <= SECOND_TOL,
+              "%s v: %.3g", name, distance(o->leaf[0].v, golden(f, "adamw", name, "v", 19), 19));
     SDQT_CHECK(sdq_optim_steps_done(o) == 5);
     sdq_optim_free(ctx, o);
     SDQT_CHECK(!t.grad && !t.needs_grad);
@@ -106,7 +108,7 @@ static void golden_clip(sdq_ctx *ctx, sdq_file *f, const char *name) {
     sdq_optim *o;
     sdq_tensor t[3];
     size_t i, j;
-    char role[4];
+    char role[16];
     memset(&d, 0, sizeof d);
     d.clip = golden(f, "clip_grad_norm", name, "p", 1)[0];
     d.beta1 = 0.5f;
@@ -123,8 +125,10 @@ static void golden_clip(sdq_ctx *ctx, sdq_file *f, const char *name) {
         float got[21];
         (void)snprintf(role, sizeof role, "y%d", (int)i);
         for (j = 0; j < count[i]; j++) got[j] = 2.0f * o->leaf[i].m[j];
-        SDQT_THAT(distance(got, golden(f, "clip_grad_norm", name, role, count[i]), count[i]) <= ADAM_TOL,
-                  "%s/%s: %.3g", name, role, distance(got, golden(f, "clip_grad_norm", name, role, count[i]), count[i]));
+        SDQT_THAT(distance(got, golden(f, "clip_grad_norm", name, role, count[i]), count[i])
+                      <= ADAM_TOL,
+                  "%s/%s: %.3g", name, role,
+                  distance(got, golden(f, "clip_grad_norm", name, role, count[i]), count[i]));
     }
     sdq_optim_free(ctx, o);
     for (i = 0; i < 3; i++) sdq__t_free(ctx, &t[i]);
@@ -149,7 +153,8 @@ static void test_golden(int tier) {
 
 typedef struct one { sdq_tensor t; sdq_optim *o; } one;
 
-static void one_new(sdq_ctx *ctx, one *s, const sdq_optim_desc *d, size_t n, float lr_scale, float floor, int decay) {
+static void one_new(sdq_ctx *ctx, one *s, const sdq_optim_desc *d, size_t n, float lr_scale,
+                    float floor, int decay) {
     size_t i;
     SDQT_CHECK(sdq__t_init(ctx, &s->t, 1, &n) == SDQ_OK);
     for (i = 0; i < n; i++) sdq_f32(&s->t)[i] = 0.1f * (float)i - 0.3f;
@@ -288,7 +293,8 @@ static void test_refusals(int tier) {
     SDQT_CHECK(sdq_optim_add(ctx, s.o, &s.t, "again", 0, 0, 0) == SDQ_ERR_ARGUMENT);
     sdq_clear_error(ctx);
     SDQT_CHECK(sdq__t_init(ctx, &other, 1, &n) == SDQ_OK);
-    SDQT_CHECK(sdq_optim_add(ctx, s.o, &other, "leaf", 0, 0, 0) == SDQ_ERR_ARGUMENT && !other.needs_grad);
+    SDQT_CHECK(sdq_optim_add(ctx, s.o, &other, "leaf", 0, 0, 0) == SDQ_ERR_ARGUMENT
+               && !other.needs_grad);
     sdq_clear_error(ctx);
     SDQT_CHECK(one_step(ctx, &s, 1) == SDQ_OK);
     one_free(ctx, &s);
@@ -382,7 +388,8 @@ static sdq_status job_new(sdq_ctx *ctx, job *j) {
     SDQ__TRY(sdq_optim_add(ctx, j->o, sdq_layer_bias(j->b), "b.bias", 0, 0, 0));
     SDQ__TRY(sdq_optim_add(ctx, j->o, &j->b->sw, "b.scale", 0.1f, 1e-7f, 0));
     SDQ__TRY(sdq_optim_add(ctx, j->o, sdq_layer_weight(j->c), "c.weight", 0, 0, 1));
-    return sdq__opt_add_state(ctx, j->o, "c.observers", sdq__ly_state_count(j->c), sdq__ly_state, j->c);
+    return sdq__opt_add_state(ctx, j->o, "c.observers", sdq__ly_state_count(j->c), sdq__ly_state,
+                              j->c);
 }
 static void job_free(sdq_ctx *ctx, job *j) {
     sdq_optim_free(ctx, j->o);
@@ -434,7 +441,10 @@ static unsigned char *file_bytes(const char *path, size_t *n) {
 }
 static void write_bytes(const char *path, const void *p, size_t n) {
     FILE *f = fopen(path, "wb");
-    if (!f || fwrite(p, 1, n, f) != n || fclose(f)) { printf("%s cannot be written\n", path); exit(2); }
+    if (!f || fwrite(p, 1, n, f) != n || fclose(f)) {
+        printf("%s cannot be written\n", path);
+        exit(2);
+    }
 }
 static int same_files(const char *a, const char *b) {
     size_t na, nb;
@@ -447,7 +457,8 @@ static int same_files(const char *a, const char *b) {
 static void clean(void) {
     (void)remove(STATE_A);
     (void)remove(STATE_B);
-    SDQT_CHECK(remove(STATE_A ".tmp") != 0 && remove(STATE_B ".tmp") != 0);     /* none is left behind */
+    SDQT_CHECK(remove(STATE_A ".tmp") != 0
+               && remove(STATE_B ".tmp") != 0); /* none is left behind */
 }
 
 /* Stopped and continued, cancelled and continued: the same file, byte for byte, as in one go; the
@@ -464,7 +475,8 @@ static void test_resume(int tier) {
         SDQT_CHECK(!same_files(STATE_A, STATE_B));
         SDQT_CHECK(train(tier, 3, 10, accumulate, STATE_B, 7, NULL) == SDQ_ERR_CANCELLED);
         SDQT_CHECK(train(tier, 1, 10, accumulate, STATE_B, 0, part) == SDQ_OK);
-        SDQT_THAT(same_files(STATE_A, STATE_B), "accumulate %d: the resumed run differs", (int)accumulate);
+        SDQT_THAT(same_files(STATE_A, STATE_B), "accumulate %d: the resumed run differs",
+                  (int)accumulate);
         SDQT_CHECK(part[6] == 0 && memcmp(whole + 7, part + 7, 3 * sizeof whole[0]) == 0);
         SDQT_CHECK(whole[9] > 0 && whole[9] < whole[0]);        /* it learns */
     }
@@ -483,23 +495,27 @@ static void test_save_load(int tier) {
     d = fit_desc(&j, 5, 2, NULL);
     SDQT_CHECK(sdq_fit(ctx, j.o, &d, job_loss, &j) == SDQ_OK);
     bytes = file_bytes(STATE_A, &n);
-    SDQT_CHECK(!bytes);                                         /* no state asked for, none written */
-    SDQT_CHECK(sdq_optim_save(ctx, j.o, STATE_A) == SDQ_OK && sdq_optim_save(ctx, j.o, STATE_B) == SDQ_OK);
+    SDQT_CHECK(!bytes); /* no state asked for, none written */
+    SDQT_CHECK(sdq_optim_save(ctx, j.o, STATE_A) == SDQ_OK
+               && sdq_optim_save(ctx, j.o, STATE_B) == SDQ_OK);
     SDQT_CHECK(same_files(STATE_A, STATE_B));
     SDQT_CHECK(sdq_optim_load(ctx, k.o, STATE_A) == SDQ_OK);
     SDQT_CHECK(sdq_optim_steps_done(k.o) == 5);
-    SDQT_CHECK(k.c->part[1].seen && k.c->part[0].z == j.c->part[0].z && k.c->part[1].z == j.c->part[1].z
+    SDQT_CHECK(k.c->part[1].seen && k.c->part[0].z == j.c->part[0].z
+               && k.c->part[1].z == j.c->part[1].z
                && sdq_f32(&k.c->part[1].s)[0] == sdq_f32(&j.c->part[1].s)[0]
                && sdq_layer_convert(ctx, k.c) == SDQ_OK);
     job_free(ctx, &k);
     SDQT_CHECK(job_new(ctx, &k) == SDQ_OK && sdq_optim_load(ctx, k.o, STATE_A) == SDQ_OK);
     for (i = 0; i < j.o->count; i++)
-        SDQT_CHECK(memcmp(j.o->leaf[i].t->data, k.o->leaf[i].t->data, sdq_tensor_count(j.o->leaf[i].t) * 4) == 0);
+        SDQT_CHECK(
+            memcmp(j.o->leaf[i].t->data, k.o->leaf[i].t->data, sdq_tensor_count(j.o->leaf[i].t) * 4)
+            == 0);
     SDQT_CHECK(sdq_optim_save(ctx, k.o, STATE_B) == SDQ_OK && same_files(STATE_A, STATE_B));
     sdq_optim_swap_ema(k.o);
     sdq_optim_swap_ema(k.o);
     SDQT_CHECK(sdq_optim_save(ctx, k.o, STATE_B) == SDQ_OK && same_files(STATE_A, STATE_B));
-    d = fit_desc(&k, 5, 2, STATE_B);                            /* all steps are done: nothing to do */
+    d = fit_desc(&k, 5, 2, STATE_B); /* all steps are done: nothing to do */
     SDQT_CHECK(sdq_fit(ctx, k.o, &d, job_loss, &k) == SDQ_OK && k.calls == 0);
     SDQT_CHECK(same_files(STATE_A, STATE_B));
     d.steps = 9;
@@ -546,7 +562,8 @@ static void test_accumulate(int tier) {
     d = fit_desc(&halves, 1, 2, NULL);
     SDQT_CHECK(sdq_fit(ctx, halves.o, &d, half_loss, &halves) == SDQ_OK);
     SDQT_NEAR(halves.loss[0], whole.loss[0], 1e-6 * whole.loss[0]);
-    SDQT_NEAR(sdq_optim_grad_norm(halves.o), sdq_optim_grad_norm(whole.o), 1e-6 * sdq_optim_grad_norm(whole.o));
+    SDQT_NEAR(sdq_optim_grad_norm(halves.o), sdq_optim_grad_norm(whole.o),
+              1e-6 * sdq_optim_grad_norm(whole.o));
     /* measured: 6e-8 */
     SDQT_CHECK(distance(halves.o->leaf[0].m, whole.o->leaf[0].m, IN * HIDDEN) <= 5e-7);
     job_free(ctx, &whole);
@@ -572,7 +589,8 @@ static void test_random(int tier) {
     memset(&s, 0, sizeof s);
     memset(&d, 0, sizeof d);
     SDQT_CHECK(sdq__t_init(ctx, &s.leaf, 1, &one_dim) == SDQ_OK);
-    SDQT_CHECK(sdq_optim_create(ctx, NULL, &o) == SDQ_OK && sdq_optim_add(ctx, o, &s.leaf, "x", 0, 0, 0) == SDQ_OK);
+    SDQT_CHECK(sdq_optim_create(ctx, NULL, &o) == SDQ_OK
+               && sdq_optim_add(ctx, o, &s.leaf, "x", 0, 0, 0) == SDQ_OK);
     d.steps = 50;
     d.accumulate = 4;
     SDQT_CHECK(sdq_fit(ctx, o, &d, seen_loss, &s) == SDQ_OK && s.count == 200);
@@ -580,9 +598,11 @@ static void test_random(int tier) {
         for (j = 0; j < i; j++) equal += s.value[i] == s.value[j];
     SDQT_CHECK(equal == 0);
     sdq_optim_free(ctx, o);
-    SDQT_CHECK(sdq_optim_create(ctx, NULL, &o) == SDQ_OK && sdq_optim_add(ctx, o, &s.leaf, "x", 0, 0, 0) == SDQ_OK);
+    SDQT_CHECK(sdq_optim_create(ctx, NULL, &o) == SDQ_OK
+               && sdq_optim_add(ctx, o, &s.leaf, "x", 0, 0, 0) == SDQ_OK);
     d.steps = 1;
-    SDQT_CHECK(sdq_fit(ctx, o, &d, seen_loss, &s) == SDQ_OK && memcmp(s.value, s.value + 200, 32) == 0);
+    SDQT_CHECK(sdq_fit(ctx, o, &d, seen_loss, &s) == SDQ_OK
+               && memcmp(s.value, s.value + 200, 32) == 0);
     d.steps = 2;
     d.seed = 1;
     SDQT_CHECK(sdq_fit(ctx, o, &d, seen_loss, &s) == SDQ_OK && s.value[204] != s.value[4]);
@@ -601,21 +621,24 @@ static void test_bad_loss(int tier) {
         sdq_fit_desc d;
         float w[IN * HIDDEN];
         clean();
-        SDQT_CHECK(train(tier, 1, 3, 2, STATE_A, 0, NULL) == SDQ_OK && train(tier, 1, 3, 2, STATE_B, 0, NULL) == SDQ_OK);
+        SDQT_CHECK(train(tier, 1, 3, 2, STATE_A, 0, NULL) == SDQ_OK
+                   && train(tier, 1, 3, 2, STATE_B, 0, NULL) == SDQ_OK);
         SDQT_CHECK(job_new(ctx, &j) == SDQ_OK);
         if (kind) j.null_at = 2;        /* the second micro-batch of step 3 */
         else j.nan_at = 2;
         d = fit_desc(&j, 10, 2, STATE_A);
         SDQT_CHECK(sdq_fit(ctx, j.o, &d, job_loss, &j) == want[kind] && j.calls == 2);
-        SDQT_THAT(strstr(sdq_error_text(ctx), kind ? "gave no loss" : "step 3") != NULL, "%s", sdq_error_text(ctx));
+        SDQT_THAT(strstr(sdq_error_text(ctx), kind ? "gave no loss" : "step 3") != NULL, "%s",
+                  sdq_error_text(ctx));
         SDQT_CHECK(same_files(STATE_A, STATE_B) && sdq_optim_steps_done(j.o) == 3);
         memcpy(w, sdq_layer_weight(j.a)->data, sizeof w);
         sdq_clear_error(ctx);
         SDQT_CHECK(sdq_optim_load(ctx, j.o, STATE_A) == SDQ_OK);
         SDQT_CHECK(memcmp(w, sdq_layer_weight(j.a)->data, sizeof w) == 0);
-        d = fit_desc(&j, 5, 2, STATE_A);        /* and it can go on: the bad gradient is forgotten */
+        d = fit_desc(&j, 5, 2, STATE_A); /* and it can go on: the bad gradient is forgotten */
         SDQT_CHECK(sdq_fit(ctx, j.o, &d, job_loss, &j) == SDQ_OK);
-        SDQT_CHECK(train(tier, 1, 5, 2, STATE_B, 0, NULL) == SDQ_OK && same_files(STATE_A, STATE_B));
+        SDQT_CHECK(train(tier, 1, 5, 2, STATE_B, 0, NULL) == SDQ_OK
+                   && same_files(STATE_A, STATE_B));
         job_free(ctx, &j);
         sdq_ctx_free(ctx);
     }
@@ -650,13 +673,14 @@ static void refused(sdq_ctx *ctx, job *j, const char *what) {
     sdq_status st;
     snapshot(j, before);
     st = sdq_optim_load(ctx, j->o, STATE_B);
-    SDQT_THAT(st != SDQ_OK && strstr(sdq_error_text(ctx), STATE_B), "%s: status %d, '%s'", what, (int)st,
-              sdq_error_text(ctx));
+    SDQT_THAT(st != SDQ_OK && strstr(sdq_error_text(ctx), STATE_B), "%s: status %d, '%s'", what,
+              (int)st, sdq_error_text(ctx));
     sdq_clear_error(ctx);
     SDQT_THAT(sdq_fit(ctx, j->o, &d, job_loss, j) == st, "%s: fit", what);
     sdq_clear_error(ctx);
     snapshot(j, after);
-    SDQT_THAT(memcmp(before, after, sizeof before) == 0 && sdq_optim_steps_done(j->o) == step, "%s: changed", what);
+    SDQT_THAT(memcmp(before, after, sizeof before) == 0 && sdq_optim_steps_done(j->o) == step,
+              "%s: changed", what);
     b = file_bytes(STATE_B, &m);
     SDQT_THAT(a && b && n == m && memcmp(a, b, n) == 0, "%s: the file changed", what);
     free(a);
@@ -664,8 +688,8 @@ static void refused(sdq_ctx *ctx, job *j, const char *what) {
 }
 
 /* The state file with some arrays changed by `edit`, and another step text. */
-static void refused_edit(sdq_ctx *ctx, job *j, const char *what, void (*edit)(sdq_entry *e, size_t *n),
-                         const char *step) {
+static void refused_edit(sdq_ctx *ctx, job *j, const char *what,
+                         void (*edit)(sdq_entry *e, size_t *n), const char *step) {
     sdq_file *f;
     sdq_entry e[64];
     sdq_pair meta;
@@ -682,7 +706,7 @@ static void refused_edit(sdq_ctx *ctx, job *j, const char *what, void (*edit)(sd
 }
 static void edit_drop(sdq_entry *e, size_t *n) { (void)e; (*n)--; }
 static void edit_name(sdq_entry *e, size_t *n) { e[*n / 2].name = "m/another"; }
-static void edit_shape(sdq_entry *e, size_t *n) {       /* the transposed weight has as many bytes */
+static void edit_shape(sdq_entry *e, size_t *n) { /* the transposed weight has as many bytes */
     size_t i;
     for (i = 0; i < *n; i++)
         if (strcmp(e[i].name, "m/a.weight") == 0) { e[i].dim[0] = IN; e[i].dim[3] = HIDDEN; }
@@ -695,7 +719,8 @@ static void edit_more(sdq_entry *e, size_t *n) {
 }
 
 static void test_damaged(int tier) {
-    static const char *const steps[] = {"", "x", "-1", "3 ", "0x3", "1e2", "99999999999999999999999"};
+    static const char *const steps[] = {
+        "", "x", "-1", "3 ", "0x3", "1e2", "99999999999999999999999"};
     sdq_ctx *ctx = new_ctx(tier, 1);
     size_t n, i;
     unsigned char *good, *bad;
@@ -727,7 +752,8 @@ static void test_damaged(int tier) {
         write_bytes(STATE_B, bad, n);
         refused(ctx, &j, "header byte");
     }
-    for (i = 0; i < sizeof steps / sizeof steps[0]; i++) refused_edit(ctx, &j, "step text", NULL, steps[i]);
+    for (i = 0; i < sizeof steps / sizeof steps[0]; i++)
+        refused_edit(ctx, &j, "step text", NULL, steps[i]);
     refused_edit(ctx, &j, "no step", NULL, NULL);
     refused_edit(ctx, &j, "an array less", edit_drop, "3");
     refused_edit(ctx, &j, "an array more", edit_more, "3");

@@ -97,7 +97,8 @@ static int args_parse(args *a, const char *command, int argc, char **argv) {
         const flag *f;
         size_t n;
         if (s[0] != '-' || !s[1] || isdigit((unsigned char)s[1])) {
-            if (a->words == COUNT(a->word)) return usage_error("%s: one argument too many: %s", command, s);
+            if (a->words == COUNT(a->word))
+                return usage_error("%s: one argument too many: %s", command, s);
             a->word[a->words++] = s;
             continue;
         }
@@ -108,7 +109,8 @@ static int args_parse(args *a, const char *command, int argc, char **argv) {
         if (!f) return usage_error("%s: unknown flag %.*s (see sdq %s --help)", command,
                                    (int)strcspn(argv[i], "="), argv[i], command);
         if (!value && f->arg) {
-            if (++i == argc) return usage_error("%s: %s needs a value: %s", command, argv[i - 1], f->arg);
+            if (++i == argc)
+                return usage_error("%s: %s needs a value: %s", command, argv[i - 1], f->arg);
             value = argv[i];
         }
         if (a->givens == MAX_GIVEN) return usage_error("%s: too many flags", command);
@@ -236,7 +238,8 @@ static sdq_status arg_real(job *j, const char *name, double *out) {
     char *end;
     if (!v) return SDQ_OK;
     *out = strtod(v, &end);
-    if (end == v || *end || !(*out > -1e300 && *out < 1e300)) return bad_value(j, name, v, "a number");
+    if (end == v || *end || !(*out > -1e300 && *out < 1e300))
+        return bad_value(j, name, v, "a number");
     return SDQ_OK;
 }
 static sdq_status arg_size(job *j, const char *name, size_t *out) {
@@ -275,7 +278,8 @@ static sdq_status arg_seed(job *j, const char *name, uint64_t *out) {
     return SDQ_OK;
 }
 /* One of `n` words; *out is its index. */
-static sdq_status arg_choice(job *j, const char *name, const char *const *word, size_t n, int *out) {
+static sdq_status arg_choice(job *j, const char *name, const char *const *word, size_t n,
+                             int *out) {
     const char *v = arg_text(&j->a, name);
     char expected[256] = "";
     size_t i;
@@ -369,15 +373,15 @@ static void progress_line(job *j, size_t i, size_t n, double value) {
     progress_time(left, sizeof left, each * (double)(n - i));
     if (value != 0.0) (void)snprintf(extra, sizeof extra, "  loss %.5f", value);
     if (j->terminal)
-        fprintf(stderr, "\r%-9s [%s] %zu/%zu  %.3g s/it  ETA %s%s\033[K%s", j->stage, bar, i, n, each, left,
-                extra, i == n ? "\n" : "");
+        fprintf(stderr, "\r%-9s [%s] %zu/%zu  %.3g s/it  ETA %s%s\033[K%s", j->stage, bar, i, n,
+                each, left, extra, i == n ? "\n" : "");
     else
         fprintf(stderr, "%s %zu/%zu  %.3g s/it  ETA %s%s\n", j->stage, i, n, each, left, extra);
     fflush(stderr);
 }
 
-/* An sdq_progress_fn. A stage's clock starts at the end of the one before. Without a terminal a line
- * is written every 20 seconds, and at the end of stages that took longer than that. */
+/* An sdq_progress_fn. A stage's clock starts at the end of the one before. Without a terminal a
+ * line is written every 20 seconds, and at the end of stages that took longer than that. */
 static int progress(void *user, const char *stage, size_t i, size_t n, double value) {
     job *j = (job *)user;
     const double t = now();
@@ -391,7 +395,8 @@ static int progress(void *user, const char *stage, size_t i, size_t n, double va
     j->drawn = t;
     j->stage_last = i;
     if (j->quiet) return 0;
-    if (j->terminal ? i != n && t - j->spoke < 0.1 : t - j->spoke < 20.0 && (i != n || t - j->started < 20.0))
+    if (j->terminal ? i != n && t - j->spoke < 0.1
+                    : t - j->spoke < 20.0 && (i != n || t - j->started < 20.0))
         return 0;
     j->spoke = t;
     progress_line(j, i, n, value);
@@ -419,7 +424,8 @@ static sdq_status load_scheduler_desc(job *j, const char *folder, sdq_scheduler_
 
 static sdq_status load_part(job *j, const char *folder, sdq_part part, int init, uint64_t seed,
                             sdq_model **out) {
-    return init ? sdq_model_init(j->ctx, folder, part, seed, out) : sdq_model_load(j->ctx, folder, part, out);
+    return init ? sdq_model_init(j->ctx, folder, part, seed, out)
+                : sdq_model_load(j->ctx, folder, part, out);
 }
 
 static sdq_status load_tokenizer(job *j, const char *folder) {
@@ -458,7 +464,8 @@ static sdq_status copy_file(job *j, const char *from, const char *to, const char
 static sdq_status copy_pipeline(job *j, const char *from, const char *to) {
     static const char *const name[] = {
         "model_index.json", "scheduler/scheduler_config.json", "tokenizer/vocab.json",
-        "tokenizer/merges.txt", "tokenizer/tokenizer_config.json", "tokenizer/special_tokens_map.json"};
+        "tokenizer/merges.txt", "tokenizer/tokenizer_config.json",
+        "tokenizer/special_tokens_map.json"};
     size_t i;
     if (strcmp(from, to) == 0) return SDQ_OK;
     TRY(make_folder(j, format_text(j, "%s/scheduler", to)));
@@ -486,12 +493,14 @@ static sdq_status load_prompts(job *j, size_t limit, const char *const **out, si
         TRY(read_text(j, path, &text, &cap));
         list = (const char **)own(j, (cap / 2 + 2) * sizeof *list);
         for (s = strtok(text, "\r\n"); s; s = strtok(NULL, "\r\n"))
-            if (*s != '#' && strspn(s, " \t") < strlen(s) && (limit == 0 || count < limit)) list[count++] = s;
+            if (*s != '#' && strspn(s, " \t") < strlen(s) && (limit == 0 || count < limit))
+                list[count++] = s;
     } else {
         if (!j->data) {
             const char *folder = arg_text(&j->a, "data");
             j->usage = !folder;
-            if (!folder) return fail(j, "%s: --prompts FILE or --data FOLDER is needed", j->command);
+            if (!folder)
+                return fail(j, "%s: --prompts FILE or --data FOLDER is needed", j->command);
             TRY(sdq_dataset_open(j->ctx, folder, &j->data));
         }
         cap = sdq_dataset_count(j->data);
@@ -552,8 +561,14 @@ static int recipe_set(sdq_recipe *r, const char *name, const char *value) {
     char *end;
     if (!strcmp(name, "range-linear")) { r->range_linear = (sdq_range)range; return range >= 0; }
     if (!strcmp(name, "range-conv")) { r->range_conv = (sdq_range)range; return range >= 0; }
-    if (!strcmp(name, "weight-scale")) { r->weight_scale = (sdq_weight_scale)weight; return weight >= 0; }
-    if (i >= 0) { *into[i] = value[0] == '1'; return (value[0] == '0' || value[0] == '1') && !value[1]; }
+    if (!strcmp(name, "weight-scale")) {
+        r->weight_scale = (sdq_weight_scale)weight;
+        return weight >= 0;
+    }
+    if (i >= 0) {
+        *into[i] = value[0] == '1';
+        return (value[0] == '0' || value[0] == '1') && !value[1];
+    }
     if (k < 0) return -1;
     *to[k] = strtof(value, &end);
     return end != value && !*end;
@@ -620,8 +635,8 @@ static sdq_status quantizer_read_flags(job *j, quantizer *q, const char *model) 
 }
 
 /* The part of a diffusion task that t2i and qat share. */
-static sdq_status diffusion_task(job *j, const sdq_scheduler_desc *desc, const sdq_model *vae, size_t batch,
-                                 sdq_diffusion_task *task) {
+static sdq_status diffusion_task(job *j, const sdq_scheduler_desc *desc, const sdq_model *vae,
+                                 size_t batch, sdq_diffusion_task *task) {
     memset(task, 0, sizeof *task);
     TRY(sdq_scheduler_create(j->ctx, desc, &j->scheduler));
     task->samples = j->samples;
@@ -638,7 +653,8 @@ static sdq_status quantizer_data(job *j, quantizer *q) {
         TRY(load_samples(j, j->pipe->vae, j->pipe->tokenizer));
         TRY(encode_samples(j, j->pipe->vae));
     }
-    if (!j->scheduler) TRY(diffusion_task(j, &j->pipe->scheduler, j->pipe->vae, q->batch, &q->data));
+    if (!j->scheduler)
+        TRY(diffusion_task(j, &j->pipe->scheduler, j->pipe->vae, q->batch, &q->data));
     q->data.unet = j->unet;
     q->data.text = j->pipe->text;
     return SDQ_OK;
@@ -673,7 +689,8 @@ static sdq_status quantizer_prepare(job *j, quantizer *q) {
     }
     if (!j->states) TRY(quantizer_states(j, q));
     progress_begin(j);
-    return sdq_calibrate_states(j->ctx, j->unet, j->states, 8, q->recipe.bias_correction, progress, j);
+    return sdq_calibrate_states(j->ctx, j->unet, j->states, 8, q->recipe.bias_correction, progress,
+                                j);
 }
 
 static sdq_status quantizer_task(job *j, quantizer *q, size_t batch, sdq_distill_task *task) {
@@ -697,7 +714,8 @@ static size_t layers_int8(const sdq_model *m) {
 }
 
 /* Convert and write. steps, lr: of the training, 0 without. */
-static sdq_status quantizer_save(job *j, const quantizer *q, const char *path, size_t steps, float lr) {
+static sdq_status quantizer_save(job *j, const quantizer *q, const char *path, size_t steps,
+                                 float lr) {
     char text[1024];
     const size_t n = layers_int8(j->unet);
     sdq_recipe_to_str(&q->recipe, text, sizeof text);
@@ -753,10 +771,11 @@ static void print_ranges(const sdq_layer *l, const char *name, FILE *json, size_
         if (seen) printf(" %12.5g %4d %11.4g %11.4g", (double)s, (int)z, low, high);
         putchar('\n');
         if (!json) continue;
-        fprintf(json, "%s\n  {\"layer\": \"%s\", \"part\": %d, \"int8\": %d, \"range\": \"%s\"", (*rows)++ ? "," : "",
-                name, part, q.enabled != 0, range_word[q.range]);
-        if (seen) fprintf(json, ", \"scale\": %.9g, \"zero\": %d, \"min\": %.6g, \"max\": %.6g", (double)s,
-                          (int)z, low, high);
+        fprintf(json, "%s\n  {\"layer\": \"%s\", \"part\": %d, \"int8\": %d, \"range\": \"%s\"",
+                (*rows)++ ? "," : "", name, part, q.enabled != 0, range_word[q.range]);
+        if (seen)
+            fprintf(json, ", \"scale\": %.9g, \"zero\": %d, \"min\": %.6g, \"max\": %.6g",
+                    (double)s, (int)z, low, high);
         fputc('}', json);
     }
 }
@@ -771,7 +790,8 @@ static sdq_status cmd_calibrate(job *j) {
     TRY(quantizer_prepare(j, &q));
     if (path && !(json = fopen(path, "wb"))) return fail(j, "%s: %s", path, strerror(errno));
     if (json) fputc('[', json);
-    printf("%-52s %s %-9s %12s %4s %11s %11s\n", "layer", "#", "range", "scale", "zero", "min", "max");
+    printf("%-52s %s %-9s %12s %4s %11s %11s\n", "layer", "#", "range", "scale", "zero", "min",
+           "max");
     for (i = 0; i < sdq_model_layer_count(j->unet); i++) {
         const sdq_layer *l = sdq_model_layer(j->unet, i, &name);
         print_ranges(l, name, json, &rows);
@@ -851,8 +871,8 @@ typedef struct trainer {
 } trainer;
 
 static sdq_status train_read_flags(job *j, trainer *t) {
-    static const char *const whats[] = {"vae", "t2i", "qat"}, *const schedules[] = {"constant", "cosine"};
-    static const char *const dtypes[] = {"f32", "f16"};
+    static const char *const whats[] = {"vae", "t2i", "qat"};
+    static const char *const schedules[] = {"constant", "cosine"}, *const dtypes[] = {"f32", "f16"};
     const char *text;
     int kind = 0, schedule, dtype = 1;
     TRY(need(j, "what", &text));
@@ -917,7 +937,8 @@ static sdq_status log_open(job *j, trainer *t) {
     if (step && exists(path)) {
         TRY(read_text(j, path, &text, NULL));
         for (s = text; *s; s += strcspn(s, "\n"), s += *s == '\n') {
-            if (!strchr(s, '\n') || (isdigit((unsigned char)*s) && strtoull(s, NULL, 10) > step)) break;
+            if (!strchr(s, '\n') || (isdigit((unsigned char)*s) && strtoull(s, NULL, 10) > step))
+                break;
             keep = (size_t)(strchr(s, '\n') - text) + 1;
         }
         TRY(write_text(j, path, text, keep));
@@ -1076,17 +1097,18 @@ static void to_nhwc(const float *src, float *dst, size_t n, size_t h, size_t w, 
         for (k = 0; k < c; k++)
             for (p = 0; p < h * w; p++) dst[(i * h * w + p) * c + k] = src[(i * c + k) * h * w + p];
 }
-static void to_nchw(const float *src, float *dst, size_t n, size_t h, size_t w, size_t c, size_t from,
-                    size_t all) {
+static void to_nchw(const float *src, float *dst, size_t n, size_t h, size_t w, size_t c,
+                    size_t from, size_t all) {
     size_t i, p, k;
     for (i = 0; i < n; i++)
         for (k = 0; k < c; k++)
-            for (p = 0; p < h * w; p++) dst[(i * c + k) * h * w + p] = src[(i * h * w + p) * all + from + k];
+            for (p = 0; p < h * w; p++)
+                dst[(i * c + k) * h * w + p] = src[(i * h * w + p) * all + from + k];
 }
 
 /* An array called `name` or `part.name`. */
-static sdq_status find_entry(job *j, const sdq_file *f, const char *path, const char *part, const char *name,
-                             int rank, const sdq_entry **out) {
+static sdq_status find_entry(job *j, const sdq_file *f, const char *path, const char *part,
+                             const char *name, int rank, const sdq_entry **out) {
     *out = sdq_file_find(f, format_text(j, "%s.%s", part, name));
     if (!*out) *out = sdq_file_find(f, name);
     if (!*out) return fail(j, "%s: has no array %s", path, name);
@@ -1113,7 +1135,8 @@ static sdq_status read_tensor(job *j, const sdq_file *f, const char *path, const
 }
 
 /* Channels [from, from+c) of a tensor as an array to write. */
-static sdq_status set_entry(job *j, sdq_entry *e, const char *name, const sdq_tensor *t, size_t from, size_t c) {
+static sdq_status set_entry(job *j, sdq_entry *e, const char *name, const sdq_tensor *t,
+                            size_t from, size_t c) {
     float *copy;
     size_t i;
     if (!t) return sdq_last_error(j->ctx);
@@ -1138,18 +1161,22 @@ static sdq_status set_entry(job *j, sdq_entry *e, const char *name, const sdq_te
 
 static const flag forward_flags[] = {
     {"part", "text|unet|vae-encoder|vae-decoder", NULL, "which network"},
-    {"in,i", "FILE", NULL, "text: input_ids; unet: sample, timestep, encoder_hidden_states;\n"
+    {"in,i", "FILE", NULL,
+     "text: input_ids; unet: sample, timestep, encoder_hidden_states;\n"
      "                                        vae-encoder: image; vae-decoder: latent (NCHW)"},
-    {"out,o", "FILE", NULL, "text: last_hidden_state; unet: out; vae-encoder: mean, logvar;\n"
+    {"out,o", "FILE", NULL,
+     "text: last_hidden_state; unet: out; vae-encoder: mean, logvar;\n"
      "                                        vae-decoder: image"},
-    {"precision", "fp32|fake|int8", "fp32", "unet: int8 wants --unet FILE, fake takes the recipe's flags;\n"
+    {"precision", "fp32|fake|int8", "fp32",
+     "unet: int8 wants --unet FILE, fake takes the recipe's flags;\n"
      "                                        its static ranges are those of this input"},
     {"unet", "FILE", NULL, "int8 UNet"},
     {"grad", "noise", NULL, "unet: gradients of mean((out - noise)^2), one array per parameter"},
     {"prefix", "TEXT", NULL, "input arrays may be called TEXT.name (default: the part)"},
 };
 
-static sdq_status forward_text(job *j, const sdq_file *f, const char *path, const char *prefix, sdq_entry *out) {
+static sdq_status forward_text(job *j, const sdq_file *f, const char *path, const char *prefix,
+                               sdq_entry *out) {
     const sdq_entry *e;
     sdq_tensor *ids;
     float *value;
@@ -1164,17 +1191,18 @@ static sdq_status forward_text(job *j, const sdq_file *f, const char *path, cons
     return set_entry(j, out, "last_hidden_state", sdq_text_forward(j->ctx, j->text, ids), 0, 0);
 }
 
-static sdq_status forward_vae(job *j, const sdq_file *f, const char *path, const char *prefix, int encode,
-                              sdq_entry *out, size_t *n) {
+static sdq_status forward_vae(job *j, const sdq_file *f, const char *path, const char *prefix,
+                              int encode, sdq_entry *out, size_t *n) {
     sdq_tensor *x = NULL, *y;
     size_t i, c;
     TRY(read_tensor(j, f, path, prefix, encode ? "image" : "latent", 4, &x));
     TRY(sdq_model_load(j->ctx, j->a.word[0], SDQ_PART_VAE, &j->vae));
-    y = encode ? sdq_vae_encode(j->ctx, j->vae, x, SDQ_FLOAT) : sdq_vae_decode(j->ctx, j->vae, x, SDQ_FLOAT);
+    y = encode ? sdq_vae_encode(j->ctx, j->vae, x, SDQ_FLOAT)
+               : sdq_vae_decode(j->ctx, j->vae, x, SDQ_FLOAT);
     if (!y) return sdq_last_error(j->ctx);
     if (!encode) return set_entry(j, out, "image", y, 0, y->dim[3]);
     c = y->dim[3] / 2;
-    for (i = 0; i < sdq_tensor_count(y); i++) {     /* diffusers clamps the logarithm of the variance */
+    for (i = 0; i < sdq_tensor_count(y); i++) { /* diffusers clamps the logarithm of the variance */
         float *v = sdq_f32(y) + i;
         if (i % (2 * c) >= c) *v = *v < -30.0f ? -30.0f : *v > 20.0f ? 20.0f : *v;
     }
@@ -1184,13 +1212,14 @@ static sdq_status forward_vae(job *j, const sdq_file *f, const char *path, const
 }
 
 /* A scalar or [1] timestep is repeated for all entries. */
-static sdq_status read_timesteps(job *j, const sdq_file *f, const char *path, const char *prefix, size_t n,
-                                 float **out) {
+static sdq_status read_timesteps(job *j, const sdq_file *f, const char *path, const char *prefix,
+                                 size_t n, float **out) {
     const sdq_entry *e;
     size_t i, count;
     TRY(find_entry(j, f, path, prefix, "timestep", 0, &e));
     count = sdq_entry_count(e);
-    if (count != 1 && count != n) return fail(j, "%s: %zu timesteps for %zu samples", path, count, n);
+    if (count != 1 && count != n)
+        return fail(j, "%s: %zu timesteps for %zu samples", path, count, n);
     *out = (float *)own(j, n * sizeof **out);
     TRY(sdq_entry_to_f32(j->ctx, e, *out));
     for (i = count; i < n; i++) (*out)[i] = (*out)[0];
@@ -1295,7 +1324,8 @@ static sdq_status cmd_forward(job *j) {
 #define SAMPLER_FLAGS \
     {"steps", "N", "50", "denoising steps"}, \
     {"guidance-scale,cfg-scale,cfg,guidance", "X", "7.5", "classifier-free guidance; 1: none"}, \
-    {"scheduler,sampling-method,sampler", "NAME", NULL, "pndm ddim euler euler_a dpm++2m lcm [the model's]"}, \
+    {"scheduler,sampling-method,sampler", "NAME", NULL, \
+     "pndm ddim euler euler_a dpm++2m lcm [the model's]"}, \
     {"karras", NULL, NULL, "Karras sigmas (euler, dpm++2m)"}
 
 static const flag txt2img_flags[] = {
@@ -1310,7 +1340,8 @@ static const flag txt2img_flags[] = {
     {"out,o,output", "FILE.png", NULL, "picture to write, also .ppm"},
     {"rng", "cpu|cuda", "cpu", "whose random numbers: torch's on CPU, or Philox as on CUDA"},
     {"unet", "FILE", NULL, "int8 UNet, of sdq quantize or sdq train --what qat"},
-    {"precision", "fp32|int8|mixed|schedule", NULL, "with --unet: mixed if -k is given, the file's schedule, or int8"},
+    {"precision", "fp32|int8|mixed|schedule", NULL,
+     "with --unet: mixed if -k is given, the file's schedule, or int8"},
     {"k", "N", "3", "mixed: float evaluations at the beginning and at the end"},
     {"k-first", "N", NULL, NULL},
     {"k-last", "N", NULL, NULL},
@@ -1325,14 +1356,15 @@ static sdq_scheduler_kind scheduler_of(const char *name, int *karras) {
     static const struct { const char *words; sdq_scheduler_kind kind; } known[] = {
         {"pndm,pndmscheduler,plms", SDQ_PNDM}, {"ddim,ddimscheduler", SDQ_DDIM},
         {"euler,eulerdiscrete,eulerdiscretescheduler", SDQ_EULER},
-        {"eulera,eulerancestral,eulerancestraldiscrete,eulerancestraldiscretescheduler", SDQ_EULER_A},
-        {"dpmpp2m,dpmsolverpp2m,dpmsolvermultistep,dpmsolvermultistepscheduler,dpmsolverpp", SDQ_DPMPP_2M},
+        {"eulera,eulerancestral,eulerancestraldiscretescheduler", SDQ_EULER_A},
+        {"dpmpp2m,dpmsolverpp,dpmsolvermultistep,dpmsolvermultistepscheduler", SDQ_DPMPP_2M},
         {"lcm,lcmscheduler", SDQ_LCM}};
     char plain[64];
     size_t i, n = 0;
     for (i = 0; name[i] && n + 1 < sizeof plain; i++) {
         if (name[i] == '+') plain[n++] = 'p';
-        else if (isalnum((unsigned char)name[i])) plain[n++] = (char)tolower((unsigned char)name[i]);
+        else if (isalnum((unsigned char)name[i]))
+            plain[n++] = (char)tolower((unsigned char)name[i]);
     }
     if (n > 6 && !memcmp(plain + n - 6, "karras", 6)) { *karras = 1; n -= 6; }
     for (i = 0; i < COUNT(known); i++)
@@ -1399,7 +1431,8 @@ static sdq_status precision_from_args(job *j, sdq_txt2img_desc *d) {
     const char *list = arg_text(&j->a, "float-evals");
     const int quantized = j->pipe->unet_int8 != NULL;
     const int stored = quantized && j->pipe->policy && j->pipe->policy->count;
-    const int k = arg_given(&j->a, "k") || arg_given(&j->a, "k-first") || arg_given(&j->a, "k-last");
+    const args *a = &j->a;
+    const int k = arg_given(a, "k") || arg_given(a, "k-first") || arg_given(a, "k-last");
     int p = !quantized ? 0 : k ? 2 : stored ? 3 : 1;
     unsigned char *is_float = NULL;
     size_t n;
@@ -1432,9 +1465,10 @@ static sdq_status read_latents(job *j, sdq_txt2img_desc *d) {
     if (t->dim[3] != sdq_model_get_info(j->pipe->vae).latent)
         return fail(j, "%s: latents with %zu channels, the model has %zu", path, t->dim[3],
                     sdq_model_get_info(j->pipe->vae).latent);
-    if ((d->width && d->width != t->dim[2] * factor) || (d->height && d->height != t->dim[1] * factor))
-        return fail(j, "%s: latents of a picture of %zu x %zu, not of %zu x %zu", path, t->dim[2] * factor,
-                    t->dim[1] * factor, d->width, d->height);
+    if ((d->width && d->width != t->dim[2] * factor)
+        || (d->height && d->height != t->dim[1] * factor))
+        return fail(j, "%s: latents of a picture of %zu x %zu, not of %zu x %zu", path,
+                    t->dim[2] * factor, t->dim[1] * factor, d->width, d->height);
     d->init_latents = sdq_f32(t);
     d->count = t->dim[0];
     d->width = t->dim[2] * factor;
@@ -1448,15 +1482,18 @@ static const char *scheduler_title(sdq_scheduler_kind k) {
 }
 
 /* The PNG text that AUTOMATIC1111 and others read. */
-static const char *parameters_text(job *j, const sdq_txt2img_desc *d, const sdq_image *im, size_t floats,
-                                   size_t evals, sdq_scheduler_kind kind) {
+static const char *parameters_text(job *j, const sdq_txt2img_desc *d, const sdq_image *im,
+                                   size_t floats, size_t evals, sdq_scheduler_kind kind) {
     const char *model = arg_text(&j->a, "model"), *base = strrchr(model, '/');
-    return format_text(j, "%s\nNegative prompt: %s\nSteps: %zu, Sampler: %s%s, CFG scale: %g, Seed: %llu, "
+    return format_text(
+        j,
+        "%s\nNegative prompt: %s\n"
+        "Steps: %zu, Sampler: %s%s, CFG scale: %g, Seed: %llu, "
         "Size: %zux%zu, Model: %s, RNG: %s, Float evaluations: %zu of %zu, Version: sdq %d.%d.%d",
         d->prompt, d->negative, d->steps, scheduler_title(kind), d->karras ? " Karras" : "",
-        (double)d->guidance, (unsigned long long)d->seed, im->w, im->h, base && base[1] ? base + 1 : model,
-        d->rng == SDQ_RNG_TORCH ? "CPU" : "GPU", floats, evals, SDQ_VERSION_MAJOR, SDQ_VERSION_MINOR,
-        SDQ_VERSION_PATCH);
+        (double)d->guidance, (unsigned long long)d->seed, im->w, im->h,
+        base && base[1] ? base + 1 : model, d->rng == SDQ_RNG_TORCH ? "CPU" : "GPU", floats, evals,
+        SDQ_VERSION_MAJOR, SDQ_VERSION_MINOR, SDQ_VERSION_PATCH);
 }
 
 /* out.png, out_1.png, ..: the name of picture i. */
@@ -1477,7 +1514,8 @@ static double peak_megabytes(void) {
 #endif
 }
 
-static sdq_status draw(job *j, const sdq_txt2img_desc *d, const char *out, const char *save, size_t *at) {
+static sdq_status draw(job *j, const sdq_txt2img_desc *d, const char *out, const char *save,
+                       size_t *at) {
     const sdq_mark mark = sdq_arena_mark(j->ctx);
     const size_t count = d->count ? d->count : 1;
     sdq_image *im = (sdq_image *)own(j, count * sizeof *im);
@@ -1507,9 +1545,10 @@ static sdq_status draw(job *j, const sdq_txt2img_desc *d, const char *out, const
         TRY(sdq_image_write(j->ctx, name, &im[i], &text, 1));
         sdq_image_free(j->ctx, &im[i]);
     }
-    printf("seed %llu  %s, %zu evaluations, %zu float  %.3g s/it  %.3g s  peak memory %.0f MB  %s\n",
-           (unsigned long long)d->seed, scheduler_title(kind), evals, floats, t / (double)evals, t,
-           peak_megabytes(), name ? name : "");
+    printf(
+        "seed %llu  %s, %zu evaluations, %zu float  %.3g s/it  %.3g s  peak memory %.0f MB  %s\n",
+        (unsigned long long)d->seed, scheduler_title(kind), evals, floats, t / (double)evals, t,
+        peak_megabytes(), name ? name : "");
     fflush(stdout);
     sdq_arena_release(j->ctx, mark);
     return SDQ_OK;
@@ -1519,7 +1558,8 @@ static sdq_status check_length(job *j, const char *prompt) {
     const size_t most = sdq_tokenizer_length(j->pipe->tokenizer);
     size_t n = 0;
     TRY(sdq_tokenizer_encode(j->ctx, j->pipe->tokenizer, prompt, NULL, 0, &n));
-    if (n > most) note(j, "the prompt has %zu tokens, %zu are read: its end is lost", n - 2, most - 2);
+    if (n > most)
+        note(j, "the prompt has %zu tokens, %zu are read: its end is lost", n - 2, most - 2);
     return SDQ_OK;
 }
 
@@ -1574,7 +1614,8 @@ static void print_schedule(const sdq_policy *p, const double *errors) {
     size_t i, n = 0;
     printf("evaluation  timestep  error (MSE)  precision\n");
     for (i = 0; i < p->count; i++) {
-        printf("%10zu  %8g  %11.3e  %s\n", i, (double)p->timestep[i], errors[i], p->is_float[i] ? "fp32" : "int8");
+        printf("%10zu  %8g  %11.3e  %s\n", i, (double)p->timestep[i], errors[i],
+               p->is_float[i] ? "fp32" : "int8");
         n += p->is_float[i] != 0;
     }
     printf("%zu of %zu evaluations in float\n", n, p->count);
@@ -1620,7 +1661,8 @@ static sdq_status cmd_schedule(job *j) {
     d.progress = progress;
     d.user = j;
     progress_begin(j);
-    TRY(sdq_schedule_search(j->ctx, j->pipe, prompts, n, &d, target, max, policy, errors, &reached));
+    TRY(sdq_schedule_search(j->ctx, j->pipe, prompts, n, &d, target, max, policy, errors,
+                            &reached));
     print_schedule(policy, errors);
     printf("median PSNR of %zu training prompts against float: %.2f dB\n", n, reached);
     return arg_on(&j->a, "dry-run") ? SDQ_OK : store_schedule(j, pd.unet_int8, policy);
@@ -1653,7 +1695,9 @@ static sdq_status info_file(job *j, const char *path, int all) {
     }
     printf("%s: %.2f MB, %zu arrays\n", path, (double)file_bytes(path) / 1e6, sdq_file_count(f));
     for (i = 0; i <= SDQ_DTYPE_COUNT; i++)
-        if (count[i]) printf("  %-4s %6zu arrays %10.3f MB\n", sdq_dtype_name((sdq_dtype)i), count[i], (double)bytes[i] / 1e6);
+        if (count[i])
+            printf("  %-4s %6zu arrays %10.3f MB\n", sdq_dtype_name((sdq_dtype)i), count[i],
+                   (double)bytes[i] / 1e6);
     for (i = 0; i < COUNT(keys); i++)
         if (sdq_file_meta(f, keys[i])) printf("  %s: %s\n", keys[i], sdq_file_meta(f, keys[i]));
     sdq_file_close(j->ctx, f);
@@ -1680,8 +1724,11 @@ static sdq_status compare_files(job *j, const sdq_file *fa, const sdq_file *fb) 
     TRY(arg_real(j, "limit", &limit));
     for (i = 0; i < n; i++) {
         const sdq_entry *ea = sdq_file_entry(fa, i);
-        const sdq_entry *eb = sdq_file_find(fb, format_text(j, "%s%s", arg_text(&j->a, "prefix"), ea->name));
-        if (!eb) return fail(j, "%s: has no array %s%s", j->a.word[1], arg_text(&j->a, "prefix"), ea->name);
+        const sdq_entry *eb =
+            sdq_file_find(fb, format_text(j, "%s%s", arg_text(&j->a, "prefix"), ea->name));
+        if (!eb)
+            return fail(j, "%s: has no array %s%s", j->a.word[1], arg_text(&j->a, "prefix"),
+                        ea->name);
         if (ea->rank != eb->rank || memcmp(ea->dim, eb->dim, sizeof ea->dim) != 0)
             return fail(j, "%s: the shapes of both files differ", ea->name);
         TRY(read_floats(j, ea, &a));
@@ -1693,12 +1740,15 @@ static sdq_status compare_files(job *j, const sdq_file *fa, const sdq_file *fb) 
         largest = fmax(largest, sqrt(norm[i]));
     }
     for (i = 0; i < n; i++) {
-        const double base = fmax(sqrt(norm[i]), 1e-4 * largest), error = base > 0.0 ? sqrt(diff[i]) / base : sqrt(diff[i]);
+        const double base = fmax(sqrt(norm[i]), 1e-4 * largest),
+                     error = base > 0.0 ? sqrt(diff[i]) / base : sqrt(diff[i]);
         if (n <= 16) printf("%-40s %.3e\n", sdq_file_entry(fa, i)->name, error);
         if (!(error <= worst)) worst = error;       /* not-a-number counts */
     }
     printf("%zu arrays, largest relative error %.3e\n", n, worst);
-    return limit > 0.0 && !(worst <= limit) ? fail(j, "%s: the error is above %g", j->a.word[0], limit) : SDQ_OK;
+    return limit > 0.0 && !(worst <= limit)
+               ? fail(j, "%s: the error is above %g", j->a.word[0], limit)
+               : SDQ_OK;
 }
 
 static sdq_status info_compare(job *j) {
@@ -1722,11 +1772,14 @@ static void info_part(const sdq_model *m, int all) {
     size_t k;
     printf("%-13s %10.3f M weights, %zu layers", sdq_part_name(i.part), (double)i.weights / 1e6,
            sdq_model_layer_count(m));
-    if (i.part == SDQ_PART_TEXT) printf(", %zu ids, %zu positions, %zu wide\n", i.vocab, i.tokens, i.context);
-    if (i.part == SDQ_PART_VAE) printf(", %zu channels, %zu x smaller, scaling %g\n", i.latent, i.factor,
-                                       (double)i.scaling_factor);
-    if (i.part == SDQ_PART_UNET) printf(", %zu -> %zu channels, text of %zu, %zu x %zu\n", i.in, i.out, i.context,
-                                        i.sample_size, i.sample_size);
+    if (i.part == SDQ_PART_TEXT)
+        printf(", %zu ids, %zu positions, %zu wide\n", i.vocab, i.tokens, i.context);
+    if (i.part == SDQ_PART_VAE)
+        printf(", %zu channels, %zu x smaller, scaling %g\n", i.latent, i.factor,
+               (double)i.scaling_factor);
+    if (i.part == SDQ_PART_UNET)
+        printf(", %zu -> %zu channels, text of %zu, %zu x %zu\n", i.in, i.out, i.context,
+               i.sample_size, i.sample_size);
     for (k = 0; all && k < sdq_model_layer_count(m); k++)
         if (sdq_model_layer(m, k, &name)) printf("  %s\n", name);
 }
@@ -1736,8 +1789,8 @@ static sdq_status info_folder(job *j, const char *path, int all) {
     info_part(j->pipe->text, all);
     info_part(j->pipe->unet, all);
     info_part(j->pipe->vae, all);
-    printf("tokenizer     %zu entries, %zu ids per prompt\n", sdq_tokenizer_vocab(j->pipe->tokenizer),
-           sdq_tokenizer_length(j->pipe->tokenizer));
+    printf("tokenizer     %zu entries, %zu ids per prompt\n",
+           sdq_tokenizer_vocab(j->pipe->tokenizer), sdq_tokenizer_length(j->pipe->tokenizer));
     printf("scheduler     %s, predicts %s\n", scheduler_title(j->pipe->scheduler.kind),
            j->pipe->scheduler.prediction == SDQ_PREDICT_V ? "velocity"
            : j->pipe->scheduler.prediction == SDQ_PREDICT_SAMPLE ? "the sample" : "noise");
@@ -1750,15 +1803,17 @@ static sdq_status cmd_info(job *j) {
     size_t i;
     if (arg_on(&j->a, "compare")) return info_compare(j);
     if (j->a.words == 0) {
-        printf("sdq %d.%d.%d on %s, %d threads\n", SDQ_VERSION_MAJOR, SDQ_VERSION_MINOR, SDQ_VERSION_PATCH,
-               sdq_tier_name(sdq_ctx_tier(j->ctx)), sdq_ctx_threads(j->ctx));
+        printf("sdq %d.%d.%d on %s, %d threads\n", SDQ_VERSION_MAJOR, SDQ_VERSION_MINOR,
+               SDQ_VERSION_PATCH, sdq_tier_name(sdq_ctx_tier(j->ctx)), sdq_ctx_threads(j->ctx));
         for (i = SDQ_TIER_SCALAR; i < SDQ_TIER_COUNT; i++)
-            printf("  %-12s %s\n", sdq_tier_name((sdq_tier)i), sdq_tier_available((sdq_tier)i) ? "yes" : "no");
+            printf("  %-12s %s\n", sdq_tier_name((sdq_tier)i),
+                   sdq_tier_available((sdq_tier)i) ? "yes" : "no");
     }
     for (i = 0; i < j->a.words; i++) {
         if (stat(j->a.word[i], &s) != 0) return fail(j, "%s: %s", j->a.word[i], strerror(errno));
         if (j->pipe) { sdq_pipeline_free(j->ctx, j->pipe); j->pipe = NULL; }
-        TRY(S_ISDIR(s.st_mode) ? info_folder(j, j->a.word[i], all) : info_file(j, j->a.word[i], all));
+        TRY(S_ISDIR(s.st_mode) ? info_folder(j, j->a.word[i], all)
+                               : info_file(j, j->a.word[i], all));
     }
     return SDQ_OK;
 }
@@ -1779,7 +1834,8 @@ typedef struct command {
     int recipe;
 } command;
 
-#define COMMAND(name, words, about, recipe) {#name, words, about, cmd_##name, name##_flags, COUNT(name##_flags), recipe}
+#define COMMAND(name, words, about, recipe)                                                        \
+    { #name, words, about, cmd_##name, name##_flags, COUNT(name##_flags), recipe }
 static const command commands[] = {
     COMMAND(txt2img, "", "draw pictures of a prompt", 0),
     COMMAND(train, "", "train an autoencoder, a text-to-image model, or a quantized one", 1),
@@ -1788,7 +1844,8 @@ static const command commands[] = {
     COMMAND(schedule, "", "search the evaluations that must be float", 0),
     COMMAND(eval, "", "measure variants against float: table, pictures, report", 0),
     COMMAND(forward, "MODEL ", "run one bare network, from safetensors to safetensors", 1),
-    COMMAND(info, "[FILE|FOLDER ..] ", "what a file, a model, this machine is; compare two files", 0),
+    COMMAND(info, "[FILE|FOLDER ..] ", "what a file, a model, this machine is; compare two files",
+            0),
     COMMAND(selftest, "", "compare the results of all instruction sets, some seconds", 0),
     COMMAND(bench, "", "speed of products and of a UNet, float and int8", 1),
 };
@@ -1799,8 +1856,8 @@ static void help_flag(const flag *f) {
     int k = 0;
     for (; *name && k < 2; k++) {
         const size_t n = strcspn(name, ",");
-        (void)snprintf(left + strlen(left), sizeof left - strlen(left), "%s%s%.*s", *left ? ", " : "",
-                       n == 1 ? "-" : "--", (int)n, name);
+        (void)snprintf(left + strlen(left), sizeof left - strlen(left), "%s%s%.*s",
+                       *left ? ", " : "", n == 1 ? "-" : "--", (int)n, name);
         name += n + (name[n] == ',');
     }
     if (f->arg) (void)snprintf(left + strlen(left), sizeof left - strlen(left), " %s", f->arg);
@@ -1816,7 +1873,8 @@ static void help_rest(const args *a) {
         char item[128];
         const size_t n = strcspn(f->names, ",");
         if (f->help) continue;
-        (void)snprintf(item, sizeof item, "--%.*s%s%s", (int)n, f->names, f->arg ? " " : "", f->arg ? f->arg : "");
+        (void)snprintf(item, sizeof item, "--%.*s%s%s", (int)n, f->names, f->arg ? " " : "",
+                       f->arg ? f->arg : "");
         if (at + strlen(item) > 94) { putchar('\n'); at = 0; }
         at += (size_t)printf("%s%s", at ? ", " : "  ", item);
     }
@@ -1834,8 +1892,10 @@ static void help_command(const command *c, const args *a) {
 static void help_all(void) {
     size_t i;
     puts("sdq: quantize, train and run Stable Diffusion on CPUs\n\nusage: sdq COMMAND [flags]\n");
-    for (i = 0; i < COUNT(commands); i++) printf("  %-11s %s\n", commands[i].name, commands[i].about);
-    puts("\nsdq COMMAND --help lists the flags of a command. Models are folders in diffusers' layout.");
+    for (i = 0; i < COUNT(commands); i++)
+        printf("  %-11s %s\n", commands[i].name, commands[i].about);
+    puts("\nsdq COMMAND --help lists the flags of a command. Models are folders in diffusers' "
+         "layout.");
 }
 
 static void job_free(job *j) {
@@ -1915,7 +1975,10 @@ int main(int argc, char **argv) {
     (void)sigaction(SIGINT, &action, NULL);
     (void)sigaction(SIGTERM, &action, NULL);
     if (argc < 2) { help_all(); return 2; }
-    if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h") || !strcmp(argv[1], "help")) { help_all(); return 0; }
+    if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h") || !strcmp(argv[1], "help")) {
+        help_all();
+        return 0;
+    }
     if (!strcmp(argv[1], "--version")) {
         printf("sdq %d.%d.%d\n", SDQ_VERSION_MAJOR, SDQ_VERSION_MINOR, SDQ_VERSION_PATCH);
         return 0;

@@ -9,14 +9,15 @@ static const flag selftest_flags[] = {
 };
 
 /* Numbers for weights and inputs. */
-static sdq_tensor *random_tensor(sdq_ctx *ctx, sdq_rng *rng, size_t n, size_t h, size_t w, size_t c) {
+static sdq_tensor *random_tensor(sdq_ctx *ctx, sdq_rng *rng, size_t n, size_t h, size_t w,
+                                 size_t c) {
     sdq_tensor *t = sdq_tensor_4d(ctx, n, h, w, c);
     if (t) sdq_rng_normal(rng, sdq_f32(t), sdq_tensor_count(t));
     return t;
 }
 
-static sdq_status random_layer(sdq_ctx *ctx, sdq_rng *rng, size_t in, size_t out, int kernel, int stride,
-                               sdq_range range, sdq_layer **l) {
+static sdq_status random_layer(sdq_ctx *ctx, sdq_rng *rng, size_t in, size_t out, int kernel,
+                               int stride, sdq_range range, sdq_layer **l) {
     sdq_layer_desc d;
     sdq_quant q;
     size_t i;
@@ -103,7 +104,8 @@ static sdq_status check_train(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *x, uint64_
         sdq_tensor *y;
         sdq_tape_begin(ctx);
         y = sdq_silu(ctx, sdq_layer_forward(ctx, l, x, NULL, SDQ_FAKE));
-        st = y ? sdq_backward(ctx, sdq_mse(ctx, y, sdq_scale(ctx, y, 0.5f), NULL)) : sdq_last_error(ctx);
+        st = y ? sdq_backward(ctx, sdq_mse(ctx, y, sdq_scale(ctx, y, 0.5f), NULL))
+               : sdq_last_error(ctx);
         sdq_tape_end(ctx);
         if (st == SDQ_OK) st = sdq_optim_step(ctx, o);
     }
@@ -143,7 +145,8 @@ static sdq_status cmd_selftest(job *j) {
     const int verbose = arg_on(&j->a, "verbose");
     size_t i, passed = 0, failed = 0, tiers = 0;
     int tier, threads;
-    for (tier = SDQ_TIER_SCALAR; tier < SDQ_TIER_COUNT; tier++) tiers += sdq_tier_available((sdq_tier)tier) != 0;
+    for (tier = SDQ_TIER_SCALAR; tier < SDQ_TIER_COUNT; tier++)
+        tiers += sdq_tier_available((sdq_tier)tier) != 0;
     for (i = 0; i < COUNT(check_cases); i++) {
         uint64_t first = 0, hash;
         int good = 1;
@@ -157,17 +160,23 @@ static sdq_status cmd_selftest(job *j) {
                 d.threads = threads;
                 TRY(sdq_ctx_create(&d, &ctx));
                 st = check_run(ctx, &check_cases[i], &hash);
-                if (st != SDQ_OK) printf("%s on %s: %s\n", check_cases[i].name, sdq_tier_name(d.tier), sdq_error_text(ctx));
+                if (st != SDQ_OK)
+                    printf("%s on %s: %s\n", check_cases[i].name, sdq_tier_name(d.tier),
+                           sdq_error_text(ctx));
                 sdq_ctx_free(ctx);
                 if (tier == SDQ_TIER_SCALAR && threads == 1) first = hash;
                 good &= st == SDQ_OK && hash == first;
                 if (st == SDQ_OK && hash != first)
-                    printf("%s: %s with %d threads differs from scalar\n", check_cases[i].name, sdq_tier_name(d.tier), threads);
+                    printf("%s: %s with %d threads differs from scalar\n", check_cases[i].name,
+                           sdq_tier_name(d.tier), threads);
             }
-        if (verbose) printf("%-4s %-30s %016llx\n", good ? "ok" : "FAIL", check_cases[i].name, (unsigned long long)first);
+        if (verbose)
+            printf("%-4s %-30s %016llx\n", good ? "ok" : "FAIL", check_cases[i].name,
+                   (unsigned long long)first);
         good ? passed++ : failed++;
     }
-    printf("%zu instruction sets, 1 and 2 threads: %zu passed, %zu failed\n", tiers, passed, failed);
+    printf("%zu instruction sets, 1 and 2 threads: %zu passed, %zu failed\n", tiers, passed,
+           failed);
     return failed ? fail(j, "selftest: results differ") : SDQ_OK;
 }
 
@@ -227,7 +236,10 @@ static double peak_run(sdq_tier tier, int threads, int int8) {
     static const size_t rounds = 1000000;
     void (*loop)(size_t, void *) = tier == SDQ_TIER_AVX2 ? (int8 ? peak_madd_avx2 : peak_fma_avx2)
         : !int8 ? peak_fma_avx512 : tier == SDQ_TIER_AVX512 ? peak_madd_avx512 : peak_dot_avx512;
-    const double lanes = tier == SDQ_TIER_AVX2 ? (int8 ? 16 : 8) : !int8 ? 16 : tier == SDQ_TIER_AVX512 ? 32 : 64;
+    const double lanes = tier == SDQ_TIER_AVX2     ? (int8 ? 16 : 8)
+                         : !int8                   ? 16
+                         : tier == SDQ_TIER_AVX512 ? 32
+                                                   : 64;
     double t;
     int i;
     if (tier == SDQ_TIER_SCALAR) return 0.0;
@@ -281,7 +293,8 @@ static sdq_status bench_make(job *j, const bench_shape *s, sdq_tensor *x, bench_
     sdq_rng_init(&rng, SDQ_RNG_PHILOX, 3);
     for (i = 0; i < 3; i++) {
         const sdq_mark mark = sdq_arena_mark(j->ctx);
-        TRY(random_layer(j->ctx, &rng, s->in, i == 2 ? 32 : s->out, s->kernel, 1, s->range, &b->l[i]));
+        TRY(random_layer(j->ctx, &rng, s->in, i == 2 ? 32 : s->out, s->kernel, 1, s->range,
+                         &b->l[i]));
         if (i == 0) continue;
         sdq_layer_observe(b->l[i], 1);
         if (!sdq_layer_forward(j->ctx, b->l[i], x, NULL, SDQ_FLOAT)) return sdq_last_error(j->ctx);
@@ -305,7 +318,8 @@ static sdq_status bench_shape_run(job *j, const bench_shape *s, size_t runs, FIL
     const sdq_mark mark = sdq_arena_mark(j->ctx);
     const sdq_tier tier = sdq_ctx_tier(j->ctx);
     const int threads = sdq_ctx_threads(j->ctx);
-    const double work = 2.0 * (double)(s->h * s->w * s->in * s->out) * (double)(s->kernel * s->kernel);
+    const double work =
+        2.0 * (double)(s->h * s->w * s->in * s->out) * (double)(s->kernel * s->kernel);
     double *t[5], m[5], quantize, product;
     bench_layers b = {{NULL, NULL, NULL}};
     sdq_status st;
@@ -330,13 +344,18 @@ static sdq_status bench_shape_run(job *j, const bench_shape *s, size_t runs, FIL
     /* time = quantizing + outputs * c, from the two numbers of outputs */
     product = (m[1] - m[2]) / (double)(s->out - 32) * (double)s->out;
     quantize = m[1] - product;
-    printf("%-43s %8.2f %6.0f %4.0f%% %8.2f %6.0f %4.0f%% %5.2fx %8.2f %7.2f %4.0f%%\n", s->name, m[0] * 1e3,
-           work / m[0] * 1e-9, m[3] > 0.0 ? 100.0 * work / m[0] / m[3] : 0.0, m[1] * 1e3, work / m[1] * 1e-9,
-           m[4] > 0.0 ? 100.0 * work / m[1] / m[4] : 0.0, m[0] / m[1], quantize * 1e3, product * 1e3,
+    printf("%-43s %8.2f %6.0f %4.0f%% %8.2f %6.0f %4.0f%% %5.2fx %8.2f %7.2f %4.0f%%\n", s->name,
+           m[0] * 1e3, work / m[0] * 1e-9, m[3] > 0.0 ? 100.0 * work / m[0] / m[3] : 0.0,
+           m[1] * 1e3, work / m[1] * 1e-9, m[4] > 0.0 ? 100.0 * work / m[1] / m[4] : 0.0,
+           m[0] / m[1], quantize * 1e3, product * 1e3,
            m[4] > 0.0 ? 100.0 * work / product / m[4] : 0.0);
-    if (json) fprintf(json, "  {\"shape\": \"%s\", \"fp32_ms\": %.4f, \"int8_ms\": %.4f, \"quantize_ms\": %.4f, \"product_ms\": %.4f, "
-                      "\"fp32_peak_gflops\": %.1f, \"int8_peak_gops\": %.1f},\n", s->name, m[0] * 1e3, m[1] * 1e3,
-                      quantize * 1e3, product * 1e3, m[3] * 1e-9, m[4] * 1e-9);
+    if (json)
+        fprintf(json,
+                "  {\"shape\": \"%s\", \"fp32_ms\": %.4f, \"int8_ms\": %.4f, \"quantize_ms\": "
+                "%.4f, \"product_ms\": %.4f, "
+                "\"fp32_peak_gflops\": %.1f, \"int8_peak_gops\": %.1f},\n",
+                s->name, m[0] * 1e3, m[1] * 1e3, quantize * 1e3, product * 1e3, m[3] * 1e-9,
+                m[4] * 1e-9);
     fflush(stdout);
     return SDQ_OK;
 }
@@ -346,7 +365,8 @@ static sdq_status bench_shape_run(job *j, const bench_shape *s, size_t runs, FIL
 /* Weights, or random ones where the folder has only a configuration. */
 static sdq_status bench_load(job *j, const char *folder, sdq_model **out) {
     if (sdq_model_load(j->ctx, folder, SDQ_PART_UNET, out) == SDQ_OK) return SDQ_OK;
-    if (sdq_last_error(j->ctx) != SDQ_ERR_MISSING && sdq_last_error(j->ctx) != SDQ_ERR_IO) return sdq_last_error(j->ctx);
+    if (sdq_last_error(j->ctx) != SDQ_ERR_MISSING && sdq_last_error(j->ctx) != SDQ_ERR_IO)
+        return sdq_last_error(j->ctx);
     sdq_clear_error(j->ctx);
     return sdq_model_init(j->ctx, folder, SDQ_PART_UNET, 1, out);
 }
@@ -358,7 +378,8 @@ typedef struct bench_net {
     sdq_time_table *times;
 } bench_net;
 
-static sdq_status bench_net_make(job *j, bench_net *b, const char *folder, sdq_unet_input *in, size_t batch) {
+static sdq_status bench_net_make(job *j, bench_net *b, const char *folder, sdq_unet_input *in,
+                                 size_t batch) {
     sdq_recipe r;
     TRY(bench_load(j, folder, &b->m));
     if (b->mode == SDQ_INT8) {
@@ -420,10 +441,12 @@ static sdq_status bench_unet(job *j, const char *folder, size_t batch, size_t ru
         sdq_model_free(j->ctx, net[k].m);
     }
     if (st != SDQ_OK) return st;
-    printf("UNet of %s, %zu samples of %zu x %zu: float %.2f ms, int8 %.2f ms, %.2fx\n", folder, batch, side, side,
-           m[0] * 1e3, m[1] * 1e3, m[0] / m[1]);
-    if (json) fprintf(json, "  {\"unet\": \"%s\", \"batch\": %zu, \"fp32_ms\": %.4f, \"int8_ms\": %.4f},\n", folder, batch,
-                      m[0] * 1e3, m[1] * 1e3);
+    printf("UNet of %s, %zu samples of %zu x %zu: float %.2f ms, int8 %.2f ms, %.2fx\n", folder,
+           batch, side, side, m[0] * 1e3, m[1] * 1e3, m[0] / m[1]);
+    if (json)
+        fprintf(json,
+                "  {\"unet\": \"%s\", \"batch\": %zu, \"fp32_ms\": %.4f, \"int8_ms\": %.4f},\n",
+                folder, batch, m[0] * 1e3, m[1] * 1e3);
     return SDQ_OK;
 }
 
@@ -445,16 +468,22 @@ static sdq_status cmd_bench(job *j) {
         f[i] = peak_run(tier, threads, 0);
         q[i] = peak_run(tier, threads, 1);
     }
-    printf("%s, %d threads, median of %zu alternating runs; peak: fp32 %.0f GFLOP/s, int8 %.0f GOP/s\n",
-           sdq_tier_name(tier), threads, runs, median(j, f, runs) * 1e-9, median(j, q, runs) * 1e-9);
+    printf("%s, %d threads, median of %zu alternating runs; peak: fp32 %.0f GFLOP/s, int8 %.0f "
+           "GOP/s\n",
+           sdq_tier_name(tier), threads, runs, median(j, f, runs) * 1e-9,
+           median(j, q, runs) * 1e-9);
     if (json) fprintf(json, "[\n");
     if (model) st = bench_unet(j, model, batch, runs, json);
-    printf("\n%-43s %8s %6s %5s %8s %6s %5s %6s %8s %7s %5s\n%-43s %8s %6s %5s %8s %6s %5s %6s %8s %7s %5s\n",
-           "int8 quantizes a float input, writes float", "fp32", "GFLOP", "of", "int8", "GOP", "of", "speed",
-           "quantize", "product", "of", "and is split into its two parts", "ms", "/s", "peak", "ms", "/s", "peak",
-           "-up", "ms", "ms", "peak");
-    for (i = 0; i < COUNT(bench_shapes) && st == SDQ_OK; i++) st = bench_shape_run(j, &bench_shapes[i], runs, json);
-    if (json) fprintf(json, "  {\"tier\": \"%s\", \"threads\": %d, \"runs\": %zu}\n]\n", sdq_tier_name(tier), threads, runs);
+    printf("\n%-43s %8s %6s %5s %8s %6s %5s %6s %8s %7s %5s\n%-43s %8s %6s %5s %8s %6s %5s %6s %8s "
+           "%7s %5s\n",
+           "int8 quantizes a float input, writes float", "fp32", "GFLOP", "of", "int8", "GOP", "of",
+           "speed", "quantize", "product", "of", "and is split into its two parts", "ms", "/s",
+           "peak", "ms", "/s", "peak", "-up", "ms", "ms", "peak");
+    for (i = 0; i < COUNT(bench_shapes) && st == SDQ_OK; i++)
+        st = bench_shape_run(j, &bench_shapes[i], runs, json);
+    if (json)
+        fprintf(json, "  {\"tier\": \"%s\", \"threads\": %d, \"runs\": %zu}\n]\n",
+                sdq_tier_name(tier), threads, runs);
     if (json && fclose(json) != 0 && st == SDQ_OK) st = fail(j, "%s: could not be written", path);
     return st;
 }

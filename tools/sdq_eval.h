@@ -1,5 +1,5 @@
-/* sdq_eval.h - part of tools/sdq.c: the command eval, which measures variants of a quantized network
- * against the float one, and writes tables, a strip of pictures and a page to look at.
+/* sdq_eval.h - part of tools/sdq.c: the command eval, which measures variants of a quantized
+ * network against the float one, and writes tables, a strip of pictures and a page to look at.
  *
  * Everything that takes long is kept: networks in OUT/nets, pictures and errors in
  * OUT/pictures/ROW-KEY, where KEY is a hash of all that the pictures depend on. A run that was
@@ -32,7 +32,8 @@ static const eval_row eval_rows[] = {
     {"picture-qat", "--range-conv picture", 1, NULL, "picture-ptq", "int8", NULL},
     {"position-ptq", "--range-conv position", 0, NULL, "reference-qat-k5", "int8", NULL},
     {"position-qat", "--range-conv position", 1, NULL, "position-ptq", "int8", NULL},
-    {"block-ptq", "--range-conv block --range-linear block", 0, NULL, "reference-qat-k5", "int8", NULL},
+    {"block-ptq", "--range-conv block --range-linear block", 0, NULL, "reference-qat-k5", "int8",
+     NULL},
     {"block-qat", "--range-conv block --range-linear block", 1, NULL, "block-ptq", "int8", NULL},
     {"best-k3", NULL, 0, "best", "best", "k=3", NULL},
     {"best-schedule", NULL, 0, "best", "best", "schedule", NULL},
@@ -74,9 +75,11 @@ static const flag eval_flags[] = {
     {"model,m", "FOLDER", NULL, "the pipeline, in diffusers' layout"},
     {"data", "FOLDER", NULL, "training pictures with captions"},
     {"held", "FOLDER,..", NULL, "held-out pictures with captions"},
-    {"rows", "NAME,..", NULL, "fp32, reference-ptq, -qat, -qat-k3, -qat-k5; static-, picture-, position-,\n"
+    {"rows", "NAME,..", NULL,
+     "fp32, reference-ptq, -qat, -qat-k3, -qat-k5; static-, picture-, position-,\n"
      "                                        block- with ptq, qat; best-k3, best-schedule [all]"},
-    {"net", "NAME:MODE:FILE", NULL, "a row for an int8 file of yours; MODE is int8, k=N or schedule; repeatable"},
+    {"net", "NAME:MODE:FILE", NULL,
+     "a row for an int8 file of yours; MODE is int8, k=N or schedule; repeatable"},
     {"out,o", "FOLDER", "build/eval", "results, also of every picture: a stopped run goes on"},
     SAMPLER_FLAGS,
     {"seed,s", "N", "1000", "of the first prompt; each has its own"},
@@ -108,10 +111,13 @@ static uint64_t hash_file(uint64_t h, const char *path) {
 }
 
 static uint64_t hash_model(job *j, const char *model) {
-    static const char *const files[] = {
-        "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
-        "unet/diffusion_pytorch_model.safetensors.index.json", "vae/diffusion_pytorch_model.safetensors",
-        "vae/config.json", "text_encoder/model.safetensors", "scheduler/scheduler_config.json"};
+    static const char *const files[] = {"unet/config.json",
+                                        "unet/diffusion_pytorch_model.safetensors",
+                                        "unet/diffusion_pytorch_model.safetensors.index.json",
+                                        "vae/diffusion_pytorch_model.safetensors",
+                                        "vae/config.json",
+                                        "text_encoder/model.safetensors",
+                                        "scheduler/scheduler_config.json"};
     uint64_t h = UINT64_C(0xcbf29ce484222325);
     size_t i;
     for (i = 0; i < COUNT(files); i++) h = hash_file(h, format_text(j, "%s/%s", model, files[i]));
@@ -120,7 +126,7 @@ static uint64_t hash_model(job *j, const char *model) {
 
 /* Run another command in this process, as if typed: "quantize --model X ..". */
 static sdq_status run_line(job *j, const char *line) {
-    char *copy = format_text(j, "%s", line), *word[64], *s;
+    char *copy = format_text(j, "%s%s", line, j->quiet ? " --quiet" : ""), *word[64], *s;
     int n = 0;
     for (s = strtok(copy, " "); s && n < 64; s = strtok(NULL, " ")) word[n++] = s;
     note(j, "+ sdq %s", line);
@@ -156,18 +162,26 @@ static sdq_status eval_make_net(eval *e, eval_result *r) {
     job *j = e->j;
     const int reference = strstr(r->row.recipe, "reference") != NULL;
     const char *extra = r->row.train && !reference ? arg_text(&j->a, "qat") : "", *base;
-    const char *common = format_text(j, "--model %s --data %s --calib-prompts %s --calib-guidance %g %s",
-        e->model, e->data, arg_text(&j->a, "calib-prompts"), (double)e->d.guidance, r->row.recipe);
-    const char *steps = r->row.train ? format_text(j, " --what qat --steps %s %s", arg_text(&j->a, "train-steps"), extra) : "";
-    const int threads = sdq_ctx_threads(j->ctx);        /* not in the key: results do not depend on it */
+    const char *common = format_text(
+        j, "--model %s --data %s --calib-prompts %s --calib-guidance %g %s", e->model, e->data,
+        arg_text(&j->a, "calib-prompts"), (double)e->d.guidance, r->row.recipe);
+    const char *steps = r->row.train ? format_text(j, " --what qat --steps %s %s",
+                                                   arg_text(&j->a, "train-steps"), extra)
+                                     : "";
+    const int threads = sdq_ctx_threads(j->ctx); /* not in the key: results do not depend on it */
     uint64_t h = hash_text(hash_text(hash_model(j, e->model), common), steps);
     TRY(make_folder(j, format_text(j, "%s/nets", e->out)));
-    base = format_text(j, "%s/nets/%s-%08llx", e->out, r->row.name, (unsigned long long)(h & 0xffffffffu));
+    base = format_text(j, "%s/nets/%s-%08llx", e->out, r->row.name,
+                       (unsigned long long)(h & 0xffffffffu));
     r->file = format_text(j, "%s.safetensors", base);
     if (exists(r->file)) return SDQ_OK;
-    if (!r->row.train) return run_line(j, format_text(j, "quantize %s --threads %d --out %s", common, threads, r->file));
-    return run_line(j, format_text(j, "train%s %s --threads %d --out %s --state %s.state --log %s.csv --save-every 20",
-                                   steps, common, threads, r->file, base, base));
+    if (!r->row.train)
+        return run_line(
+            j, format_text(j, "quantize %s --threads %d --out %s", common, threads, r->file));
+    return run_line(
+        j, format_text(
+               j, "train%s %s --threads %d --out %s --state %s.state --log %s.csv --save-every 20",
+               steps, common, threads, r->file, base, base));
 }
 
 /* A copy of the best network, with a schedule searched for it on training prompts. */
@@ -175,16 +189,20 @@ static sdq_status eval_make_schedule(eval *e, eval_result *r, const char *from) 
     job *j = e->j;
     char *bytes;
     size_t n;
-    const char *flags = format_text(j, "--steps %zu --guidance-scale %g --target-psnr %s --max-float %s --data %s",
-        e->d.steps, (double)e->d.guidance, arg_text(&j->a, "target-psnr"), arg_text(&j->a, "max-float"), e->data);
+    const char *flags =
+        format_text(j, "--steps %zu --guidance-scale %g --target-psnr %s --max-float %s --data %s",
+                    e->d.steps, (double)e->d.guidance, arg_text(&j->a, "target-psnr"),
+                    arg_text(&j->a, "max-float"), e->data);
     const uint64_t h = hash_text(hash_file(e->key, from), flags);
-    const char *part = format_text(j, "%s/nets/%s-%08llx.part", e->out, r->row.name, (unsigned long long)(h & 0xffffffffu));
+    const char *part = format_text(j, "%s/nets/%s-%08llx.part", e->out, r->row.name,
+                                   (unsigned long long)(h & 0xffffffffu));
     r->file = format_text(j, "%.*s.safetensors", (int)(strlen(part) - 5), part);
     if (exists(r->file)) return SDQ_OK;
     TRY(read_text(j, from, &bytes, &n));
     TRY(write_text(j, part, bytes, n));
-    TRY(run_line(j, format_text(j, "schedule --model %s --unet %s %s --threads %d%s%s", e->model, part, flags,
-                                sdq_ctx_threads(j->ctx), arg_text(&j->a, "scheduler") ? " --scheduler " : "",
+    TRY(run_line(j, format_text(j, "schedule --model %s --unet %s %s --threads %d%s%s", e->model,
+                                part, flags, sdq_ctx_threads(j->ctx),
+                                arg_text(&j->a, "scheduler") ? " --scheduler " : "",
                                 arg_text(&j->a, "scheduler") ? arg_text(&j->a, "scheduler") : "")));
     return rename(part, r->file) == 0 ? SDQ_OK : fail(j, "%s: %s", r->file, strerror(errno));
 }
@@ -210,8 +228,10 @@ static sdq_status eval_net(eval *e, eval_result *r) {
 
 static void eval_precision(const eval_result *r, sdq_txt2img_desc *d) {
     const char *m = r->row.mode;
-    d->precision = !strcmp(m, "fp32") ? SDQ_PRECISION_FLOAT : !strcmp(m, "int8") ? SDQ_PRECISION_INT8
-                 : m[0] == 'k' ? SDQ_PRECISION_EDGES : SDQ_PRECISION_POLICY;
+    d->precision = !strcmp(m, "fp32")   ? SDQ_PRECISION_FLOAT
+                   : !strcmp(m, "int8") ? SDQ_PRECISION_INT8
+                   : m[0] == 'k'        ? SDQ_PRECISION_EDGES
+                                        : SDQ_PRECISION_POLICY;
     if (m[0] == 'k') d->k_first = d->k_last = (size_t)strtoul(m + 2, NULL, 10);
 }
 
@@ -248,7 +268,8 @@ static sdq_status eval_draw(eval *e, eval_result *r, int set) {
         sdq_arena_release(j->ctx, mark);
         f = fopen(format_text(j, "%s/seconds.txt", r->folder), "ab");
         if (f) { fprintf(f, "%.6f\n", t / (double)r->evals); (void)fclose(f); }
-        if (progress(j, stage, i + 1, e->count[set], 0.0)) return fail(j, "stopped; the same command goes on");
+        if (progress(j, stage, i + 1, e->count[set], 0.0))
+            return fail(j, "stopped; the same command goes on");
     }
     return SDQ_OK;
 }
@@ -280,8 +301,10 @@ static int eval_step(void *user, const sdq_step_info *info) {
     if (w->learn || w->is_float[info->i] || all > 64) return 0;
     memset(&in, 0, sizeof in);
     for (i = 0; i < all; i++) times[i] = info->timestep;
-    in.sample = sdq_tensor_4d(w->j->ctx, all, info->input->dim[1], info->input->dim[2], info->input->dim[3]);
-    in.context = sdq_tensor_3d(w->j->ctx, info->context->dim[0], info->context->dim[1], info->context->dim[2]);
+    in.sample = sdq_tensor_4d(w->j->ctx, all, info->input->dim[1], info->input->dim[2],
+                              info->input->dim[3]);
+    in.context = sdq_tensor_3d(w->j->ctx, info->context->dim[0], info->context->dim[1],
+                               info->context->dim[2]);
     if (!in.sample || !in.context) return 1;
     memcpy(in.sample->data, info->input->data, sdq_tensor_count(in.sample) * sizeof(float));
     memcpy(in.context->data, info->context->data, sdq_tensor_count(in.context) * sizeof(float));
@@ -360,7 +383,8 @@ static sdq_status eval_feature(eval *e, const sdq_image *im, float *out) {
     for (py = 0; py < 4; py++)
         for (px = 0; px < 4; px++)
             for (k = 0; k < c; k++) {
-                const size_t h = m->dim[1], w = m->dim[2], y1 = (py + 1) * h / 4, x1 = (px + 1) * w / 4;
+                const size_t h = m->dim[1], w = m->dim[2], y1 = (py + 1) * h / 4,
+                             x1 = (px + 1) * w / 4;
                 double sum = 0.0, n = 0.0;
                 for (y = py * h / 4; y < y1 || y == py * h / 4; y++)
                     for (col = px * w / 4; col < x1 || col == px * w / 4; col++, n += 1.0)
@@ -432,7 +456,8 @@ static sdq_status eval_pictures(eval *e, eval_result *r) {
 }
 
 /* 95 % interval of the median, by bootstrap. */
-static sdq_status eval_median_interval(eval *e, const double *x, size_t n, double *low, double *high) {
+static sdq_status eval_median_interval(eval *e, const double *x, size_t n, double *low,
+                                       double *high) {
     enum { ROUNDS = 1000 };
     double *m = (double *)own(e->j, ROUNDS * sizeof *m), *s = (double *)own(e->j, n * sizeof *s);
     sdq_rng rng;
@@ -468,7 +493,8 @@ static sdq_status eval_frechet(eval *e, eval_result *r) {
     sdq_rng rng;
     size_t i, k;
     TRY(sdq_frechet(j->ctx, a, n, b, n, e->dim, &r->fd_float));
-    TRY(sdq_frechet(j->ctx, r->feature[0], e->count[0], e->real[0], e->reals[0], e->dim, &r->fd_real));
+    TRY(sdq_frechet(j->ctx, r->feature[0], e->count[0], e->real[0], e->reals[0], e->dim,
+                    &r->fd_real));
     sdq_rng_init(&rng, SDQ_RNG_PHILOX, 2);
     for (k = 0; k < ROUNDS; k++) {
         for (i = 0; i < n; i++) {
@@ -491,11 +517,13 @@ static sdq_status eval_nearest(eval *e, eval_result *r) {
     sdq_rng rng;
     size_t i;
     for (i = 0; i < e->count[1]; i++) {
-        hit[i] = sdq_nearest(r->feature[1] + i * e->dim, e->real[1], e->reals[1], e->dim, NULL) == e->train_at[i];
+        hit[i] = sdq_nearest(r->feature[1] + i * e->dim, e->real[1], e->reals[1], e->dim, NULL)
+                 == e->train_at[i];
         r->nearest += hit[i] / (double)e->count[1];
     }
     sdq_rng_init(&rng, SDQ_RNG_PHILOX, 3);
-    return sdq_bootstrap(e->j->ctx, hit, e->count[1], 0, 0.0, &rng, &r->nearest_low, &r->nearest_high);
+    return sdq_bootstrap(e->j->ctx, hit, e->count[1], 0, 0.0, &rng, &r->nearest_low,
+                         &r->nearest_high);
 }
 
 static sdq_status eval_gain(eval *e, eval_result *r) {
@@ -542,7 +570,8 @@ static sdq_status eval_row_run(eval *e, eval_result *r) {
     TRY(sdq_pipeline_load(j->ctx, e->model, &pd, &j->pipe));
     key = hash_text(e->key, r->row.mode);
     if (r->file) key = hash_file(key, r->file);
-    r->folder = format_text(j, "%s/pictures/%s-%08llx", e->out, r->row.name, (unsigned long long)(key & 0xffffffffu));
+    r->folder = format_text(j, "%s/pictures/%s-%08llx", e->out, r->row.name,
+                            (unsigned long long)(key & 0xffffffffu));
     TRY(make_folder(j, r->folder));
     TRY(eval_errors(e, r));
     TRY(eval_draw(e, r, 0));
@@ -569,51 +598,67 @@ static double eval_third(const eval_result *r, size_t third) {
 }
 
 static void eval_table_head(FILE *f) {
-    fputs("| row | PSNR dB median [95 %] | p10 | SSIM median | p10 | Frechet to fp32 [95 %] | to held-out "
-          "| nearest right % [95 %] | MSE 1e-4 early, middle, late | s/eval | float | MB | PSNR gain [95 %] |\n"
+    fputs("| row | PSNR dB median [95 %] | p10 | SSIM median | p10 | Frechet to fp32 [95 %] "
+          "| to held-out | nearest right % [95 %] | MSE 1e-4 early, middle, late "
+          "| s/eval | float | MB | PSNR gain [95 %] |\n"
           "|---|---|---|---|---|---|---|---|---|---|---|---|---|\n", f);
 }
 
 static void eval_table_row(FILE *f, const eval_result *r) {
     fprintf(f, "| %s | ", r->row.name);
     if (r->floats == r->evals) fprintf(f, "99 | 99 | 1 | 1 | 0 |");
-    else fprintf(f, "%.2f [%.2f, %.2f] | %.2f | %.4f | %.4f | %.4g [%.3g, %.3g] |", r->psnr_median, r->psnr_low,
-                 r->psnr_high, r->psnr_p10, r->ssim_median, r->ssim_p10, r->fd_float, r->fd_low, r->fd_high);
-    fprintf(f, " %.4g | %.1f [%.1f, %.1f] | %.3g, %.3g, %.3g | %.4f | %zu of %zu | %.2f |", r->fd_real,
-            100.0 * r->nearest, 100.0 * r->nearest_low, 100.0 * r->nearest_high, 1e4 * eval_third(r, 0),
-            1e4 * eval_third(r, 1), 1e4 * eval_third(r, 2), r->seconds, r->floats, r->evals, r->megabytes);
-    if (r->twin) fprintf(f, " %+.2f [%+.2f, %+.2f]%s over %s |\n", r->gain, r->gain_low, r->gain_high,
-                         r->gain_low <= 0.0 && r->gain_high >= 0.0 ? " =" : "", r->twin);
+    else
+        fprintf(f, "%.2f [%.2f, %.2f] | %.2f | %.4f | %.4f | %.4g [%.3g, %.3g] |", r->psnr_median,
+                r->psnr_low, r->psnr_high, r->psnr_p10, r->ssim_median, r->ssim_p10, r->fd_float,
+                r->fd_low, r->fd_high);
+    fprintf(f, " %.4g | %.1f [%.1f, %.1f] | %.3g, %.3g, %.3g | %.4f | %zu of %zu | %.2f |",
+            r->fd_real, 100.0 * r->nearest, 100.0 * r->nearest_low, 100.0 * r->nearest_high,
+            1e4 * eval_third(r, 0), 1e4 * eval_third(r, 1), 1e4 * eval_third(r, 2), r->seconds,
+            r->floats, r->evals, r->megabytes);
+    if (r->twin)
+        fprintf(f, " %+.2f [%+.2f, %+.2f]%s over %s |\n", r->gain, r->gain_low, r->gain_high,
+                r->gain_low <= 0.0 && r->gain_high >= 0.0 ? " =" : "", r->twin);
     else fputs(" |\n", f);
 }
 
 static void eval_table_note(const eval *e, FILE *f) {
-    fprintf(f, "\n%zu held-out and %zu training prompts, %zu steps, guidance %g. Nearest neighbour among %zu training "
-            "pictures: chance %.2f %%.\nErrors: mean of %zu float trajectories, 0 where the evaluation is float. "
-            "\"=\": not different within the 95 %% interval. MB: int8 file, plus the float UNet (F32) where it is used.\n",
-            e->count[0], e->count[1], e->d.steps, (double)e->d.guidance, e->reals[1], 100.0 / (double)e->reals[1],
-            e->trajectories);
+    fprintf(f,
+            "\n%zu held-out and %zu training prompts, %zu steps, guidance %g. Nearest "
+            "neighbour among %zu training pictures: chance %.2f %%.\n"
+            "Errors: mean of %zu float trajectories, 0 where the evaluation is float. "
+            "\"=\": not different within the 95 %% interval. "
+            "MB: int8 file, plus the float UNet (F32) where it is used.\n",
+            e->count[0], e->count[1], e->d.steps, (double)e->d.guidance, e->reals[1],
+            100.0 / (double)e->reals[1], e->trajectories);
 }
 
 static void eval_json_row(FILE *f, const eval_result *r, int last) {
     size_t i;
-    fprintf(f, "  {\"row\": \"%s\", \"psnr_median\": %.4f, \"psnr_interval\": [%.4f, %.4f], \"psnr_p10\": %.4f, "
-            "\"ssim_median\": %.6f, \"ssim_p10\": %.6f, \"frechet_fp32\": %.6g, \"frechet_fp32_interval\": [%.6g, %.6g], "
-            "\"frechet_held\": %.6g, \"nearest\": %.5f, \"nearest_interval\": [%.5f, %.5f], \"seconds_per_evaluation\": %.5f, "
-            "\"evaluations\": %zu, \"float\": %zu, \"megabytes\": %.3f, ", r->row.name, r->psnr_median, r->psnr_low,
-            r->psnr_high, r->psnr_p10, r->ssim_median, r->ssim_p10, r->fd_float, r->fd_low, r->fd_high, r->fd_real,
-            r->nearest, r->nearest_low, r->nearest_high, r->seconds, r->evals, r->floats, r->megabytes);
-    if (r->twin) fprintf(f, "\"twin\": \"%s\", \"gain\": %.4f, \"gain_interval\": [%.4f, %.4f], ", r->twin, r->gain,
-                         r->gain_low, r->gain_high);
+    fprintf(f, "  {\"row\": \"%s\", ", r->row.name);
+    fprintf(f, "\"psnr_median\": %.4f, \"psnr_interval\": [%.4f, %.4f], \"psnr_p10\": %.4f, ",
+            r->psnr_median, r->psnr_low, r->psnr_high, r->psnr_p10);
+    fprintf(f, "\"ssim_median\": %.6f, \"ssim_p10\": %.6f, ", r->ssim_median, r->ssim_p10);
+    fprintf(f, "\"frechet_fp32\": %.6g, \"frechet_fp32_interval\": [%.6g, %.6g], ", r->fd_float,
+            r->fd_low, r->fd_high);
+    fprintf(f, "\"frechet_held\": %.6g, \"nearest\": %.5f, \"nearest_interval\": [%.5f, %.5f], ",
+            r->fd_real, r->nearest, r->nearest_low, r->nearest_high);
+    fprintf(f, "\"seconds_per_evaluation\": %.5f, \"evaluations\": %zu, \"float\": %zu, "
+            "\"megabytes\": %.3f, ", r->seconds, r->evals, r->floats, r->megabytes);
+    if (r->twin)
+        fprintf(f, "\"twin\": \"%s\", \"gain\": %.4f, \"gain_interval\": [%.4f, %.4f], ", r->twin,
+                r->gain, r->gain_low, r->gain_high);
     fputs("\"mse\": [", f);
-    for (i = 0; i < r->evals; i++) fprintf(f, "%s[%g, %.5e]", i ? ", " : "", (double)r->timestep[i], r->mse[i]);
+    for (i = 0; i < r->evals; i++)
+        fprintf(f, "%s[%g, %.5e]", i ? ", " : "", (double)r->timestep[i], r->mse[i]);
     fprintf(f, "]}%s\n", last ? "" : ",");
 }
 
 static sdq_status eval_write(eval *e) {
     job *j = e->j;
-    FILE *md = fopen(format_text(j, "%s/table.md", e->out), "wb"), *js = fopen(format_text(j, "%s/table.json", e->out), "wb");
+    FILE *md = fopen(format_text(j, "%s/table.md", e->out), "wb");
+    FILE *js = fopen(format_text(j, "%s/table.json", e->out), "wb");
     size_t i;
+    int bad;
     if (!md || !js) {
         if (md) (void)fclose(md);
         if (js) (void)fclose(js);
@@ -627,7 +672,10 @@ static sdq_status eval_write(eval *e) {
     }
     eval_table_note(e, md);
     fputs("]\n", js);
-    if ((fclose(md) != 0) | (fclose(js) != 0)) return fail(j, "%s: the tables could not be written", e->out);
+    bad = fclose(md) != 0;
+    bad = fclose(js) != 0 || bad;
+    if (bad)
+        return fail(j, "%s: the tables could not be written", e->out);
     return SDQ_OK;
 }
 
@@ -655,8 +703,10 @@ static void draw_text(sdq_image *im, size_t x, size_t y, size_t size, const char
                 if (!((font_rows[g * 7 + row] - '0') >> (4 - col) & 1)) continue;
                 for (i = 0; i < size; i++)
                     for (k = 0; k < size; k++) {
-                        const size_t px = x + (n * 6 + col) * size + k, py = y + (row + drop) * size + i;
-                        if (px < im->w && py < im->h) memset(im->px + (py * im->w + px) * im->c, 40, im->c);
+                        const size_t px = x + (n * 6 + col) * size + k;
+                        const size_t py = y + (row + drop) * size + i;
+                        if (px < im->w && py < im->h)
+                            memset(im->px + (py * im->w + px) * im->c, 40, im->c);
                     }
             }
     }
@@ -667,7 +717,8 @@ static void draw_picture(sdq_image *im, size_t x, size_t y, size_t scale, const 
     for (i = 0; i < src->h * scale; i++)
         for (k = 0; k < src->w * scale; k++)
             if (x + k < im->w && y + i < im->h)
-                memcpy(im->px + ((y + i) * im->w + x + k) * 3, src->px + ((i / scale) * src->w + k / scale) * 3, 3);
+                memcpy(im->px + ((y + i) * im->w + x + k) * 3,
+                       src->px + ((i / scale) * src->w + k / scale) * 3, 3);
 }
 
 /* Prompt p of the strip: held-out names and training prompts in turn, spread over both. */
@@ -698,7 +749,8 @@ static void strip_free(eval *e) {
 
 static sdq_status strip_write(eval *e) {
     const sdq_image *first = &e->shown[0][0];
-    const size_t scale = first->w < 128 ? (127 + first->w) / first->w : 1, cell = first->w * scale + 8;
+    const size_t scale = first->w < 128 ? (127 + first->w) / first->w : 1;
+    const size_t cell = first->w * scale + 8;
     const size_t high = first->h * scale + 22, left = 8, top = 24;
     sdq_image im;
     sdq_status st;
@@ -710,7 +762,8 @@ static sdq_status strip_write(eval *e) {
     for (p = 0; p < e->strip; p++) {
         strip_prompt(e, p, &set, &i);
         draw_text(&im, left, top + p * high + 4, 1, e->prompt[set][i], im.w - left);
-        for (r = 0; r < e->n; r++) draw_picture(&im, left + r * cell, top + p * high + 15, scale, &e->shown[r][p]);
+        for (r = 0; r < e->n; r++)
+            draw_picture(&im, left + r * cell, top + p * high + 15, scale, &e->shown[r][p]);
     }
     st = sdq_image_write(e->j->ctx, format_text(e->j, "%s/strip.png", e->out), &im, NULL, 0);
     sdq_image_free(e->j->ctx, &im);
@@ -733,7 +786,8 @@ static void html_base64(FILE *f, const unsigned char *b, size_t n) {
     static const char digit[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     size_t i;
     for (i = 0; i < n; i += 3) {
-        const unsigned v = (unsigned)b[i] << 16 | (i + 1 < n ? (unsigned)b[i + 1] << 8 : 0u) | (i + 2 < n ? b[i + 2] : 0u);
+        const unsigned v = (unsigned)b[i] << 16 | (i + 1 < n ? (unsigned)b[i + 1] << 8 : 0u)
+                           | (i + 2 < n ? b[i + 2] : 0u);
         fputc(digit[v >> 18], f);
         fputc(digit[v >> 12 & 63], f);
         fputc(i + 1 < n ? digit[v >> 6 & 63] : '=', f);
@@ -756,7 +810,8 @@ static sdq_status html_image(eval *e, FILE *f, const sdq_image *im) {
 typedef struct series { const char *name; const double *x, *y; size_t n; } series;
 
 static void svg_chart(FILE *f, const char *title, const char *xname, const series *s, size_t n) {
-    static const char *const color[] = {"#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f"};
+    static const char *const color[] = {"#1f77b4", "#d62728", "#2ca02c", "#9467bd",
+                                        "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f"};
     double x0 = 1e300, x1 = -1e300, y0 = 1e300, y1 = -1e300, y;
     size_t i, k;
     for (i = 0; i < n; i++)
@@ -768,14 +823,20 @@ static void svg_chart(FILE *f, const char *title, const char *xname, const serie
     if (x1 < x0) return;
     if (x1 - x0 < 1e-9) x1 = x0 + 1.0;
     if (y1 - y0 < 0.05) { y0 -= 0.05; y1 += 0.05; }
-    fprintf(f, "<h2>%s</h2><svg width=\"720\" height=\"%zu\" font-size=\"12\" font-family=\"sans-serif\">"
-            "<rect x=\"60\" y=\"10\" width=\"640\" height=\"250\" fill=\"none\" stroke=\"#999\"/>", title, 300 + 16 * n);
-    for (y = ceil(y0 * 5.0) / 5.0; y <= y1; y += (y1 - y0) > 2.0 ? 1.0 : (y1 - y0) > 0.8 ? 0.4 : 0.2) {
+    fprintf(f,
+            "<h2>%s</h2><svg width=\"720\" height=\"%zu\" font-size=\"12\" "
+            "font-family=\"sans-serif\"><rect x=\"60\" y=\"10\" width=\"640\" height=\"250\" "
+            "fill=\"none\" stroke=\"#999\"/>",
+            title, 300 + 16 * n);
+    for (y = ceil(y0 * 5.0) / 5.0; y <= y1; y += y1 - y0 > 2.0 ? 1.0 : y1 - y0 > 0.8 ? 0.4 : 0.2) {
         const double at = 260.0 - 250.0 * (y - y0) / (y1 - y0);
-        fprintf(f, "<line x1=\"60\" x2=\"700\" y1=\"%.1f\" y2=\"%.1f\" stroke=\"#eee\"/>"
-                "<text x=\"54\" y=\"%.1f\" text-anchor=\"end\">%.2g</text>", at, at, at + 4.0, pow(10.0, y));
+        fprintf(f,
+                "<line x1=\"60\" x2=\"700\" y1=\"%.1f\" y2=\"%.1f\" stroke=\"#eee\"/>"
+                "<text x=\"54\" y=\"%.1f\" text-anchor=\"end\">%.2g</text>",
+                at, at, at + 4.0, pow(10.0, y));
     }
-    fprintf(f, "<text x=\"60\" y=\"276\">%g</text><text x=\"700\" y=\"276\" text-anchor=\"end\">%g</text>"
+    fprintf(f, "<text x=\"60\" y=\"276\">%g</text>"
+            "<text x=\"700\" y=\"276\" text-anchor=\"end\">%g</text>"
             "<text x=\"380\" y=\"276\" text-anchor=\"middle\">%s</text>", x0, x1, xname);
     for (i = 0; i < n; i++) {
         const char *c = color[i % COUNT(color)];
@@ -784,7 +845,8 @@ static void svg_chart(FILE *f, const char *title, const char *xname, const serie
             if (s[i].y[k] > 0.0)
                 fprintf(f, "%.1f,%.1f ", 60.0 + 640.0 * (s[i].x[k] - x0) / (x1 - x0),
                         260.0 - 250.0 * (log10(s[i].y[k]) - y0) / (y1 - y0));
-        fprintf(f, "\"/><text x=\"66\" y=\"%zu\" fill=\"%s\">%s</text>", 292 + 16 * i, c, s[i].name);
+        fprintf(f, "\"/><text x=\"66\" y=\"%zu\" fill=\"%s\">%s</text>", 292 + 16 * i, c,
+                s[i].name);
     }
     fputs("</svg>\n", f);
 }
@@ -832,17 +894,21 @@ static void html_errors(eval *e, FILE *f) {
 
 static void html_table(const eval *e, FILE *f) {
     size_t i;
-    fputs("<table class=\"t\"><tr><th>variant<th>PSNR dB, median [95 %]<th>10th percentile<th>SSIM<th>Frechet to fp32"
-          "<th>to held-out pictures<th>nearest right %<th>s per evaluation<th>float<th>MB</tr>\n", f);
+    fputs("<table class=\"t\"><tr><th>variant<th>PSNR dB, median [95 %]<th>10th percentile"
+          "<th>SSIM<th>Frechet to fp32<th>to held-out pictures<th>nearest right %"
+          "<th>s per evaluation<th>float<th>MB</tr>\n", f);
     for (i = 0; i < e->n; i++) {
         const eval_result *r = &e->r[i];
-        fprintf(f, "<tr><td>%s<td>%.2f [%.2f, %.2f]<td>%.2f<td>%.4f<td>%.4g<td>%.4g<td>%.1f<td>%.4f<td>%zu of %zu<td>%.2f</tr>\n",
-                r->row.name, r->psnr_median, r->psnr_low, r->psnr_high, r->psnr_p10, r->ssim_median, r->fd_float,
-                r->fd_real, 100.0 * r->nearest, r->seconds, r->floats, r->evals, r->megabytes);
+        fprintf(f, "<tr><td>%s<td>%.2f [%.2f, %.2f]<td>%.2f<td>%.4f<td>%.4g<td>%.4g", r->row.name,
+                r->psnr_median, r->psnr_low, r->psnr_high, r->psnr_p10, r->ssim_median, r->fd_float,
+                r->fd_real);
+        fprintf(f, "<td>%.1f<td>%.4f<td>%zu of %zu<td>%.2f</tr>\n", 100.0 * r->nearest, r->seconds,
+                r->floats, r->evals, r->megabytes);
     }
-    fprintf(f, "</table><p>%zu held-out names, %zu training prompts, %zu steps, guidance %g; pictures are compared with those of "
-            "fp32 from the same seed. Chance level of the nearest neighbour: %.2f %%.</p>\n", e->count[0], e->count[1], e->d.steps,
-            (double)e->d.guidance, 100.0 / (double)e->reals[1]);
+    fprintf(f, "</table><p>%zu held-out names, %zu training prompts, %zu steps, guidance %g; "
+            "pictures are compared with those of fp32 from the same seed. "
+            "Chance level of the nearest neighbour: %.2f %%.</p>\n", e->count[0], e->count[1],
+            e->d.steps, (double)e->d.guidance, 100.0 / (double)e->reals[1]);
 }
 
 static sdq_status html_write(eval *e) {
@@ -852,9 +918,11 @@ static sdq_status html_write(eval *e) {
     size_t r, p, i;
     int set;
     if (!f) return fail(e->j, "%s: %s", path, strerror(errno));
-    fputs("<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><title>sdq: quantized Stable Diffusion</title><style>"
-          "body{font:15px sans-serif;margin:24px;max-width:1100px}img{width:128px;image-rendering:pixelated}"
-          ".t td,.t th{border:1px solid #ccc;padding:3px 8px;text-align:right}table{border-collapse:collapse}"
+    fputs("<!doctype html><html lang=\"en\"><meta charset=\"utf-8\">"
+          "<title>sdq: quantized Stable Diffusion</title><style>"
+          "body{font:15px sans-serif;margin:24px;max-width:1100px}"
+          "img{width:128px;image-rendering:pixelated}table{border-collapse:collapse}"
+          ".t td,.t th{border:1px solid #ccc;padding:3px 8px;text-align:right}"
           "td{padding:2px 6px}</style><h1>sdq: float, int8 and mixed precision</h1>\n", f);
     html_table(e, f);
     fputs("<h2>Pictures</h2><table><tr>", f);
@@ -948,7 +1016,8 @@ static sdq_status eval_captions(eval *e, int set, const char *folder, size_t wan
 /* Prompts of both sets and features of the real pictures. */
 static sdq_status eval_data(eval *e, const char *held, size_t limit) {
     job *j = e->j;
-    const sdq_model_info unet = sdq_model_get_info(j->pipe->unet), vae = sdq_model_get_info(j->pipe->vae);
+    const sdq_model_info unet = sdq_model_get_info(j->pipe->unet);
+    const sdq_model_info vae = sdq_model_get_info(j->pipe->vae);
     const size_t side = (unet.sample_size ? unet.sample_size : 64) * vae.factor;
     char *copy = format_text(j, "%s", held), *s;
     size_t folders = 1;
@@ -960,7 +1029,8 @@ static sdq_status eval_data(eval *e, const char *held, size_t limit) {
     }
     TRY(eval_captions(e, 1, e->data, e->count[0]));
     TRY(eval_real(e, e->data, side, &e->real[1], &e->reals[1]));
-    if (e->count[0] < 2 || e->count[1] < 2) return fail(j, "eval: at least 2 held-out and 2 training prompts are needed");
+    if (e->count[0] < 2 || e->count[1] < 2)
+        return fail(j, "eval: at least 2 held-out and 2 training prompts are needed");
     return SDQ_OK;
 }
 
@@ -980,8 +1050,10 @@ static sdq_status eval_begin(eval *e) {
     TRY(eval_choose(e));
     TRY(sdq_pipeline_load(j->ctx, e->model, NULL, &j->pipe));
     TRY(evaluations(j, j->pipe, &e->d, &evals, &kind));
-    e->key = hash_text(hash_model(j, e->model), format_text(j, "%d %zu %g %d %llu", (int)kind, e->d.steps,
-                       (double)e->d.guidance, e->d.karras, (unsigned long long)e->d.seed));
+    e->key =
+        hash_text(hash_model(j, e->model),
+                  format_text(j, "%d %zu %g %d %llu", (int)kind, e->d.steps, (double)e->d.guidance,
+                              e->d.karras, (unsigned long long)e->d.seed));
     TRY(eval_data(e, held, limit));
     return make_folder(j, e->out);
 }
@@ -995,10 +1067,10 @@ static sdq_status cmd_eval(job *j) {
     TRY(eval_begin(e));
     for (i = 0; i < e->n; i++) {
         TRY(eval_row_run(e, &e->r[i]));
-        if (i == 0) eval_table_head(stdout);
-        eval_table_row(stdout, &e->r[i]);
-        fflush(stdout);
+        note(j, "%s: PSNR %.2f dB", e->r[i].row.name, e->r[i].psnr_median);
     }
+    eval_table_head(stdout);
+    for (i = 0; i < e->n; i++) eval_table_row(stdout, &e->r[i]);
     eval_table_note(e, stdout);
     TRY(eval_write(e));
     if (e->strip == 0) return SDQ_OK;
