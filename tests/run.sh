@@ -126,6 +126,15 @@ if [ -f $model/unet/diffusion_pytorch_model.safetensors ]; then
     check run-txt2img-int8 sh -c "$out/txt2img $model 'red apple' 7 $out/b.png $out/q.safetensors | grep -q '51 evaluations, 6 in float'"
     rm -f $out/train.state
     check run-train sh -c "cd $out && ./train ../../$model 6 t.safetensors 'red apple' | grep -q 'wrote'"
+    # one hash of a mixed-precision run on every instruction set and thread count
+    for t in scalar avx2 avx512 avx512vnni; do
+        for n in 1 2; do
+            build/sdq txt2img --model $model --unet $out/q.safetensors --precision mixed -k 1 -p 'red heart' --steps 2 \
+                --seed 5 --tier $t --threads $n --save-latents $out/$t$n.st -o $out/h.png >/dev/null 2>$out/hash.log \
+                || { skip "picture on $t: $(tail -n 1 $out/hash.log)"; continue; }
+            check "picture-hash-$t-$n" cmp $out/$t$n.st $out/scalar1.st
+        done
+    done
     check run-cpp sh -c "$out/cpp $model 'red apple' $out/c.png | grep -q '64 x 64 pixels'"
 else
     skip "examples that need the emoji model: it is not there"
