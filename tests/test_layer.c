@@ -1018,8 +1018,8 @@ static void test_ranges(int tier) {
     sdq_layer *l;
     sdq_tensor *x, *y, *z;
     sdq_quant q;
-    float s = -1, s2;
-    int32_t zero = -1, zero2;
+    float s = -1, s2 = -1;
+    int32_t zero = -1, zero2 = -1;
     (void)case_at(0, &c);
     numbers_new(&c, &v);
     c.quant.range = SDQ_RANGE_STATIC;
@@ -1329,6 +1329,13 @@ static int life_with(const layer_case *c, const numbers *v, int tier, heap *h, s
         h->fail_at = SIZE_MAX;              /* memory is back: what is left must work */
         h->largest = 0;
         sdq_clear_error(ctx);
+        if (l && !l->w.data && SDQT_CHECK(l->part[l->parts - 1].w.sum != NULL))
+            SDQT_CHECK(sdq_layer_forward(ctx, l, input_of(ctx, c, v->x[0], c->n), NULL, SDQ_INT8));
+        if (l && l->w.data) {               /* not converted is not converted by half */
+            SDQT_CHECK(!sdq_layer_forward(ctx, l, input_of(ctx, c, v->x[0], c->n), NULL, SDQ_INT8)
+                       && sdq_last_error(ctx) == SDQ_ERR_ARGUMENT);
+            sdq_clear_error(ctx);
+        }
         if (l && l->w.data && l->part[0].seen && (!c->quant.quantize_output || l->out_seen)) {
             a = sdq_layer_forward(ctx, l, input_of(ctx, c, v->x[0], c->n), NULL, SDQ_FAKE);
             SDQT_CHECK(a && sdq_layer_convert(ctx, l) == SDQ_OK);

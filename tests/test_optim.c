@@ -724,11 +724,13 @@ static void test_damaged(int tier) {
     sdq_ctx *ctx = new_ctx(tier, 1);
     size_t n, i;
     unsigned char *good, *bad;
+    sdq_fit_desc d;
     job j;
     clean();
     SDQT_CHECK(train(tier, 1, 3, 1, STATE_A, 0, NULL) == SDQ_OK);
     SDQT_CHECK(job_new(ctx, &j) == SDQ_OK);
-    SDQT_CHECK(sdq_optim_load(ctx, j.o, STATE_A) == SDQ_OK);
+    d = fit_desc(&j, 2, 1, NULL);       /* elsewhere than the file: loading a part would be seen */
+    SDQT_CHECK(sdq_fit(ctx, j.o, &d, job_loss, &j) == SDQ_OK);
     good = file_bytes(STATE_A, &n);
     bad = (unsigned char *)malloc(n + 8);
     if (!good || !bad) exit(2);
