@@ -26,10 +26,23 @@ eval: build/sdq ## the table of the README in earnest (resumable, up to 3 hours)
 bench: build/sdq ## speed against the measured peak
 	build/sdq bench --model examples/emoji/model
 
+lint: ## the shape of sdq.h: contents, names, layers, lengths (Python)
+	python3 tools/lint.py
+
+FUZZ_CC ?= $(shell command -v clang || echo $(CC))
+fuzz: ## damaged files for a minute; SECONDS=600 SEED=2 for more
+	@mkdir -p build/tests
+	$(FUZZ_CC) -std=gnu99 -g -O1 -DSDQ_NO_SIMD -fsanitize=address,undefined -fno-sanitize-recover=undefined \
+	    -I. tests/fuzz.c -o build/fuzz -lm
+	build/fuzz $(or $(SECONDS),60) $(or $(SEED),1)
+
+mutations: ## break sdq.h in 16 places: are the tests awake? (minutes)
+	@CC="$(CC)" sh tests/mutations.sh
+
 golden: ## make the golden files again (Python; versions in tests/golden/manifest.json)
 	python3 tools/golden.py
 
 clean: ## remove what was built, not what was trained
-	rm -rf build/sdq build/tests build/demo
+	rm -rf build/sdq build/fuzz build/tests build/demo build/mutations
 
-.PHONY: all help test demo eval bench golden clean
+.PHONY: all help test demo eval bench lint fuzz mutations golden clean
