@@ -1,0 +1,78 @@
+#!/bin/sh
+# Are the tests awake? Each line below breaks a copy of sdq.h in one place; the named test program
+# must then fail. `make mutations`; takes minutes, so it is not part of `make test`.
+#
+#   name|test|filter|flags|sed script        flags: SIMD (all instruction sets, else scalar), O2, gcc
+# A script that changes nothing, a copy that does not compile and a test that fails without any
+# damage are not counted as caught.
+out=build/mutations cc=${CC:-cc}
+caught=0 missed=0 skipped=0
+mkdir -p $out
+export OMP_WAIT_POLICY=passive
+
+list() {
+    cat <<'EOF'
+clamp of int8 inputs dropped|kernels|||s/SDQ__N(rint)(v), zero), 0.0f, 255.0f)/SDQ__N(rint)(v), zero), 0.0f, 300.0f)/
+rows and columns of a kernel swapped|layer|golden||s/at\[t\] = k \/ g->kw \* g->w + k % g->kw;/at[t] = k % g->kw * g->w + k \/ g->kw;/
+zero point added, not subtracted|kernels|||s/(float)(acc\[j\] - z \* t->wsum/(float)(acc[j] + z * t->wsum/
+no guard against fused products|kernels||SIMD O2 gcc|/pragma GCC optimize("fp-contract=off")/d
+one lane too many is loaded|kernels|||s/SDQ__N(load)(const float \*p, size_t n) { SDQ__LANES(l < n ? /SDQ__N(load)(const float *p, size_t n) { SDQ__LANES(l <= n ? /
+half is rounded up, not to even|kernels|||s/SDQ__LANES(nearbyintf(a.f\[l\]))/SDQ__LANES(floorf(a.f[l] + 0.5f))/
+half precision cut, not rounded|files|||s/((a - 0x38000000u + 0xfffu + ((a >> 13) \& 1u)) >> 13)/((a - 0x38000000u) >> 13)/
+AdamW without bias correction|optim|||s/SDQ__N(sqrt)(SDQ__N(mul)(vv, c2))/SDQ__N(sqrt)(vv)/
+backward of a convolution not turned|layer|gradients||s/const size_t k = g->transposed ? taps - 1 - t : t;/const size_t k = t;/
+gradient passes where the input was clipped|layer|clipped||s/if (in \&\& dx) dx\[j\] += g\[j\];/if (dx) dx[j] += g[j];/
+end of an array outside of the file|files|||s/if (begin > end .. end > data_bytes)/if (begin > end)/
+colour beside the palette|files|||s/if (v >= g->palette_size) return 0;/if (v > g->palette_size) return 0;/
+the same random numbers in every step|optim|||s/(seed \* 1000003u + (uint64_t)step) \* 64u/(seed * 1000003u) * 64u/
+noise level of the wrong formula|scheduler|||s/return sqrtf((1.0f - alpha) \/ alpha);/return sqrtf(1.0f - alpha);/
+a recomputed block observes again|ops|checkpoint||/^static sdq_tensor \*sdq__ly_forward_fake/,/^}/s/if (l->observe \&\& !ctx->replay)/if (l->observe)/
+a damaged state changes the optimizer|optim|damaged||s/for (pass = 0; pass < 2; pass++)  /for (pass = 1; pass < 2; pass++)  /
+EOF
+}
+
+# build FOLDER TEST FLAGS..: FOLDER holds the sdq.h to use
+build() {
+    dir=$1 t=$2; shift 2
+    "$compiler" -std=gnu99 -O1 "$@" -I"$dir" -Itests "tests/test_$t.c" -o "$dir/$t" -lm >"$dir/build.log" 2>&1
+}
+
+list >$out/list
+n=0
+while IFS='|' read -r name t filter flags script; do
+    n=$((n + 1)) dir=$out/$n simd=-DSDQ_NO_SIMD compiler=$cc tag=plain
+    case $flags in *SIMD*) simd= tag=simd ;; esac
+    case $flags in *O2*) simd="$simd -O2" tag=O2 ;; esac
+    case $flags in *gcc*) compiler=gcc ;; esac
+    command -v "$compiler" >/dev/null 2>&1 || { skipped=$((skipped + 1)); echo "skipped  $name: no $compiler"; continue; }
+    mkdir -p "$dir" "$out/$tag"
+    sed "$script" sdq.h >"$dir/sdq.h"
+    cp sdq.h "$out/$tag/sdq.h"
+    if cmp -s sdq.h "$dir/sdq.h"; then why="the script changes nothing"
+    elif ! build "$dir" "$t" $simd; then why="does not compile"
+    else
+        "$dir/$t" --filter "$filter" >"$dir/log" 2>&1; code=$?
+        if [ $code = 0 ]; then why="test_$t passes"
+        elif [ $code = 2 ]; then why="test_$t did not run"
+        else
+            # the same test of the undamaged file, built once
+            case $(cat "$out/$tag/$t.of" 2>/dev/null) in
+            $$) ;;
+            *) build "$out/$tag" "$t" $simd; echo $$ >"$out/$tag/$t.of" ;;
+            esac
+            if "$out/$tag/$t" --filter "$filter" >"$out/$tag/log" 2>&1; then why=
+            else why="test_$t fails without damage, too"; fi
+        fi
+    fi
+    if [ -z "$why" ]; then
+        caught=$((caught + 1))
+        echo "caught   $name: test_$t$(sed -n 's/^FAILED \([^:]*\):.*/, \1/p' "$dir/log" | head -n 2 | tr -d '\n')"
+    else
+        missed=$((missed + 1)); echo "MISSED   $name: $why"
+    fi
+    rm -rf "$dir"
+done <$out/list
+
+echo "$skipped skipped"
+echo "$caught caught, $missed missed"
+[ $missed = 0 ]
