@@ -47,10 +47,10 @@
  *     >>api-files (also pictures, datasets, tokenizers) >>api-random >>api-scheduler >>api-report
  *     >>api-model >>api-train >>api-tasks >>api-pipeline >>api-recipe
  *     >>impl          includes, compiler detection
- *     >>util >>error >>memory >>parallel >>cpu
+ *     >>util >>error >>memory >>parallel >>cpu >>qmath
  *     >>kernel-list   every kernel, its definition, one table per instruction set
  *     >>random        torch's generators
- *     >>tensor >>qmath
+ *     >>tensor
  *     >>gemm >>attention                  one driver for every product, float and int8
  *     >>tape >>ops >>layer                forward, backward and int8 rule of every operation
  *     >>io >>json >>safetensors >>image >>dataset >>tokenizer
@@ -248,6 +248,7 @@ typedef struct sdq_tensor {
     void *data;
     float *grad;        /* NULL until a backward pass wrote to it */
     int needs_grad;     /* set by the user on leaves, inherited by results while recording */
+    struct sdq__qinput *q;      /* private: the same numbers as bytes, for the layers that follow */
 } sdq_tensor;
 
 /* A tensor of zeros in the arena. NULL (and a sticky error) when memory is short. */
@@ -1542,6 +1543,52 @@ SDQ_API const char *sdq_tier_name(sdq_tier tier) {
     return (unsigned)tier < SDQ_TIER_COUNT ? name[tier] : "?";
 }
 /* ===========================================================================
+ * >>qmath   rounding, ranges and scales: the only definition
+ *
+ * Activations: u8, affine.  Range [mn,mx] with 0 inside,
+ *     s = max((mx - mn) / 255, 1.19e-7),  z = clamp(0 - rint(mn / s), 0, 255)
+ *     q = clamp(rint(x * (1/s)) + z, 0, 255),  x ~ (q - z) s
+ * Weights: s8 per output channel, symmetric,
+ *     s = max|w| / 127.5,  q = clamp(rint(w * (1/s)), -128, 127)
+ * Rounding is half to even; the reciprocal is rounded to float first, as PyTorch does.
+ * ======================================================================== */
+
+#define SDQ__Q_EPS 1.1920928955078125e-07f      /* 2^-23: torch.finfo(float32).eps */
+
+typedef struct sdq__qparam { float s, inv; int32_t z; } sdq__qparam;
+
+/* rint by adding and subtracting 1.5 * 2^23: half to even for |x| < 2^22; for the others the
+ * clamp that follows decides. */
+static float sdq__q_rint(float x) {
+    const float big = 12582912.0f;
+    if (!(x < 4194304.0f && x > -4194304.0f)) return x;
+    return (x + big) - big;
+}
+
+static sdq__qparam sdq__q_from_scale(float s, int32_t z) {
+    sdq__qparam p;
+    p.s = s;
+    p.inv = 1.0f / s;
+    p.z = z;
+    return p;
+}
+
+static sdq__qparam sdq__q_from_range(float mn, float mx) {
+    float s, z;
+    mn = mn < 0.0f ? mn : 0.0f;
+    mx = mx > 0.0f ? mx : 0.0f;
+    s = (mx - mn) / 255.0f;
+    if (!(s > SDQ__Q_EPS)) s = SDQ__Q_EPS;
+    z = 0.0f - sdq__q_rint(mn / s);
+    z = !(z > 0.0f) ? 0.0f : z > 255.0f ? 255.0f : z;      /* infinite ranges give NaN: 0 */
+    return sdq__q_from_scale(s, (int32_t)z);
+}
+
+static float sdq__q_weight_scale(float mn, float mx) {
+    const float a = -mn > mx ? -mn : mx, s = a / 127.5f;
+    return s > SDQ__Q_EPS ? s : SDQ__Q_EPS;
+}
+/* ===========================================================================
  * >>kernel-list   the kernels: one list, one struct, one const table per tier
  *
  * A vector is always 16 floats, whatever the registers are ("16 lanes"). Element i of a row is
@@ -1614,6 +1661,11 @@ typedef struct sdq__adamw_step {
     X(void, quantize_u8, (uint8_t *q, const float *x, size_t n, float inv, int32_t z), EXACT) \
     /* q = clamp(rint(x * inv), -128, 127); NaN gives 0 */ \
     X(void, quantize_s8, (int8_t *q, const float *x, size_t n, float inv), EXACT) \
+    /* quantize_u8 of rows of n, ldx and ldq apart, each by the range of its own elements: scale \
+       and zero point as in >>qmath go to s[r*lds], z[r*lds] */ \
+    X(void, quantize_rows, \
+      (uint8_t *q, size_t ldq, const float *x, size_t ldx, size_t rows, size_t n, float *s, \
+       int32_t *z, size_t lds), EXACT) \
     /* y = (q - z) * s */ \
     X(void, dequantize_u8, (float *y, const uint8_t *q, size_t n, float s, int32_t z), EXACT) \
     /* element-wise */ \
@@ -1686,10 +1738,12 @@ typedef struct sdq__adamw_step {
     X(void, layernorm_bwd, \
       (float *dx, float *dgamma, float *dbeta, const float *dy, const float *x, \
        const float *g, size_t n, float mean, float rstd), EXACT) \
-    /* one row of an online softmax over a tile of n scores (n > 0): v = s*scale; \
-       m' = max(*m, max v); s = exp(v - m'); alpha = exp(*m - m'); *l = fma(*l, alpha, sum s); \
-       returns alpha */ \
-    X(float, softmax_tile, (float *s, size_t n, float scale, float *m, float *l), EXACT) \
+    /* an online softmax over a tile of n scores (n > 0) of rows lds apart, row by row: \
+       v = s*scale; m' = max(m, max v); s = exp(v - m'); alpha = exp(m - m'); \
+       l = fma(l, alpha, sum s); m = m' */ \
+    X(void, softmax_tile, \
+      (float *s, size_t lds, size_t rows, size_t n, float scale, float *m, float *l, \
+       float *alpha), EXACT) \
     /* backward of a tile row: p = exp(s*scale - lse); s = p; dp = (p*(dp - delta))*scale */ \
     X(void, softmax_tile_bwd, \
       (float *s, float *dp, size_t n, float scale, float lse, float delta), EXACT) \
@@ -2137,6 +2191,7 @@ static sdq_tensor *sdq__keep(sdq_ctx *ctx, sdq_mark mark, sdq_tensor *y) {
         memmove(data, old.data, bytes);
         old.data = data;
         *y = old;
+        y->q = NULL;
     }
     return y;
 }
@@ -2160,52 +2215,6 @@ static void sdq__t_free(sdq_ctx *ctx, sdq_tensor *t) {
     memset(t, 0, sizeof *t);
 }
 
-/* ===========================================================================
- * >>qmath   rounding, ranges and scales: the only definition
- *
- * Activations: u8, affine.  Range [mn,mx] with 0 inside,
- *     s = max((mx - mn) / 255, 1.19e-7),  z = clamp(0 - rint(mn / s), 0, 255)
- *     q = clamp(rint(x * (1/s)) + z, 0, 255),  x ~ (q - z) s
- * Weights: s8 per output channel, symmetric,
- *     s = max|w| / 127.5,  q = clamp(rint(w * (1/s)), -128, 127)
- * Rounding is half to even; the reciprocal is rounded to float first, as PyTorch does.
- * ======================================================================== */
-
-#define SDQ__Q_EPS 1.1920928955078125e-07f      /* 2^-23: torch.finfo(float32).eps */
-
-typedef struct sdq__qparam { float s, inv; int32_t z; } sdq__qparam;
-
-/* rint by adding and subtracting 1.5 * 2^23: half to even for |x| < 2^22; for the others the
- * clamp that follows decides. */
-static float sdq__q_rint(float x) {
-    const float big = 12582912.0f;
-    if (!(x < 4194304.0f && x > -4194304.0f)) return x;
-    return (x + big) - big;
-}
-
-static sdq__qparam sdq__q_from_scale(float s, int32_t z) {
-    sdq__qparam p;
-    p.s = s;
-    p.inv = 1.0f / s;
-    p.z = z;
-    return p;
-}
-
-static sdq__qparam sdq__q_from_range(float mn, float mx) {
-    float s, z;
-    mn = mn < 0.0f ? mn : 0.0f;
-    mx = mx > 0.0f ? mx : 0.0f;
-    s = (mx - mn) / 255.0f;
-    if (!(s > SDQ__Q_EPS)) s = SDQ__Q_EPS;
-    z = 0.0f - sdq__q_rint(mn / s);
-    z = z < 0.0f ? 0.0f : z > 255.0f ? 255.0f : z;
-    return sdq__q_from_scale(s, (int32_t)z);
-}
-
-static float sdq__q_weight_scale(float mn, float mx) {
-    const float a = -mn > mx ? -mn : mx, s = a / 127.5f;
-    return s > SDQ__Q_EPS ? s : SDQ__Q_EPS;
-}
 /* ===========================================================================
  * >>gemm   one driver for every product: linear, convolution, their gradients
  *
@@ -2270,26 +2279,37 @@ static size_t sdq__gemm_src(const sdq__geom *g, const sdq__pixel *p, size_t ky, 
     return y < g->h && x < g->w ? (p->b * g->h + y) * g->w + x : SIZE_MAX;
 }
 
-/* Source rows of mr outputs from m0 on, taps t0..t0+taps: src[t][i]. */
-static void sdq__gemm_gather(const sdq__geom *g, size_t m0, size_t mr, size_t t0, size_t taps,
-                             size_t *src) {
+#define SDQ__MAX_TAPS 9         /* 3x3 is the largest kernel */
+
+/* Source rows of mr outputs from m0 on, all taps: src[t][i]. Where the whole window lies inside
+ * the picture, taps are at fixed distances. */
+static void sdq__gemm_gather(const sdq__geom *g, size_t m0, size_t mr, size_t *src) {
+    const size_t taps = g->kh * g->kw;
+    size_t t, i, at[SDQ__MAX_TAPS];
     sdq__pixel p;
-    size_t t, i;
-    if (g->kh * g->kw == 1 && g->stride == 1) {
+    if (taps == 1 && g->stride == 1) {
         for (i = 0; i < mr; i++) src[i] = m0 + i;
         return;
     }
+    for (t = 0; t < taps; t++) {
+        const size_t k = g->transposed ? taps - 1 - t : t;
+        at[t] = k / g->kw * g->w + k % g->kw;
+    }
     p = sdq__gemm_pixel(g, m0);
     for (i = 0; i < mr; i++, sdq__gemm_next(g, &p)) {
-        size_t ky = t0 / g->kw, kx = t0 % g->kw;
-        for (t = 0; t < taps; t++) {
-            src[t * mr + i] = sdq__gemm_src(g, &p, ky, kx);
-            if (++kx == g->kw) { kx = 0; ky++; }
+        const size_t y = g->transposed ? p.y + g->top + 1 - g->kh : p.y * g->stride - g->top;
+        const size_t x = g->transposed ? p.x + g->left + 1 - g->kw : p.x * g->stride - g->left;
+        if (y < g->h && g->kh <= g->h - y && x < g->w && g->kw <= g->w - x
+            && (!g->transposed || g->stride == 1)) {
+            const size_t row = (p.b * g->h + y) * g->w + x;
+            for (t = 0; t < taps; t++) src[t * mr + i] = row + at[t];
+        } else {
+            for (t = 0; t < taps; t++)
+                src[t * mr + i] = sdq__gemm_src(g, &p, t / g->kw, t % g->kw);
         }
     }
 }
 
-#define SDQ__MAX_TAPS 9         /* 3x3 is the largest kernel */
 #define SDQ__GEMM_MB 96         /* rows of a block: 8 tiles, 240 kB at 640 channels */
 #define SDQ__GEMM_KB 1536       /* k of a piece of a panel: 192 kB */
 
@@ -2313,14 +2333,16 @@ static size_t sdq__gemm_packed_count(size_t n, size_t k) {
 
 /* Panels from b[n][k] (transposing): dst[panel][k][32], the last panel padded with zeros. */
 static void sdq__gemm_pack_t(float *dst, const float *b, size_t ldb, size_t n, size_t k) {
-    size_t p, i, j;
-    for (p = 0; p < n; p += SDQ__NR) {
-        const size_t nr = sdq__u_min(SDQ__NR, n - p);
-        for (i = 0; i < k; i++, dst += SDQ__NR) {
-            for (j = 0; j < nr; j++) dst[j] = b[(p + j) * ldb + i];
-            for (; j < SDQ__NR; j++) dst[j] = 0.0f;
+    size_t p, i, j, k0;
+    for (p = 0; p < n; p += SDQ__NR)
+        for (k0 = 0; k0 < k; k0 += 64) {            /* 64 x 32 floats stay in the first cache */
+            const size_t kn = sdq__u_min(64, k - k0);
+            for (j = 0; j < SDQ__NR; j++) {
+                if (p + j >= n) for (i = 0; i < kn; i++) dst[i * SDQ__NR + j] = 0.0f;
+                else for (i = 0; i < kn; i++) dst[i * SDQ__NR + j] = b[(p + j) * ldb + k0 + i];
+            }
+            dst += kn * SDQ__NR;
         }
-    }
 }
 
 /* Panels from b[k][n]: dst[panel][k][32]. */
@@ -2329,8 +2351,12 @@ static void sdq__gemm_pack(float *dst, const float *b, size_t ldb, size_t n, siz
     for (p = 0; p < n; p += SDQ__NR) {
         const size_t nr = sdq__u_min(SDQ__NR, n - p);
         for (i = 0; i < k; i++, dst += SDQ__NR) {
-            for (j = 0; j < nr; j++) dst[j] = b[i * ldb + p + j];
-            for (; j < SDQ__NR; j++) dst[j] = 0.0f;
+            const float *from = b + i * ldb + p;
+            if (nr == 32) memcpy(dst, from, 32 * sizeof *dst);      /* fixed sizes are inlined */
+            else if (nr == 16) memcpy(dst, from, 16 * sizeof *dst);
+            else memcpy(dst, from, nr * sizeof *dst);
+            if (nr <= 16) memset(dst + 16, 0, 16 * sizeof *dst);
+            for (j = nr; j < (nr <= 16 ? 16 : 32); j++) dst[j] = 0.0f;
         }
     }
 }
@@ -2377,7 +2403,7 @@ static void sdq__gemm_task(void *arg, size_t task, int thread) {
     const size_t taps = w->g.kh * w->g.kw;
     size_t *src = w->rows + (size_t)thread * SDQ__GEMM_MB * taps, t, c, m;
     for (m = m0; m < m1; m += SDQ__MR)
-        sdq__gemm_gather(&w->g, m, sdq__u_min(SDQ__MR, m1 - m), 0, taps, src + (m - m0) * taps);
+        sdq__gemm_gather(&w->g, m, sdq__u_min(SDQ__MR, m1 - m), src + (m - m0) * taps);
     if (w->kc <= SDQ__GEMM_KB) {
         const size_t step = sdq__u_max(1, SDQ__GEMM_KB / w->kc);
         for (t = 0; t < taps; t += step)
@@ -2551,28 +2577,28 @@ typedef struct sdq__qgemm {
     const float *sw, *bias, *res;
     float *y;
     void *scratch;
+    void (*fill)(void *arg, size_t first, size_t rows);     /* NULL, or makes rows of x->q */
+    void *fill_arg;
     size_t m, ldy, groups, panels_per_group;
     int more;
 } sdq__qgemm;
 
 /* What a task finds out once for its block of rows and uses for every panel: for each tile of 12
  * rows the row pointers [taps][mr], scales and zero points [segs][mr]. */
-#define SDQ__GEMM_TILES (SDQ__GEMM_MB / SDQ__MR)
-
 typedef struct sdq__qrows { const uint8_t **a; float *s; int32_t *z; } sdq__qrows;
 
 static size_t sdq__qgemm_scratch(const sdq__qweight *w) {       /* bytes per thread */
     return SDQ__GEMM_MB * sdq__u_round_up(w->taps * sizeof(uint8_t *) + w->segs * 8, SDQ__ALIGN);
 }
-static sdq__qrows sdq__qgemm_tile_rows(const sdq__qgemm *w, int thread, size_t tile) {
-    const size_t taps = w->w->taps * SDQ__MR, segs = w->w->segs * SDQ__MR;
+/* Of the tile that begins `row` rows behind the block. */
+static inline sdq__qrows sdq__qgemm_tile_rows(const sdq__qgemm *w, int thread, size_t row) {
     char *at = (char *)w->scratch + (size_t)thread * sdq__qgemm_scratch(w->w);
     sdq__qrows r;
-    r.a = (const uint8_t **)(void *)at + tile * taps;
-    at += SDQ__GEMM_TILES * taps * sizeof(uint8_t *);
-    r.s = (float *)(void *)at + tile * segs;
-    at += SDQ__GEMM_TILES * segs * sizeof(float);
-    r.z = (int32_t *)(void *)at + tile * segs;
+    r.a = (const uint8_t **)(void *)at + row * w->w->taps;
+    at += SDQ__GEMM_MB * w->w->taps * sizeof(uint8_t *);
+    r.s = (float *)(void *)at + row * w->w->segs;
+    at += SDQ__GEMM_MB * w->w->segs * sizeof(float);
+    r.z = (int32_t *)(void *)at + row * w->w->segs;
     return r;
 }
 
@@ -2581,9 +2607,9 @@ static void sdq__qgemm_entry_rows(const sdq__qgemm *w, size_t m, size_t mr, cons
                                   const sdq__qrows *r) {
     const sdq__qinput *x = w->x;
     const size_t per_entry = w->m / x->entries, taps = w->w->taps;
-    size_t i, t;
-    for (i = 0; i < mr; i++) {
-        const size_t e = (m + i) / per_entry;
+    size_t i, t, e = m / per_entry, left = (e + 1) * per_entry - m;
+    for (i = 0; i < mr; i++, left--) {
+        if (left == 0) { e++; left = per_entry; }
         r->s[i] = x->s[e];
         r->z[i] = x->z[e];
         for (t = 0; t < taps; t++) {
@@ -2597,6 +2623,12 @@ static void sdq__qgemm_row_rows(const sdq__qgemm *w, size_t mr, const size_t *sr
                                 const sdq__qrows *r) {
     const sdq__qinput *x = w->x;
     size_t i, t, j;
+    if (w->w->segs == 1) {          /* a linear layer: rows are in order, and so are the scales */
+        for (i = 0; i < mr; i++) r->a[i] = x->q + src[i] * x->ld;
+        memcpy(r->s, x->s + src[0], mr * sizeof *r->s);
+        memcpy(r->z, x->z + src[0], mr * sizeof *r->z);
+        return;
+    }
     for (t = 0; t < w->w->taps; t++)
         for (i = 0; i < mr; i++) {
             const size_t row = src[t * mr + i];
@@ -2609,6 +2641,15 @@ static void sdq__qgemm_row_rows(const sdq__qgemm *w, size_t mr, const size_t *sr
         }
 }
 
+/* The parts of a tile that do not change within a task. */
+static void sdq__qgemm_tile(const sdq__qgemm *w, sdq__qtile *t) {
+    t->taps = w->w->taps;
+    t->quads = w->w->quads;
+    t->seg = w->w->seg;
+    t->ldr = t->ldy = w->ldy;
+    t->more = w->more;
+}
+
 static void sdq__qgemm_task(void *arg, size_t task, int thread) {
     const sdq__qgemm *w = (const sdq__qgemm *)arg;
     const sdq__qweight *b = w->w;
@@ -2616,43 +2657,58 @@ static void sdq__qgemm_task(void *arg, size_t task, int thread) {
     const size_t p0 = task % w->groups * w->panels_per_group;
     const size_t p1 = sdq__u_min(p0 + w->panels_per_group, sdq__gemm_panels(b->n));
     size_t p, m, src[SDQ__MAX_TAPS * SDQ__MR];
+    sdq__qtile t;
+    if (w->fill) w->fill(w->fill_arg, m0, m1 - m0);
     for (m = m0; m < m1; m += SDQ__MR) {
         const size_t mr = sdq__u_min(SDQ__MR, m1 - m);
-        const sdq__qrows r = sdq__qgemm_tile_rows(w, thread, (m - m0) / SDQ__MR);
-        sdq__gemm_gather(&w->g, m, mr, 0, b->taps, src);
+        const sdq__qrows r = sdq__qgemm_tile_rows(w, thread, m - m0);
+        sdq__gemm_gather(&w->g, m, mr, src);
         if (w->x->per_row) sdq__qgemm_row_rows(w, mr, src, &r);
         else sdq__qgemm_entry_rows(w, m, mr, src, &r);
     }
+    sdq__qgemm_tile(w, &t);
     for (p = p0; p < p1; p++) {
+        const size_t col = p * SDQ__NR;
+        t.nr = sdq__u_min(SDQ__NR, b->n - col);
+        t.b = b->b + col * b->taps * b->quads * 4;
+        t.wsum = b->sum + col * b->segs;
+        t.sw = w->sw + col;
+        t.bias = w->bias ? w->bias + col : NULL;
         for (m = m0; m < m1; m += SDQ__MR) {
-            const sdq__qrows r = sdq__qgemm_tile_rows(w, thread, (m - m0) / SDQ__MR);
-            sdq__qtile t;
+            const sdq__qrows r = sdq__qgemm_tile_rows(w, thread, m - m0);
             t.mr = sdq__u_min(SDQ__MR, m1 - m);
-            t.nr = sdq__u_min(SDQ__NR, b->n - p * SDQ__NR);
             t.a = r.a;
-            t.b = b->b + p * b->taps * b->quads * SDQ__NR * 4;
-            t.taps = b->taps;
-            t.quads = b->quads;
-            t.seg = b->seg;
             t.s = r.s;
             t.z = r.z;
-            t.wsum = b->sum + p * b->segs * SDQ__NR;
-            t.sw = w->sw + p * SDQ__NR;
-            t.bias = w->bias ? w->bias + p * SDQ__NR : NULL;
-            t.res = w->res ? w->res + m * w->ldy + p * SDQ__NR : NULL;
-            t.ldr = t.ldy = w->ldy;
-            t.y = w->y + m * w->ldy + p * SDQ__NR;
-            t.more = w->more;
+            t.res = w->res ? w->res + m * w->ldy + col : NULL;
+            t.y = w->y + m * w->ldy + col;
             w->k->gemm_u8s8(&t);
         }
     }
 }
 
+#define SDQ__FILL_ROWS 16       /* rows of a task that quantizes only */
+
+static void sdq__qgemm_fill_task(void *arg, size_t task, int thread) {
+    const sdq__qgemm *w = (const sdq__qgemm *)arg;
+    const size_t r = task * SDQ__FILL_ROWS;
+    (void)thread;
+    w->fill(w->fill_arg, r, sdq__u_min(SDQ__FILL_ROWS, w->x->rows - r));
+}
+static void sdq__qgemm_fill(sdq_ctx *ctx, sdq__qgemm *w) {
+    sdq__par_for(ctx, sdq__u_div_up(w->x->rows, SDQ__FILL_ROWS), sdq__qgemm_fill_task, w);
+}
+
+/* Rows that only one task reads are quantized there, just before they are used. */
 static void sdq__qgemm_run(sdq_ctx *ctx, sdq__qgemm *w) {
     const sdq_mark mark = sdq_arena_mark(ctx);
     w->k = ctx->k;
     w->scratch = sdq__push(ctx, (size_t)ctx->threads * sdq__qgemm_scratch(w->w));
     w->groups = sdq__gemm_split(ctx, w->m, w->w->n, &w->panels_per_group);
+    if (w->fill && (w->w->taps > 1 || w->groups > 1)) {
+        sdq__qgemm_fill(ctx, w);
+        w->fill = NULL;
+    }
     if (w->scratch)
         sdq__par_for(ctx, sdq__u_div_up(w->m, SDQ__GEMM_MB) * w->groups, sdq__qgemm_task, w);
     sdq_arena_release(ctx, mark);
@@ -2736,16 +2792,14 @@ static void sdq__att_task(void *arg, size_t task, int thread) {
     const size_t at = head / w->heads * w->tq * c + head % w->heads * w->d;
     const size_t tk = w->causal ? sdq__u_min(w->tk, i0 + nq) : w->tk;
     float *s = w->scratch + (size_t)thread * w->scratch_size;
-    float *y = w->y + at + i0 * c, m[SDQ__ATT_Q], l[SDQ__ATT_Q];
+    float *y = w->y + at + i0 * c, m[SDQ__ATT_Q], l[SDQ__ATT_Q], alpha[SDQ__ATT_Q];
     size_t i, j;
     for (i = 0; i < nq; i++) { m[i] = -INFINITY; l[i] = 0.0f; }
     for (j = 0; j < tk; j += SDQ__ATT_K) {
         const size_t nk = sdq__u_min(SDQ__ATT_K, tk - j);
         sdq__att_scores(w, w->q + at, w->kp + head * w->kp_size, i0, nq, j, nk, s);
-        for (i = 0; i < nq; i++) {
-            const float a = w->k->softmax_tile(s + i * SDQ__ATT_K, nk, w->scale, &m[i], &l[i]);
-            if (j > 0) w->k->scale(y + i * c, y + i * c, w->d, a);
-        }
+        w->k->softmax_tile(s, SDQ__ATT_K, nq, nk, w->scale, m, l, alpha);
+        for (i = 0; j > 0 && i < nq; i++) w->k->scale(y + i * c, y + i * c, w->d, alpha[i]);
         sdq__gemm_small(w->k, s, SDQ__ATT_K, 1, w->vp + head * w->vp_size + j * SDQ__NR, w->tk,
                         y, c, nq, w->d, nk, j > 0);
     }
@@ -3261,8 +3315,8 @@ SDQ_API sdq_tensor *sdq_softmax(sdq_ctx *ctx, sdq_tensor *x) {
     rows = sdq__t_rows(x);
     memcpy(y->data, x->data, rows * c * sizeof(float));
     for (r = 0; r < rows; r++) {
-        float m = -INFINITY, l = 0.0f, *row = sdq_f32(y) + r * c;
-        (void)ctx->k->softmax_tile(row, c, 1.0f, &m, &l);
+        float m = -INFINITY, l = 0.0f, alpha, *row = sdq_f32(y) + r * c;
+        ctx->k->softmax_tile(row, c, 1, c, 1.0f, &m, &l, &alpha);
         ctx->k->scale(row, row, c, 1.0f / l);
     }
     (void)sdq__tape_push(ctx, sdq__op_softmax_back, y, x, NULL, NULL, NULL);
@@ -4467,35 +4521,35 @@ static void sdq__ly_minmax_task(void *arg, size_t task, int thread) {
                      &w->mx[task]);
 }
 
-static void sdq__ly_quantize_row(const sdq__qrun *w, size_t r) {
+/* Rows r..r+rows by the scale of their entry. */
+static void sdq__ly_quantize_entry(const sdq__qrun *w, size_t r, size_t rows) {
     sdq__qinput *o = w->out;
-    const float *x = w->x + r * w->ldx + w->part->c0;
-    uint8_t *q = o->q + r * o->ld;
-    const size_t c = w->part->c, step = o->blocks > 1 || w->range == SDQ_RANGE_BLOCK ? SDQ__NR : c;
-    size_t j, b;
-    for (b = 0, j = 0; j < c; b++, j += step) {
-        const size_t n = sdq__u_min(step, c - j);
-        sdq__qparam p;
-        if (o->per_row) {
-            float mn = INFINITY, mx = -INFINITY;
-            w->k->minmax(x + j, n, &mn, &mx);
-            p = sdq__q_from_range(mn, mx);
-            o->s[r * o->blocks + b] = p.s;
-            o->z[r * o->blocks + b] = p.z;
-        } else {
-            const size_t e = r / (o->rows / o->entries);
-            p = sdq__q_from_scale(o->s[e], o->z[e]);
-        }
-        w->k->quantize_u8(q + j, x + j, n, p.inv, p.z);
+    for (; rows > 0; r++, rows--) {
+        const size_t e = r / (o->rows / o->entries);
+        const sdq__qparam p = sdq__q_from_scale(o->s[e], o->z[e]);
+        w->k->quantize_u8(o->q + r * o->ld, w->x + r * w->ldx + w->part->c0, w->part->c, p.inv,
+                          p.z);
     }
-    for (j = c; j < o->ld; j++) q[j] = 0;
 }
-static void sdq__ly_quantize_task(void *arg, size_t task, int thread) {
+/* Each of them, and each block of its channels, by a scale of its own. */
+static void sdq__ly_quantize_own(const sdq__qrun *w, size_t r, size_t rows) {
+    sdq__qinput *o = w->out;
+    const size_t c = w->part->c, step = w->range == SDQ_RANGE_BLOCK ? SDQ__NR : c;
+    size_t b;
+    for (b = 0; b < o->blocks; b++) {
+        const size_t at = r * o->blocks + b, j = b * step;
+        w->k->quantize_rows(o->q + r * o->ld + j, o->ld, w->x + r * w->ldx + w->part->c0 + j,
+                            w->ldx, rows, sdq__u_min(step, c - j), o->s + at, o->z + at,
+                            o->blocks);
+    }
+}
+static void sdq__ly_quantize_rows(void *arg, size_t r, size_t rows) {
     const sdq__qrun *w = (const sdq__qrun *)arg;
-    size_t r = task * SDQ__Q_ROWS;
-    const size_t end = sdq__u_min(r + SDQ__Q_ROWS, w->out->rows);
-    (void)thread;
-    for (; r < end; r++) sdq__ly_quantize_row(w, r);
+    const size_t c = w->part->c, ld = w->out->ld;
+    size_t i;
+    if (w->out->per_row) sdq__ly_quantize_own(w, r, rows);
+    else sdq__ly_quantize_entry(w, r, rows);
+    for (i = r; c < ld && i < r + rows; i++) memset(w->out->q + i * ld + c, 0, ld - c);
 }
 
 /* Scales per entry: the static one, or that of each picture. */
@@ -4536,31 +4590,66 @@ static sdq_status sdq__ly_entry_scales(sdq_ctx *ctx, sdq__qrun *w) {
     return SDQ_OK;
 }
 
-/* Quantize the channels of a part of x; all memory from the arena. */
-static sdq_status sdq__ly_quantize_input(sdq_ctx *ctx, const sdq_layer *l, const sdq__qpart *part,
-                                         const sdq_tensor *x, sdq__qinput *out) {
-    sdq__qrun w;
+/* Prepare to quantize the channels of a part of x: memory, from the arena, and scales that are not
+ * a row's own. sdq__ly_quantize_rows does the rest. */
+static sdq_status sdq__ly_quantize_begin(sdq_ctx *ctx, const sdq_layer *l, const sdq__qpart *part,
+                                         const sdq_tensor *x, sdq__qrun *w, sdq__qinput *out) {
     size_t scales;
-    memset(&w, 0, sizeof w);
+    memset(w, 0, sizeof *w);
     memset(out, 0, sizeof *out);
-    w.k = ctx->k; w.l = l; w.part = part; w.x = sdq_f32(x); w.out = out;
-    w.ldx = sdq__t_chan(x);
-    w.range = sdq__ly_range(l);
+    w->k = ctx->k; w->l = l; w->part = part; w->x = sdq_f32(x); w->out = out;
+    w->ldx = sdq__t_chan(x);
+    w->range = sdq__ly_range(l);
     out->rows = sdq__t_rows(x);
     out->entries = sdq__t_entries(x);
     out->ld = part->w.quads * 4;
-    out->blocks = w.range == SDQ_RANGE_BLOCK ? out->ld / SDQ__NR : 1;
-    out->per_row = w.range == SDQ_RANGE_POSITION || w.range == SDQ_RANGE_BLOCK;
+    out->blocks = w->range == SDQ_RANGE_BLOCK ? out->ld / SDQ__NR : 1;
+    out->per_row = w->range == SDQ_RANGE_POSITION || w->range == SDQ_RANGE_BLOCK;
     scales = out->per_row ? out->rows * out->blocks : out->entries;
     out->q = SDQ__PUSH_N(ctx, uint8_t, out->rows * out->ld);
     out->s = SDQ__PUSH_N(ctx, float, scales);
     out->z = SDQ__PUSH_N(ctx, int32_t, scales);
     out->pad = SDQ__PUSH_N(ctx, uint8_t, out->entries * out->ld);
     if (!out->q || !out->s || !out->z || !out->pad) return ctx->status;
-    if (out->per_row) memset(out->pad, 0, out->ld);
-    else SDQ__TRY(sdq__ly_entry_scales(ctx, &w));
-    sdq__par_for(ctx, sdq__u_div_up(out->rows, SDQ__Q_ROWS), sdq__ly_quantize_task, &w);
+    if (!out->per_row) return sdq__ly_entry_scales(ctx, w);
+    memset(out->pad, 0, out->ld);
     return SDQ_OK;
+}
+
+/* All of it at once. */
+static sdq_status sdq__ly_quantize_input(sdq_ctx *ctx, const sdq_layer *l, const sdq__qpart *part,
+                                         const sdq_tensor *x, sdq__qinput *out) {
+    sdq__qgemm w;
+    sdq__qrun run;
+    SDQ__TRY(sdq__ly_quantize_begin(ctx, l, part, x, &run, out));
+    memset(&w, 0, sizeof w);
+    w.x = out;
+    w.fill = sdq__ly_quantize_rows;
+    w.fill_arg = &run;
+    sdq__qgemm_fill(ctx, &w);
+    return ctx->status;
+}
+
+/* Whether an input that was quantized for another layer is what this one would make of it: ranges
+ * that come from the numbers alone, cut the same way. */
+static int sdq__ly_takes(const sdq_layer *l, const sdq__qinput *q) {
+    const size_t ld = l->part[0].w.quads * 4;
+    const sdq_range range = sdq__ly_range(l);
+    return q && q->per_row && l->parts == 1 && q->ld == ld
+        && ((range == SDQ_RANGE_POSITION && q->blocks == 1)
+            || (range == SDQ_RANGE_BLOCK && q->blocks == ld / SDQ__NR));
+}
+
+/* Several layers are going to read x: quantize it once, if it will be done the same way by all. */
+static sdq_tensor *sdq__ly_share(sdq_ctx *ctx, const sdq_layer *l, sdq_tensor *x, sdq_mode mode) {
+    const sdq_range range = sdq__ly_range(l);
+    sdq__qinput *q;
+    if (!x || mode != SDQ_INT8 || !l->quant.enabled || l->parts != 1 || sdq__t_chan(x) != l->in
+        || (range != SDQ_RANGE_POSITION && range != SDQ_RANGE_BLOCK)) return x;
+    q = SDQ__PUSH_N(ctx, sdq__qinput, 1);
+    if (!q || sdq__ly_quantize_input(ctx, l, &l->part[0], x, q) != SDQ_OK) return NULL;
+    x->q = q;
+    return x;
 }
 
 static void sdq__ly_quantize_weight_task(void *arg, size_t o, int thread) {
@@ -4582,11 +4671,14 @@ static int8_t *sdq__ly_quantize_weights(sdq_ctx *ctx, const sdq_layer *l) {
 
 /* ---- INT8 and FAKE forward ---- */
 
+/* run: what quantizes the rows of `in`, NULL if they are there. */
 static void sdq__ly_product(sdq_ctx *ctx, const sdq_layer *l, const sdq_tensor *x, size_t part,
-                            const sdq__qinput *in, const sdq__qweight *weight,
+                            const sdq__qinput *in, sdq__qrun *run, const sdq__qweight *weight,
                             const sdq_tensor *res, sdq_tensor *y) {
     sdq__qgemm w;
     memset(&w, 0, sizeof w);
+    w.fill = run ? sdq__ly_quantize_rows : NULL;
+    w.fill_arg = run;
     w.g = sdq__ly_geom(l, x);
     w.x = in;
     w.w = weight;
@@ -4645,12 +4737,15 @@ static sdq_status sdq__ly_forward_quant(sdq_ctx *ctx, sdq_layer *l, const sdq_te
                                         const sdq_tensor *res, sdq_tensor *y, int fake,
                                         sdq__fake *keep) {
     const int late = l->quant.quantize_output && res;   /* the residual is added afterwards */
+    const int ready = sdq__ly_takes(l, x->q);
     sdq__qinput in[2];
+    sdq__qrun run[2];
     size_t i;
     const int8_t *q = NULL;
     sdq_mark mark;
     for (i = 0; i < l->parts; i++) {
-        SDQ__TRY(sdq__ly_quantize_input(ctx, l, &l->part[i], x, &in[i]));
+        if (ready) in[i] = *x->q;
+        else SDQ__TRY(sdq__ly_quantize_begin(ctx, l, &l->part[i], x, &run[i], &in[i]));
         if (keep) keep->in[i] = in[i];
     }
     mark = sdq_arena_mark(ctx);     /* packed weights are dropped again, also while recording */
@@ -4665,7 +4760,7 @@ static sdq_status sdq__ly_forward_quant(sdq_ctx *ctx, sdq_layer *l, const sdq_te
             SDQ__TRY(sdq__ly_alloc_weight(ctx, &w, 0));
             sdq__qgemm_pack(&w, q, l->in, l->part[i].c0, l->part[i].c);
         }
-        sdq__ly_product(ctx, l, x, i, &in[i], &w, late ? NULL : res, y);
+        sdq__ly_product(ctx, l, x, i, &in[i], ready ? NULL : &run[i], &w, late ? NULL : res, y);
     }
     sdq_arena_release(ctx, mark);
     if (l->quant.quantize_output) {
@@ -9454,8 +9549,10 @@ static sdq_tensor *sdq__bk_attend(sdq_ctx *ctx, const sdq__attn *a, sdq_tensor *
 }
 static sdq_tensor *sdq__bk_self(sdq_ctx *ctx, const sdq__attn *a, sdq_tensor *x,
                                 sdq_tensor *residual, sdq_mode mode) {
-    sdq_tensor *k = sdq_layer_forward(ctx, a->k, x, NULL, mode);
-    sdq_tensor *v = sdq_layer_forward(ctx, a->v, x, NULL, mode);
+    sdq_tensor *k, *v;
+    x = sdq__ly_share(ctx, a->q, x, mode);
+    k = sdq_layer_forward(ctx, a->k, x, NULL, mode);
+    v = sdq_layer_forward(ctx, a->v, x, NULL, mode);
     return sdq__bk_attend(ctx, a, x, k, v, residual, mode);
 }
 
@@ -14061,11 +14158,15 @@ SDQ__WORD SDQ__V SDQ__N(scale2)(SDQ__V p, SDQ__V n) { return _mm512_scalef_ps(p,
 SDQ__WORD SDQ__V SDQ__N(load_u8)(const uint8_t *p, size_t n) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(SDQ__N(mask)(n), p)));
 }
+SDQ__WORD void SDQ__N(store_bytes)(void *p, __m128i q, size_t n) {
+    if (n >= 16) _mm_storeu_si128((__m128i *)p, q);
+    else _mm_mask_storeu_epi8(p, SDQ__N(mask)(n), q);
+}
 SDQ__WORD void SDQ__N(store_u8)(uint8_t *p, SDQ__V v, size_t n) {
-    _mm_mask_storeu_epi8(p, SDQ__N(mask)(n), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+    SDQ__N(store_bytes)(p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)), n);
 }
 SDQ__WORD void SDQ__N(store_s8)(int8_t *p, SDQ__V v, size_t n) {
-    _mm_mask_storeu_epi8(p, SDQ__N(mask)(n), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+    SDQ__N(store_bytes)(p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)), n);
 }
 SDQ__WORD SDQ__V SDQ__N(load_f16)(const uint16_t *p, size_t n) {
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(SDQ__N(mask)(n), p));
@@ -14183,9 +14284,11 @@ SDQ__KERNEL void SDQ__K(gemm_u8s8)(const sdq__qtile *t) {
 /* The smallest tile that covers n rows. */
 #define SDQ__PICK(tile, limit) \
     const int pair = SDQ__TILE_VECS == 2; \
-    const int full = n == limit && t->nr - j >= 16 * SDQ__TILE_VECS; \
-    if (full) tile(limit, pair, 1); \
-    else if (pair && t->nr - j <= 16) tile(limit, 0, 0); \
+    const int both = pair && t->nr - j > 16; \
+    const int full = n == limit && t->nr - j >= (both ? 32 : 16); \
+    if (full && both) tile(limit, pair, 1); \
+    else if (full) tile(limit, 0, 1); \
+    else if (pair && !both) tile(limit, 0, 0); \
     else if (limit > 2 && n <= 2) tile(2, pair, 0); \
     else if (limit > 4 && n <= 4) tile(4, pair, 0); \
     else if (limit > 8 && n <= 8) tile(8, pair, 0); \
@@ -14231,7 +14334,7 @@ SDQ__WORD void SDQ__N(qtile)(const sdq__qtile *t, const SDQ__N(segment) *s, size
     SDQ__ROWS(SDQ__ROW)
 #undef SDQ__ROW
     for (left = t->seg; left > 0; left -= run, q = 0, a += t->mr) {
-#define SDQ__ROW(r) const uint8_t *a##r = a[rows > r && have > r ? r : 0] + 4 * q;
+#define SDQ__ROW(r) const uint8_t *a##r = a[rows > r && (full || have > r) ? r : 0] + 4 * q;
         SDQ__ROWS(SDQ__ROW)
 #undef SDQ__ROW
         run = sdq__u_min(left, t->quads - q);
@@ -14317,7 +14420,7 @@ SDQ__WORD void SDQ__N(ftile)(const sdq__ftile *t, size_t i, size_t j, float *sum
 #undef SDQ__ROW
     }
     for (tap = 0; tap < t->taps; tap++, a += t->mr) {
-#define SDQ__ROW(r) const float *a##r = a[rows > r && have > r ? r : 0];
+#define SDQ__ROW(r) const float *a##r = a[rows > r && (full || have > r) ? r : 0];
         SDQ__ROWS(SDQ__ROW)
 #undef SDQ__ROW
         for (k = t->kc, at = 0; k > 0; k--, at += step, b += SDQ__NR) {
@@ -14464,7 +14567,7 @@ SDQ__WORD SDQ__V SDQ__N(gelu_slope)(SDQ__V x, SDQ__V *y) {
 /* ---- ranges and quantization ---- */
 
 /* min(x, m) keeps m when x is NaN: NaN elements are skipped. */
-SDQ__KERNEL void SDQ__K(minmax)(const float *x, size_t n, float *mn, float *mx) {
+SDQ__WORD void SDQ__N(minmax)(const float *x, size_t n, float *mn, float *mx) {
     SDQ__V lo = SDQ__N(set1)(*mn), hi = SDQ__N(set1)(*mx);
     size_t i;
     for (i = 0; i < n; i += 16) {
@@ -14474,6 +14577,9 @@ SDQ__KERNEL void SDQ__K(minmax)(const float *x, size_t n, float *mn, float *mx) 
     }
     *mn = SDQ__N(lowest)(lo);
     *mx = SDQ__N(highest)(hi);
+}
+SDQ__KERNEL void SDQ__K(minmax)(const float *x, size_t n, float *mn, float *mx) {
+    SDQ__N(minmax)(x, n, mn, mx);
 }
 
 /* Kernels over columns take 8 rows at a time: x is read in order, and the accumulators, which
@@ -14497,13 +14603,45 @@ SDQ__KERNEL void SDQ__K(minmax_cols)(const float *x, size_t rows, size_t ld, siz
 }
 
 /* Beyond 2^24 adding z may round, but there the result is clamped anyway. */
-SDQ__KERNEL void SDQ__K(quantize_u8)(uint8_t *q, const float *x, size_t n, float inv, int32_t z) {
-    const SDQ__V s = SDQ__N(set1)(inv), zero = SDQ__N(set1)((float)z);
+SDQ__WORD void SDQ__N(quantize)(uint8_t *q, const float *x, size_t n, float inv, float z) {
+    const SDQ__V s = SDQ__N(set1)(inv), zero = SDQ__N(set1)(z);
     size_t i;
     for (i = 0; i < n; i += 16) {
         SDQ__V v = SDQ__N(nan_to_0)(SDQ__N(mul)(SDQ__N(load)(x + i, n - i), s));
         v = SDQ__N(clamp)(SDQ__N(add)(SDQ__N(rint)(v), zero), 0.0f, 255.0f);
         SDQ__N(store_u8)(q + i, v, n - i);
+    }
+}
+SDQ__KERNEL void SDQ__K(quantize_u8)(uint8_t *q, const float *x, size_t n, float inv, int32_t z) {
+    SDQ__N(quantize)(q, x, n, inv, (float)z);
+}
+/* Scales and zero points of 16 rows at once: a division costs as much for one as for 16. */
+SDQ__KERNEL void SDQ__K(quantize_rows)(uint8_t *q, size_t ldq, const float *x, size_t ldx,
+                                       size_t rows, size_t n, float *s, int32_t *z, size_t lds) {
+    const SDQ__V none = SDQ__N(set1)(0.0f), eps = SDQ__N(set1)(SDQ__Q_EPS);
+    size_t r, i;
+    for (r = 0; r < rows; r += 16) {
+        const size_t block = rows - r < 16 ? rows - r : 16;
+        float mn[16], mx[16], scale[16], inv[16], zero[16];
+        SDQ__V lo, d;
+        for (i = 0; i < block; i++) {
+            mn[i] = INFINITY;
+            mx[i] = -INFINITY;
+            SDQ__N(minmax)(x + (r + i) * ldx, n, &mn[i], &mx[i]);
+        }
+        lo = SDQ__N(min)(SDQ__N(load)(mn, block), none);
+        d = SDQ__N(sub)(SDQ__N(max)(SDQ__N(load)(mx, block), none), lo);
+        d = SDQ__N(div)(d, SDQ__N(set1)(255.0f));
+        d = SDQ__N(if_less)(eps, d, d, eps);
+        SDQ__N(store)(scale, d, 16);
+        SDQ__N(store)(inv, SDQ__N(div)(SDQ__N(set1)(1.0f), d), 16);
+        d = SDQ__N(neg)(SDQ__N(rint)(SDQ__N(div)(lo, d)));
+        SDQ__N(store)(zero, SDQ__N(clamp)(SDQ__N(nan_to_0)(d), 0.0f, 255.0f), 16);
+        for (i = 0; i < block; i++) {
+            s[(r + i) * lds] = scale[i];
+            z[(r + i) * lds] = (int32_t)zero[i];
+            SDQ__N(quantize)(q + (r + i) * ldq, x + (r + i) * ldx, n, inv[i], zero[i]);
+        }
     }
 }
 SDQ__KERNEL void SDQ__K(quantize_s8)(int8_t *q, const float *x, size_t n, float inv) {
@@ -14807,28 +14945,37 @@ SDQ__KERNEL void SDQ__K(layernorm_bwd)(float *dx, float *dgamma, float *dbeta, c
 /* ---- softmax ---- */
 
 /* Milakov and Gimelshein 2018 (arXiv 1805.02867). NaN scores are skipped by the maximum and
- * come out as NaN. *m may be -inf (no tile yet) if a score is finite. */
-SDQ__KERNEL float SDQ__K(softmax_tile)(float *s, size_t n, float scale, float *m, float *l) {
-    const SDQ__V vs = SDQ__N(set1)(scale);
-    SDQ__V top = SDQ__N(set1)(*m), acc = SDQ__N(set1)(0.0f), shift;
-    float peak, alpha;
-    size_t i;
-    for (i = 0; i < n; i += 16) {
-        const SDQ__V v = SDQ__N(mul)(SDQ__N(load)(s + i, n - i), vs);
-        top = SDQ__N(max)(SDQ__N(first_n)(v, n - i, top), top);
+ * come out as NaN. m may be -inf (no tile yet) if a score of the row is finite. */
+SDQ__KERNEL void SDQ__K(softmax_tile)(float *s, size_t lds, size_t rows, size_t n, float scale,
+                                      float *m, float *l, float *alpha) {
+    const SDQ__V vs = SDQ__N(set1)(scale), none = SDQ__N(set1)(0.0f);
+    size_t r, i;
+    for (r = 0; r < rows; r++) {        /* alpha: the new maximum, for now */
+        const float *row = s + r * lds;
+        SDQ__V top = SDQ__N(set1)(m[r]);
+        for (i = 0; i < n; i += 16) {
+            const SDQ__V v = SDQ__N(mul)(SDQ__N(load)(row + i, n - i), vs);
+            top = SDQ__N(max)(SDQ__N(first_n)(v, n - i, top), top);
+        }
+        alpha[r] = SDQ__N(highest)(top);
     }
-    peak = SDQ__N(highest)(top);
-    shift = SDQ__N(set1)(peak);
-    for (i = 0; i < n; i += 16) {
-        const SDQ__V v = SDQ__N(mul)(SDQ__N(load)(s + i, n - i), vs);
-        const SDQ__V e = SDQ__N(exp)(SDQ__N(sub)(v, shift));
-        SDQ__N(store)(s + i, e, n - i);
-        acc = SDQ__N(add)(acc, SDQ__N(first_n)(e, n - i, SDQ__N(set1)(0.0f)));
+    for (r = 0; r < rows; r += 16) {
+        const SDQ__V old = SDQ__N(load)(m + r, rows - r), peak = SDQ__N(load)(alpha + r, rows - r);
+        SDQ__N(store)(m + r, peak, rows - r);
+        SDQ__N(store)(alpha + r, SDQ__N(exp)(SDQ__N(sub)(old, peak)), rows - r);
     }
-    alpha = SDQ__N(lane0)(SDQ__N(exp)(SDQ__N(set1)(*m - peak)));
-    *l = fmaf(*l, alpha, SDQ__N(sum)(acc));
-    *m = peak;
-    return alpha;
+    for (r = 0; r < rows; r++) {
+        const SDQ__V shift = SDQ__N(set1)(m[r]);
+        float *row = s + r * lds;
+        SDQ__V acc = none;
+        for (i = 0; i < n; i += 16) {
+            const SDQ__V v = SDQ__N(mul)(SDQ__N(load)(row + i, n - i), vs);
+            const SDQ__V e = SDQ__N(exp)(SDQ__N(sub)(v, shift));
+            SDQ__N(store)(row + i, e, n - i);
+            acc = SDQ__N(add)(acc, SDQ__N(first_n)(e, n - i, none));
+        }
+        l[r] = fmaf(l[r], alpha[r], SDQ__N(sum)(acc));
+    }
 }
 SDQ__KERNEL void SDQ__K(softmax_tile_bwd)(float *s, float *dp, size_t n, float scale, float lse,
                                           float delta) {

@@ -321,8 +321,7 @@ static void oracle_layernorm_bwd(const row *r) {
 
 /* out: s, m, l, alpha */
 static void run_softmax_tile(const sdq__kernels *k, const row *r) {
-    const float alpha = k->softmax_tile(r->out[0], N, r->p[0], &r->out[1][0], &r->out[2][0]);
-    r->out[2][1] = alpha;
+    k->softmax_tile(r->out[0], N, 1, N, r->p[0], &r->out[1][0], &r->out[2][0], &r->out[2][1]);
 }
 /* s * scale is rounded before exp: (|v| + |m'|) u. */
 static void oracle_softmax_tile(const row *r) {
@@ -621,6 +620,91 @@ static void test_quantize(int tier) {
     guard_free(&gq);
 }
 
+/* Rows quantized by the range of their own elements: scale and zero point from the formula, in
+ * float as it is defined; what is between the rows stays. */
+static void quantize_rows_once(const sdq__kernels *k, guarded *gx, guarded *gq, size_t rows,
+                               size_t n, int at_end) {
+    const size_t ldx = n + sdqt_below(5), ldq = n + sdqt_below(5), lds = 1 + sdqt_below(3);
+    const size_t nx = (rows - 1) * ldx + n, nq = (rows - 1) * ldq + n;
+    float *x = (float *)guard_place(gx, 4 * nx, at_end), s[40 * 3];
+    unsigned char *q = (unsigned char *)guard_place(gq, nq, at_end);
+    const int fill = (int)sdqt_below(FILL_KINDS);
+    int32_t z[40 * 3];
+    size_t r, i;
+    for (i = 0; i < nx; i++) x[i] = random_value(fill);
+    for (i = 0; i < 40 * 3; i++) { s[i] = -1.0f; z[i] = -1; }
+    for (r = 0; fill == FILL_SPECIAL && r < rows; r++) x[r * ldx] = sdqt_below(2) ? NAN : INFINITY;
+    k->quantize_rows(q, ldq, x, ldx, rows, n, s, z, lds);
+    for (r = 0; r < rows; r++) {
+        float lo = 0.0f, hi = 0.0f, scale;
+        double zero;
+        for (i = 0; i < n; i++) {
+            if (x[r * ldx + i] < lo) lo = x[r * ldx + i];
+            if (x[r * ldx + i] > hi) hi = x[r * ldx + i];
+        }
+        scale = (hi - lo) / 255.0f;
+        if (!(scale > 1.1920928955078125e-7f)) scale = 1.1920928955078125e-7f;
+        zero = -rint((double)(lo / scale));
+        zero = !(zero > 0) ? 0 : zero > 255 ? 255 : zero;
+        SDQT_THAT(same(s[r * lds], scale) && z[r * lds] == (int)zero,
+                  "rows=%zu n=%zu row %zu: scale %.9g zero %d, expected %.9g %d", rows, n, r,
+                  (double)s[r * lds], (int)z[r * lds], (double)scale, (int)zero);
+        for (i = 0; i < n; i++)
+            SDQT_THAT(q[r * ldq + i] == quantize_oracle(x[r * ldx + i], 1.0f / scale, (int)zero, 0,
+                                                        255),
+                      "rows=%zu n=%zu row %zu: %.9g is %d", rows, n, r, (double)x[r * ldx + i],
+                      q[r * ldq + i]);
+        for (i = n; i < ldq && r + 1 < rows; i++) SDQT_CHECK(q[r * ldq + i] == 0xa5);
+    }
+    for (i = 0; i < 40 * 3; i++)
+        if (i % lds != 0 || i / lds >= rows) SDQT_CHECK(s[i] == -1.0f && z[i] == -1);
+    SDQT_THAT(guard_intact(gq, q, nq), "quantize_rows rows=%zu n=%zu writes outside", rows, n);
+}
+static void test_quantize_rows(int tier) {
+    guarded gx = guard_new(4 * 40 * 140), gq = guard_new(40 * 140);
+    size_t n, i;
+    for (n = 1; n <= 130; n = n < 40 ? n + 1 : n + 45)
+        for (i = 0; i < 4; i++)
+            quantize_rows_once(sdq__k_table((sdq_tier)tier), &gx, &gq, 1 + sdqt_below(40), n,
+                               (int)i & 1);
+    guard_free(&gx);
+    guard_free(&gq);
+}
+
+/* Many rows at once give what each row gives alone (which test_rows compares with an oracle), and
+ * touch nothing between and behind them. */
+static void test_softmax_rows(int tier) {
+    enum { ROWS_MAX = 49, LD = 70 };
+    const sdq__kernels *k = sdq__k_table((sdq_tier)tier);
+    guarded gs = guard_new(4 * ROWS_MAX * LD), gv = guard_new(4 * ROWS_MAX);
+    float one[LD], alone[ROWS_MAX][LD], m[2][ROWS_MAX], l[2][ROWS_MAX], alpha[ROWS_MAX], *s, *a;
+    size_t rows, n, r, i;
+    for (rows = 1; rows <= ROWS_MAX; rows += rows < 20 ? 1 : 13)
+        for (n = 1; n <= 65; n = n < 33 ? n + 8 : n + 31) {
+            s = (float *)guard_place(&gs, 4 * ((rows - 1) * LD + n), 1);
+            a = (float *)guard_place(&gv, 4 * rows, 1);
+            for (r = 0; r < rows; r++) {
+                m[0][r] = m[1][r] = sdqt_below(3) ? sdqt_normal() : -INFINITY;
+                l[0][r] = l[1][r] = m[0][r] > -1e30f ? 1.0f + fabsf(sdqt_normal()) : 0.0f;
+                for (i = 0; i < n; i++) s[r * LD + i] = one[i] = 3.0f * sdqt_normal();
+                k->softmax_tile(one, LD, 1, n, 0.7f, &m[1][r], &l[1][r], &alpha[r]);
+                memcpy(alone[r], one, n * sizeof(float));
+            }
+            k->softmax_tile(s, LD, rows, n, 0.7f, m[0], l[0], a);
+            for (r = 0; r < rows; r++) {
+                SDQT_THAT(same(m[0][r], m[1][r]) && same(l[0][r], l[1][r]) && same(a[r], alpha[r])
+                          && memcmp(s + r * LD, alone[r], n * sizeof(float)) == 0,
+                          "softmax_tile: row %zu of %zu, n=%zu differs", r, rows, n);
+                for (i = n; i < LD && r + 1 < rows; i++)
+                    SDQT_CHECK(memcmp(s + r * LD + i, "\xa5\xa5\xa5\xa5", 4) == 0);
+            }
+            SDQT_CHECK(guard_intact(&gs, s, 4 * ((rows - 1) * LD + n)));
+            SDQT_CHECK(guard_intact(&gv, a, 4 * rows));
+        }
+    guard_free(&gs);
+    guard_free(&gv);
+}
+
 /* ---- half precision: all 65536 values ---- */
 
 static double f16_oracle(unsigned h) {
@@ -854,7 +938,7 @@ static void test_gemm_u8s8(int tier) {
  * must have the same names, apart from those with tests of their own. */
 static void test_list(int tier) {
     static const char *const own[] = {"gemm_f32", "gemm_u8s8", "quantize_u8", "quantize_s8",
-                                      "dequantize_u8", "from_f16", "from_bf16"};
+                                      "quantize_rows", "dequantize_u8", "from_f16", "from_bf16"};
     static const char *const names[] = {
 #define SDQ__X(ret, name, args, cls) #name,
         SDQ__KERNEL_LIST(SDQ__X)
@@ -879,6 +963,8 @@ static const sdqt_case cases[] = {
     {"rows", test_rows, 1},
     {"functions", test_functions, 1},
     {"quantize", test_quantize, 1},
+    {"quantize_rows", test_quantize_rows, 1},
+    {"softmax_rows", test_softmax_rows, 1},
     {"half", test_half, 1},
     {"gemm_f32", test_gemm_f32, 1},
     {"gemm_u8s8", test_gemm_u8s8, 1},
