@@ -2,7 +2,7 @@
  * an error with a sentence and leaks nothing. Run from the project folder; makes and removes the
  * folder test_files.d. Meant to be run under ASan and UBSan, too. */
 #define SDQ_IMPLEMENTATION
-#include "../sdq.h"
+#include "sdq.h"
 #include "sdq_test.h"
 
 #include <sys/stat.h>
@@ -637,6 +637,62 @@ static void test_deflate(int tier) {
     close_ctx();
 }
 
+/* An index that is just beside the palette: one colour, pixels 0 and 1. */
+static void test_png_palette(int tier) {
+    static const unsigned char head[13] = {0, 0, 0, 2, 0, 0, 0, 1, 1, 3, 0, 0, 0}, red[3] = {255, 1, 2};
+    /* one stored row: filter 0 and a byte of two pixels; the Adler-32 of {0, v} is 1+v, 2+v */
+    unsigned char z[] = {0x78, 1, 1, 2, 0, 0xfd, 0xff, 0, 0, 0, 2, 0, 1}, buf[200];
+    unsigned v;
+    (void)tier;
+    open_ctx(0);
+    for (v = 0; v < 256; v += 64) {     /* the four pairs of pixels */
+        size_t at = 8;
+        sdq_image m;
+        z[8] = (unsigned char)v;
+        z[10] = (unsigned char)(2 + v);
+        z[9] = (unsigned char)((2 + v) >> 8);
+        z[11] = (unsigned char)((1 + v) >> 8);
+        z[12] = (unsigned char)(1 + v);
+        memcpy(buf, "\x89PNG\r\n\x1a\n", 8);
+        at += put_chunk(buf + at, "IHDR", head, 13);
+        at += put_chunk(buf + at, "PLTE", red, 3);
+        at += put_chunk(buf + at, "IDAT", z, sizeof z);
+        at += put_chunk(buf + at, "IEND", NULL, 0);
+        if (v) failed(sdq_image_decode(ctx, buf, at, "made", &m), SDQ_ERR_FORMAT, "colour");
+        else SDQT_CHECK(sdq_image_decode(ctx, buf, at, "made", &m) == SDQ_OK && m.c == 3 && m.px[5] == 2);
+        sdq_image_free(ctx, &m);
+    }
+    close_ctx();
+}
+
+/* Half precision and bfloat16: every finite value is itself, the middle of two goes to the even
+ * one, a hair beside the middle to the nearer one; what is past the largest becomes infinite. */
+static void test_half(int tier) {
+    unsigned h, wrong = 0;
+    (void)tier;
+    for (h = 0; h < 0x7c00; h++) {
+        const int e = (int)(h >> 10), m = (int)(h & 1023u);
+        const float x = (float)ldexp(e ? 1024 + m : m, (e ? e : 1) - 25);
+        const float next = x + (float)ldexp(1, (e ? e : 1) - 25), mid = x + 0.5f * (next - x);
+        const uint16_t even = (uint16_t)(h + (h & 1u));
+        wrong += sdq__u_from_f16((uint16_t)h) != x || sdq__u_to_f16(x) != h;
+        wrong += sdq__u_to_f16(-x) != (h | 0x8000u) || sdq__u_to_f16(mid) != even;
+        wrong += sdq__u_to_f16(nextafterf(mid, 0)) != h || sdq__u_to_f16(nextafterf(mid, 1e9f)) != h + 1;
+    }
+    SDQT_THAT(!wrong, "f16: %u wrong", wrong);
+    for (h = 0; h < 0x7f80; h += 7) {
+        const uint32_t low = h << 16, mid = low + 0x8000u;
+        float x, y, a, b;
+        memcpy(&x, &low, 4);
+        memcpy(&y, &mid, 4);
+        a = nextafterf(y, 0);
+        b = nextafterf(y, INFINITY);
+        wrong += sdq__u_from_bf16((uint16_t)h) != x || sdq__u_to_bf16(x) != h;
+        wrong += sdq__u_to_bf16(y) != h + (h & 1u) || sdq__u_to_bf16(a) != h || sdq__u_to_bf16(b) != h + 1;
+    }
+    SDQT_THAT(!wrong, "bf16: %u wrong", wrong);
+}
+
 static void test_png_text(int tier) {
     static const sdq_pair text[2] = {{"parameters", "a cat\nSteps: 5"}, {"Title", "caf\xc3\xa9"}};
     static const sdq_pair bad[3] = {{"", "x"}, {"k\n", "x"}, {"k", "\xff"}};
@@ -902,6 +958,8 @@ static const sdqt_case cases[] = {
     {"resize", test_resize, 0},
     {"dataset_layouts", test_dataset_layouts, 0},
     {"dataset_refused", test_dataset_refused, 0},
+    {"half", test_half, 0},
+    {"png_palette", test_png_palette, 0},
     {"oom", test_oom, 0},
 };
 

@@ -2,7 +2,7 @@
  * arena, files in and out, refused configurations and files, allocations that fail.
  * Run from the project folder. */
 #define SDQ_IMPLEMENTATION
-#include "../sdq.h"
+#include "sdq.h"
 #include "sdq_test.h"
 
 #if SDQ__MMAP

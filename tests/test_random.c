@@ -1,7 +1,7 @@
 /* >>random: torch's words exactly, its normals to a few units in the last place, Philox, and one
  * hash that must be the same on every machine and compiler. Run from the project folder. */
 #define SDQ_IMPLEMENTATION
-#include "../sdq.h"
+#include "sdq.h"
 #include "sdq_test.h"
 
 /* Largest distance to torch 2.8's vectorised normals, measured over 8 x 65,536 draws: 3 units in

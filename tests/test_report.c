@@ -1,6 +1,6 @@
 /* >>report: values of numpy 2.4 (the formulas written out in Python), and what must hold anyway. */
 #define SDQ_IMPLEMENTATION
-#include "../sdq.h"
+#include "sdq.h"
 #include "sdq_test.h"
 
 static uint32_t next_byte(uint32_t *s) {

@@ -3,7 +3,7 @@
  * of calls. The model of all runs is 0.25 * scaled input + 0.05 * fixed. Run from the project
  * folder. */
 #define SDQ_IMPLEMENTATION
-#include "../sdq.h"
+#include "sdq.h"
 #include "sdq_test.h"
 
 /* Relative to the largest value of a sample. 1,848 runs compared on one machine: at worst 8.3e-6

@@ -2,7 +2,7 @@
  * tests/golden/tokenizer.json, from all sources of a vocabulary; damage and short memory are
  * survived. Run from the project folder; makes and removes the folder test_tokenizer.d. */
 #define SDQ_IMPLEMENTATION
-#include "../sdq.h"
+#include "sdq.h"
 #include "sdq_test.h"
 
 #include <sys/stat.h>
