@@ -320,7 +320,7 @@ static void put_small(void) {
 static void test_small_folder(int tier) {
     static const int32_t want[5] = {5, 4, 9, 6, 3};
     sdq_tokenizer *t = NULL;
-    int32_t ids[5];
+    int32_t ids[5] = {0};
     size_t i;
     (void)tier;
     open_ctx();
