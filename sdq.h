@@ -227,8 +227,8 @@ SDQ_API const char *sdq_tier_name(sdq_tier tier);
 /* Whether this CPU and operating system can run the tier. */
 SDQ_API int sdq_tier_available(sdq_tier tier);
 
-/* Tensors live in the context's arena: a stack of memory. sdq_mark remembers its height,
- * sdq_release frees everything that was made since, and forgets the tape's part of it. */
+/* Tensors live in the context's arena: a stack of memory. sdq_arena_mark remembers its height,
+ * sdq_arena_release frees everything that was made since, and forgets the tape's part of it. */
 typedef struct sdq_mark { size_t chunk, used; void *tape; } sdq_mark;
 SDQ_API sdq_mark sdq_arena_mark(sdq_ctx *ctx);
 SDQ_API void sdq_arena_release(sdq_ctx *ctx, sdq_mark mark);
@@ -268,7 +268,9 @@ static inline float *sdq_f32(const sdq_tensor *t) { return (float *)t->data; }
  * While the tape records, an op also notes what its backward needs.
  * ======================================================================== */
 
+/* a + b of one shape. */
 SDQ_API sdq_tensor *sdq_add(sdq_ctx *ctx, sdq_tensor *a, sdq_tensor *b);
+/* s x */
 SDQ_API sdq_tensor *sdq_scale(sdq_ctx *ctx, sdq_tensor *x, float s);
 /* x [n,...,c] + v [n,c], the same vector at every position of an entry. */
 SDQ_API sdq_tensor *sdq_add_vector(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *v);
@@ -895,8 +897,9 @@ typedef struct sdq_optim sdq_optim;
 SDQ_API sdq_status sdq_optim_create(sdq_ctx *ctx, const sdq_optim_desc *desc, sdq_optim **out);
 SDQ_API void sdq_optim_free(sdq_ctx *ctx, sdq_optim *optim);
 /* Train a leaf: it gets a gradient on the heap and needs_grad. The tensor must outlive the
- * optimizer. name: in state files, unique; copied. lr_scale: 0 = 1. floor: values are kept >= it
- * (scales must stay positive); 0: no bound. decay: 0 takes the tensor out of weight decay. */
+ * optimizer. name: in state files, unique; copied. lr_scale: 0 = 1. decay: 0 takes the tensor out of
+ * weight decay. floor > 0: the values are scales, positive and of very different sizes: AdamW moves
+ * their logarithm, a step of 0.01 is one per cent, and they are kept >= floor; 0: numbers as usual. */
 SDQ_API sdq_status sdq_optim_add(sdq_ctx *ctx, sdq_optim *optim, sdq_tensor *leaf, const char *name,
                                  float lr_scale, float floor, int decay);
 /* Clip, update, clear the gradients. SDQ_ERR_NUMERIC if the gradient is not finite: nothing was
@@ -1075,6 +1078,15 @@ SDQ_API sdq_tensor *sdq_pipeline_ids(sdq_ctx *ctx, const sdq_pipeline *pipeline,
  * >>api-recipe   calibrate, distill, convert, choose the precision of every evaluation
  * ======================================================================== */
 
+/* What training changes. Fewer parameters drift less: see the manual, "Train". */
+typedef enum sdq_train_set {
+    SDQ_TRAIN_ALL = 0,          /* weights, biases, norms; with learn_scales scales, too */
+    SDQ_TRAIN_SMALL,            /* the same without weights */
+    SDQ_TRAIN_SCALES,           /* scales of weights and of static input ranges */
+    SDQ_TRAIN_RANGES,           /* static input ranges alone */
+    SDQ_TRAIN_SET_COUNT
+} sdq_train_set;
+
 /* How a UNet is quantized and trained. sdq_recipe_default is this library's own way,
  * sdq_recipe_reference the published one; every field can be changed alone. */
 typedef struct sdq_recipe {
@@ -1087,7 +1099,7 @@ typedef struct sdq_recipe {
     int split_skip;             /* halves of concat(hidden, skip) get their own ranges */
     int bias_correction;
     int learn_scales;           /* LSQ: weight scales and static input scales are trained */
-    int freeze_weights;         /* train the scales only */
+    sdq_train_set train_set;
     float moving;               /* moving constant of the observers; 0: true min and max */
     sdq_weight_scale weight_scale;
     int calibrate_on_data;      /* noised pictures in FAKE mode; else the sampler's trajectories */
@@ -1146,7 +1158,9 @@ typedef struct sdq_distill_task {
     int checkpoint;
 } sdq_distill_task;
 SDQ_API sdq_tensor *sdq_distill_task_loss(sdq_ctx *ctx, void *task, sdq_rng *rng, size_t step);
-/* Put what a recipe trains into the optimizer: weights, biases and norms, or scales. */
+/* Put what a recipe trains (its train_set) into the optimizer.
+ *   scale_lr   rate of static input ranges, times the optimizer's; weight scales get a twentieth.
+ *              Both are relative: with lr 1e-5 and scale_lr 1000 a step is about one per cent. */
 SDQ_API sdq_status sdq_optim_add_student(sdq_ctx *ctx, sdq_optim *optim, sdq_model *unet,
                                          const sdq_recipe *recipe, float scale_lr);
 
@@ -4035,6 +4049,7 @@ SDQ_API sdq_tensor *sdq_sample_gaussian(sdq_ctx *ctx, sdq_tensor *moments, sdq_t
  *   dwh = dy^T xh,  dw = dwh where rint(w / s_w) is in [-128,127], else 0
  * and for learned scales (LSQ, arXiv 1902.08153; LSQ+, 2004.09576), N elements sharing s:
  *   ds = sum dxh (rint(v) - v | inside, -z below, 255 - z above) / sqrt(255 N),  v = x / s
+ * (0 below and 255 above where the zero point follows the scale: sdq__ly_follow).
  *
  * A part is a range of input channels with its own activation ranges: one, or two when the input
  * is a concatenation whose halves differ (Q-Diffusion, arXiv 2302.04304). The second part's
@@ -4461,6 +4476,21 @@ static sdq_status sdq__ly_weight_scales(sdq_ctx *ctx, sdq_layer *l) {
     return SDQ_OK;
 }
 
+/* A learned scale moves the ends of its range. Behind SiLU a range is -0.28 .. much: there the low
+ * end must stay, or a smaller scale would cut off what is negative, so the zero point follows.
+ * Ranges to both sides keep their zero point, as in LSQ. */
+static int sdq__ly_one_sided(const sdq__qpart *p) { return p->seen && -p->mn < 0.25f * p->mx; }
+static void sdq__ly_follow(sdq_layer *l) {
+    size_t i;
+    for (i = 0; i < l->parts; i++) {
+        sdq__qpart *p = &l->part[i];
+        float z;
+        if (!sdq__ly_one_sided(p)) continue;
+        z = 0.0f - sdq__q_rint(p->mn / sdq_f32(&p->s)[0]);
+        p->z = (int32_t)(!(z > 0.0f) ? 0.0f : z > 255.0f ? 255.0f : z);
+    }
+}
+
 /* What training must remember of the observers: ranges of both parts and of the output as
  * (min, max, seen), then the moving ranges of the weights when there are any. */
 static size_t sdq__ly_state_count(const sdq_layer *l) { return 9 + (l->w_mn ? 2 * l->out : 0); }
@@ -4781,6 +4811,7 @@ static void sdq__ly_ste_input(sdq_ctx *ctx, sdq__qpart *p, const sdq__qinput *in
                               const sdq_tensor *x, const float *g, float *dx) {
     const size_t ld = sdq__t_chan(x), rows = sdq__t_rows(x);
     const float inv = 1.0f / in8->s[0], z = (float)in8->z[0];
+    const float at = sdq__ly_one_sided(p) ? 0.0f : z;
     float *ds = sdq__tape_grad(ctx, &p->s);
     double sum = 0.0;
     size_t r, j;
@@ -4790,7 +4821,7 @@ static void sdq__ly_ste_input(sdq_ctx *ctx, sdq__qpart *p, const sdq__qinput *in
             const float v = sdq_f32(x)[j] * inv, t = sdq__q_rint(v), q = t + z;
             const int in = q >= 0.0f && q <= 255.0f;
             if (in && dx) dx[j] += g[j];
-            row += g[j] * (in ? t - v : (q < 0.0f ? 0.0f : 255.0f) - z);
+            row += g[j] * (in ? t - v : (q < 0.0f ? 0.0f : 255.0f) - at);
         }
         sum += (double)row;
     }
@@ -4915,6 +4946,7 @@ static sdq_tensor *sdq__ly_forward_fake(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *
         if (l->quant.weight_scale == SDQ_WEIGHT_MOVING && sdq__ly_observe_weights(ctx, l) != SDQ_OK)
             return NULL;
     }
+    sdq__ly_follow(l);
     if (sdq__ly_forward_quant(ctx, l, x, res, y, 1, keep) != SDQ_OK) return NULL;
     if (l->bias_sum) sdq__ly_collect_bias(ctx, l, x, res, y);
     if (!n) sdq_arena_release(ctx, mark);
@@ -5001,6 +5033,7 @@ SDQ_API sdq_status sdq_layer_convert(sdq_ctx *ctx, sdq_layer *l) {
                          "layer %s: its input range was never observed;"
                          " calibrate first",
                          l->name);
+    sdq__ly_follow(l);
     st = sdq__ly_weight_scales(ctx, l);
     q = st == SDQ_OK ? sdq__ly_quantize_weights(ctx, l) : NULL;
     if (q) st = sdq__ly_set_int8(ctx, l, q);
@@ -8843,12 +8876,33 @@ static double sdq__opt_norm(sdq_ctx *ctx, const sdq_optim *o) {
     return sqrt(sum);
 }
 
+/* AdamW on u = log w: du = dw w, w' = w (1 + step) to first order. Such gradients are small (LSQ
+ * divides them by the root of the number of elements), so is their eps. */
+static sdq_status sdq__opt_scale_step(sdq_ctx *ctx, sdq__leaf *l, const sdq__adamw_step *step) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    const size_t n = sdq_tensor_count(l->t);
+    float *w = sdq_f32(l->t), *u = SDQ__PUSH_N(ctx, float, n);
+    sdq__adamw_step s = *step;
+    size_t j;
+    if (!u) return ctx->status;
+    s.eps *= 1e-4f;
+    memset(u, 0, n * sizeof(float));
+    for (j = 0; j < n; j++) l->t->grad[j] *= w[j];
+    ctx->k->adamw(u, l->m, l->v, l->t->grad, n, &s);
+    for (j = 0; j < n; j++) {
+        const float v = w[j] * (1.0f + u[j]);
+        w[j] = v > l->floor ? v : l->floor;
+    }
+    sdq_arena_release(ctx, mark);
+    return SDQ_OK;
+}
+
 SDQ_API sdq_status sdq_optim_step(sdq_ctx *ctx, sdq_optim *o) {
     const sdq_optim_desc *d = &o->desc;
     const double t = (double)(o->step + 1);
     double decay = (1.0 + t) / (10.0 + t);
     sdq__adamw_step s;
-    size_t i, j;
+    size_t i;
     if (ctx->status != SDQ_OK) return ctx->status;
     o->norm = sdq__opt_norm(ctx, o);
     if (!(o->norm < 1e30))
@@ -8871,8 +8925,8 @@ SDQ_API sdq_status sdq_optim_step(sdq_ctx *ctx, sdq_optim *o) {
         if (l->state) continue;
         s.lr = (float)(o->rate * (double)l->lr_scale);
         s.decay = l->decay ? s.lr * d->weight_decay : 0.0f;
-        ctx->k->adamw(w, l->m, l->v, l->t->grad, n, &s);
-        for (j = 0; l->floor > 0.0f && j < n; j++) w[j] = w[j] > l->floor ? w[j] : l->floor;
+        if (l->floor > 0.0f) SDQ__TRY(sdq__opt_scale_step(ctx, l, &s));
+        else ctx->k->adamw(w, l->m, l->v, l->t->grad, n, &s);
         if (l->ema) ctx->k->lerp(l->ema, w, n, (float)(1.0 - decay));
     }
     o->step++;
@@ -12788,8 +12842,9 @@ SDQ_API sdq_tensor *sdq_diffusion_task_loss(sdq_ctx *ctx, void *arg, sdq_rng *rn
     return sdq_mse(ctx, sdq_unet_forward(ctx, t->unet, &in, t->mode), b.target, b.weight);
 }
 
-SDQ_API sdq_status sdq_optim_add_model(sdq_ctx *ctx, sdq_optim *o, sdq_model *m,
-                                       const char *prefix) {
+/* Parameters of a model, with or without the weights of its layers. */
+static sdq_status sdq__task_add_params(sdq_ctx *ctx, sdq_optim *o, sdq_model *m,
+                                       const char *prefix, int weights) {
     size_t i;
     for (i = 0; i < sdq_model_param_count(m); i++) {
         const char *name;
@@ -12797,10 +12852,15 @@ SDQ_API sdq_status sdq_optim_add_model(sdq_ctx *ctx, sdq_optim *o, sdq_model *m,
         sdq_tensor *t = sdq_model_param(m, i, &name);
         const size_t n = strlen(name);
         const int weight = n > 7 && strcmp(name + n - 7, ".weight") == 0 && t && t->rank > 1;
+        if (weight && !weights) continue;
         (void)snprintf(full, sizeof full, "%s%s", prefix, name);
         SDQ__TRY(sdq_optim_add(ctx, o, t, full, 0.0f, 0.0f, weight));
     }
     return SDQ_OK;
+}
+SDQ_API sdq_status sdq_optim_add_model(sdq_ctx *ctx, sdq_optim *o, sdq_model *m,
+                                       const char *prefix) {
+    return sdq__task_add_params(ctx, o, m, prefix, 1);
 }
 /* ===========================================================================
  * >>recipe   which layers are quantized, and how
@@ -12818,6 +12878,7 @@ SDQ_API sdq_recipe sdq_recipe_default(void) {
     r.split_skip = 1;
     r.bias_correction = 1;
     r.learn_scales = 1;
+    r.train_set = SDQ_TRAIN_SMALL;
     r.weight_scale = SDQ_WEIGHT_FIXED;
     r.teacher_loss = 1.0f;
     return r;
@@ -12837,17 +12898,19 @@ SDQ_API sdq_recipe sdq_recipe_reference(void) {
 
 static const char *const sdq__rc_range[SDQ_RANGE_COUNT] = {"default", "static", "picture",
                                                            "position", "block"};
+static const char *const sdq__rc_train_set[SDQ_TRAIN_SET_COUNT] = {"all", "small", "scales",
+                                                                   "ranges"};
 
 SDQ_API void sdq_recipe_to_str(const sdq_recipe *r, char *buf, size_t size) {
     (void)snprintf(
         buf, size,
         "range_linear=%s range_conv=%s quantize_outputs=%d quantize_edges=%d "
         "quantize_time=%d quantize_context=%d split_skip=%d bias_correction=%d "
-        "learn_scales=%d freeze_weights=%d moving=%g weight_scale=%d calibrate_on_data=%d "
+        "learn_scales=%d train_set=%s moving=%g weight_scale=%d calibrate_on_data=%d "
         "noise_loss=%g teacher_loss=%g",
         sdq__rc_range[r->range_linear], sdq__rc_range[r->range_conv], r->quantize_outputs,
         r->quantize_edges, r->quantize_time, r->quantize_context, r->split_skip, r->bias_correction,
-        r->learn_scales, r->freeze_weights, (double)r->moving, (int)r->weight_scale,
+        r->learn_scales, sdq__rc_train_set[r->train_set], (double)r->moving, (int)r->weight_scale,
         r->calibrate_on_data, (double)r->noise_loss, (double)r->teacher_loss);
 }
 
@@ -13185,7 +13248,8 @@ SDQ_API sdq_status sdq_optim_add_student(sdq_ctx *ctx, sdq_optim *o, sdq_model *
                                          const sdq_recipe *r, float scale_lr) {
     char name[256];
     size_t i, p;
-    if (!r->freeze_weights) SDQ__TRY(sdq_optim_add_model(ctx, o, m, ""));
+    if (r->train_set <= SDQ_TRAIN_SMALL)
+        SDQ__TRY(sdq__task_add_params(ctx, o, m, "", r->train_set == SDQ_TRAIN_ALL));
     for (i = 0; r->moving > 0.0f && i < m->layers; i++) {       /* observers that go on moving */
         sdq_layer *l = m->layer[i];
         if (!l->quant.enabled) continue;
@@ -13197,16 +13261,21 @@ SDQ_API sdq_status sdq_optim_add_student(sdq_ctx *ctx, sdq_optim *o, sdq_model *
     for (i = 0; r->learn_scales && i < m->layers; i++) {
         sdq_layer *l = m->layer[i];
         if (!l->quant.enabled) continue;
-        if (l->quant.weight_scale == SDQ_WEIGHT_FIXED) {
+        if (l->quant.weight_scale == SDQ_WEIGHT_FIXED && r->train_set != SDQ_TRAIN_RANGES) {
             SDQ__TRY(sdq__ly_weight_scales(ctx, l));
             (void)snprintf(name, sizeof name, "%s.weight_scale", l->name);
-            SDQ__TRY(sdq_optim_add(ctx, o, &l->sw, name, scale_lr, 1e-7f, 0));
+            SDQ__TRY(sdq_optim_add(ctx, o, &l->sw, name, scale_lr / 20.0f, 1e-7f, 0));
         }
         for (p = 0; sdq__ly_range(l) == SDQ_RANGE_STATIC && p < l->parts; p++) {
             (void)snprintf(name, sizeof name, "%s.input_scale.%zu", l->name, p);
             SDQ__TRY(sdq_optim_add(ctx, o, &l->part[p].s, name, scale_lr, 1e-7f, 0));
         }
     }
+    if (o->count == 0)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT,
+                         "training: nothing to train: train_set=%s, but no input range is static or"
+                         " learn_scales is 0; choose static ranges or another set",
+                         sdq__rc_train_set[r->train_set]);
     return SDQ_OK;
 }
 

@@ -529,7 +529,7 @@ static const flag recipe_flags[] = {
     {"split-skip", "0|1", NULL, NULL},
     {"bias-correction", "0|1", NULL, NULL},
     {"learn-scales", "0|1", NULL, NULL},
-    {"freeze-weights", "0|1", NULL, NULL},
+    {"train-set", "all|small|scales|ranges", NULL, NULL},
     {"moving", "X", NULL, NULL},
     {"weight-scale", "current|moving|fixed", NULL, NULL},
     {"calibrate-on-data", "0|1", NULL, NULL},
@@ -548,16 +548,18 @@ static int index_of(const char *const *word, size_t n, const char *s) {
 /* Set one field by its name; 0 when the value is not possible, -1 when there is no such field. */
 static int recipe_set(sdq_recipe *r, const char *name, const char *value) {
     static const char *const number[] = {"quantize-outputs", "quantize-edges", "quantize-time",
-        "quantize-context", "split-skip", "bias-correction", "learn-scales", "freeze-weights",
+        "quantize-context", "split-skip", "bias-correction", "learn-scales",
         "calibrate-on-data"};
     int *const into[] = {&r->quantize_outputs, &r->quantize_edges, &r->quantize_time,
         &r->quantize_context, &r->split_skip, &r->bias_correction, &r->learn_scales,
-        &r->freeze_weights, &r->calibrate_on_data};
+        &r->calibrate_on_data};
+    static const char *const set_word[] = {"all", "small", "scales", "ranges"};
     static const char *const real[] = {"moving", "noise-loss", "teacher-loss"};
     float *const to[] = {&r->moving, &r->noise_loss, &r->teacher_loss};
     const int i = index_of(number, COUNT(number), name), k = index_of(real, COUNT(real), name);
     const int range = index_of(range_word, COUNT(range_word), value);
     const int weight = index_of(weight_word, COUNT(weight_word), value);
+    const int set = index_of(set_word, COUNT(set_word), value);
     char *end;
     if (!strcmp(name, "range-linear")) { r->range_linear = (sdq_range)range; return range >= 0; }
     if (!strcmp(name, "range-conv")) { r->range_conv = (sdq_range)range; return range >= 0; }
@@ -565,6 +567,7 @@ static int recipe_set(sdq_recipe *r, const char *name, const char *value) {
         r->weight_scale = (sdq_weight_scale)weight;
         return weight >= 0;
     }
+    if (!strcmp(name, "train-set")) { r->train_set = (sdq_train_set)set; return set >= 0; }
     if (i >= 0) {
         *into[i] = value[0] == '1';
         return (value[0] == '0' || value[0] == '1') && !value[1];

@@ -85,6 +85,7 @@ static const flag eval_flags[] = {
     {"seed,s", "N", "1000", "of the first prompt; each has its own"},
     {"prompts-limit", "N", "0", "prompts of each of the two sets; 0: all"},
     {"trajectories", "N", "8", "float trajectories for the error by timestep"},
+    {"timing-runs", "N", "7", "pictures a row, rows in turn, for the seconds per evaluation"},
     {"train-steps", "N", "300", "of rows with training"},
     {"qat", "\"FLAGS\"", "", "flags of sdq train for the rows that are not the reference's"},
     {"calib-prompts", "N", "16", "training prompts to calibrate with"},
@@ -239,39 +240,79 @@ static const char *eval_picture(eval *e, const eval_result *r, int set, size_t i
     return format_text(e->j, "%s/%s-%04zu.png", r->folder, set ? "train" : "held", i);
 }
 
-/* Draw what is not there yet; one line "seconds evaluations" per picture. */
+/* Pictures are drawn side by side, each by one thread in a context of its own: the pipeline is
+ * shared, and the numbers do not depend on it. */
+static sdq_status eval_draw_one(const eval *e, const eval_result *r, sdq_ctx *ctx, int set,
+                                size_t i, const char *path) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    sdq_txt2img_desc d = e->d;
+    sdq_image im;
+    sdq_tensor *x;
+    sdq_status st;
+    d.prompt = e->prompt[set][i];
+    d.seed = e->d.seed + (set ? 100000u : 0u) + i;
+    eval_precision(r, &d);
+    x = sdq_txt2img_latents(ctx, e->j->pipe, &d, NULL, NULL);
+    st = x ? sdq_decode_latents(ctx, e->j->pipe, x, &im) : sdq_last_error(ctx);
+    sdq_arena_release(ctx, mark);
+    if (st != SDQ_OK) return st;
+    st = sdq_image_write(ctx, path, &im, NULL, 0);
+    sdq_image_free(ctx, &im);
+    return st;
+}
+
+/* Draw what is not there yet. */
 static sdq_status eval_draw(eval *e, eval_result *r, int set) {
     job *j = e->j;
-    char stage[64];
-    size_t i;
-    (void)snprintf(stage, sizeof stage, "%s", r->row.name);
-    progress_begin(j);
-    for (i = 0; i < e->count[set]; i++) {
-        const char *path = eval_picture(e, r, set, i);
-        const sdq_mark mark = sdq_arena_mark(j->ctx);
-        sdq_txt2img_desc d = e->d;
-        sdq_tensor *x;
-        sdq_image im;
-        FILE *f;
-        double t;
-        if (exists(path)) continue;
-        d.prompt = e->prompt[set][i];
-        d.seed = e->d.seed + (set ? 100000u : 0u) + i;
-        eval_precision(r, &d);
-        t = now();
-        x = sdq_txt2img_latents(j->ctx, j->pipe, &d, NULL, NULL);
-        t = now() - t;
-        if (!x) return sdq_last_error(j->ctx);
-        TRY(sdq_decode_latents(j->ctx, j->pipe, x, &im));
-        TRY(sdq_image_write(j->ctx, path, &im, NULL, 0));
-        sdq_image_free(j->ctx, &im);
-        sdq_arena_release(j->ctx, mark);
-        f = fopen(format_text(j, "%s/seconds.txt", r->folder), "ab");
-        if (f) { fprintf(f, "%.6f\n", t / (double)r->evals); (void)fclose(f); }
-        if (progress(j, stage, i + 1, e->count[set], 0.0))
-            return fail(j, "stopped; the same command goes on");
+    const int threads = sdq_ctx_threads(j->ctx);
+    sdq_ctx **ctx = (sdq_ctx **)own(j, (size_t)threads * sizeof(sdq_ctx *));
+    const char **path = (const char **)own(j, e->count[set] * sizeof *path);
+    const char **said = (const char **)own(j, (size_t)threads * sizeof *said);
+    size_t *todo = (size_t *)own(j, e->count[set] * sizeof *todo);
+    ptrdiff_t n = 0, done = 0, i;
+    size_t k;
+    int t;
+    sdq_ctx_desc cd;
+    memset(&cd, 0, sizeof cd);
+    cd.tier = sdq_ctx_tier(j->ctx);
+    cd.threads = 1;
+    for (t = 0; t < threads; t++) TRY(sdq_ctx_create(&cd, &ctx[t]));
+    for (k = 0; k < e->count[set]; k++) {
+        path[n] = eval_picture(e, r, set, k);
+        if (!exists(path[n])) todo[n++] = k;
     }
-    return SDQ_OK;
+    progress_begin(j);
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+#endif
+    for (i = 0; i < n; i++) {
+#ifdef _OPENMP
+        const int me = omp_get_thread_num();
+#else
+        const int me = 0;
+#endif
+        if (stopped || said[me]) continue;
+        if (eval_draw_one(e, r, ctx[me], set, todo[i], path[i]) != SDQ_OK)
+            said[me] = sdq_error_text(ctx[me]);
+#ifdef _OPENMP
+#pragma omp atomic
+#endif
+        done++;
+        if (me == 0) {      /* the one that reports */
+            ptrdiff_t so_far;
+#ifdef _OPENMP
+#pragma omp atomic read
+#endif
+            so_far = done;
+            (void)progress(j, r->row.name, (size_t)so_far, (size_t)n, 0.0);
+        }
+    }
+    for (t = 0; t < threads; t++) {
+        if (said[t] && j->said == SDQ_OK) (void)fail(j, "%s", said[t]);
+        sdq_ctx_free(ctx[t]);
+    }
+    if (j->said != SDQ_OK) return j->said;
+    return stopped ? fail(j, "stopped; the same command goes on") : SDQ_OK;
 }
 
 /* On a float trajectory: what would the row's network have said? */
@@ -540,20 +581,47 @@ static sdq_status eval_gain(eval *e, eval_result *r) {
     return sdq_bootstrap(e->j->ctx, d, e->count[0], 0, 0.0, &rng, &r->gain_low, &r->gain_high);
 }
 
-static sdq_status eval_costs(eval *e, eval_result *r) {
-    job *j = e->j;
-    const char *path = format_text(j, "%s/seconds.txt", r->folder);
-    const double whole = (double)sdq_model_get_info(j->pipe->unet).weights * 4.0 / 1e6;
-    const size_t most = e->count[0] + e->count[1] + 16;
-    double *t;
-    char *text, *s, *end;
-    size_t n = 0;
+static void eval_size(eval *e, eval_result *r) {
+    const double whole = (double)sdq_model_get_info(e->j->pipe->unet).weights * 4.0 / 1e6;
     r->megabytes = (r->file ? (double)file_bytes(r->file) / 1e6 : 0.0) + (r->floats ? whole : 0.0);
-    if (!exists(path)) return SDQ_OK;
-    TRY(read_text(j, path, &text, NULL));
-    t = (double *)own(j, (most + strlen(text) / 4) * sizeof *t);
-    for (s = text; (t[n] = strtod(s, &end)), end != s; s = end) n++;
-    return sdq_percentile(j->ctx, t, n, 50.0, &r->seconds);
+}
+
+/* Seconds per evaluation: complete runs of all rows in turn, so that a slow moment of the machine
+ * hits all of them; the median counts. */
+static sdq_status eval_times(eval *e) {
+    job *j = e->j;
+    sdq_pipeline **pipe = (sdq_pipeline **)own(j, e->n * sizeof *pipe);
+    double *t;
+    size_t i, k, rounds = 0;
+    sdq_status st = SDQ_OK;
+    TRY(arg_size(j, "timing-runs", &rounds));
+    t = (double *)own(j, (e->n * rounds + 1) * sizeof *t);
+    for (i = 0; i < e->n && rounds && st == SDQ_OK; i++) {
+        sdq_pipeline_desc pd;
+        memset(&pd, 0, sizeof pd);
+        pd.unet_int8 = e->r[i].file;
+        st = sdq_pipeline_load(j->ctx, e->model, &pd, &pipe[i]);
+    }
+    progress_begin(j);
+    for (k = 0; k < rounds && st == SDQ_OK; k++)
+        for (i = 0; i < e->n && st == SDQ_OK; i++) {
+            const sdq_mark mark = sdq_arena_mark(j->ctx);
+            sdq_txt2img_desc d = e->d;
+            double start = now();
+            d.prompt = e->prompt[0][0];
+            eval_precision(&e->r[i], &d);
+            if (!sdq_txt2img_latents(j->ctx, pipe[i], &d, NULL, NULL)) st = sdq_last_error(j->ctx);
+            t[i * rounds + k] = (now() - start) / (double)e->r[i].evals;
+            sdq_arena_release(j->ctx, mark);
+            if (progress(j, "time", k * e->n + i + 1, rounds * e->n, 0.0) && st == SDQ_OK)
+                st = fail(j, "stopped; the same command goes on");
+        }
+    for (i = 0; i < e->n; i++) {
+        if (rounds && st == SDQ_OK)
+            st = sdq_percentile(j->ctx, t + i * rounds, rounds, 50.0, &e->r[i].seconds);
+        sdq_pipeline_free(j->ctx, pipe[i]);
+    }
+    return st;
 }
 
 /* Everything about one row. */
@@ -580,8 +648,8 @@ static sdq_status eval_row_run(eval *e, eval_result *r) {
     TRY(eval_median_interval(e, r->psnr, e->count[0], &r->psnr_low, &r->psnr_high));
     TRY(eval_frechet(e, r));
     TRY(eval_nearest(e, r));
-    TRY(eval_gain(e, r));
-    return eval_costs(e, r);
+    eval_size(e, r);
+    return eval_gain(e, r);
 }
 
 /* ===========================================================================
@@ -1069,6 +1137,7 @@ static sdq_status cmd_eval(job *j) {
         TRY(eval_row_run(e, &e->r[i]));
         note(j, "%s: PSNR %.2f dB", e->r[i].row.name, e->r[i].psnr_median);
     }
+    TRY(eval_times(e));
     eval_table_head(stdout);
     for (i = 0; i < e->n; i++) eval_table_row(stdout, &e->r[i]);
     eval_table_note(e, stdout);
