@@ -346,7 +346,11 @@ typedef struct sdq_layer_desc {
     int no_bias;
 } sdq_layer_desc;
 
+/* A layer of zeros with int8 enabled and no ranges yet; on the heap.
+ *   out   the layer, NULL on failure; free with sdq_layer_free
+ * SDQ_ERR_ARGUMENT: no channels, a kernel over 3, a stride with a 1x1 kernel. */
 SDQ_API sdq_status sdq_layer_create(sdq_ctx *ctx, const sdq_layer_desc *desc, sdq_layer **out);
+/* layer may be NULL. */
 SDQ_API void sdq_layer_free(sdq_ctx *ctx, sdq_layer *layer);
 /* y = conv(x, w) + b (+ residual). x [..,in] for a 1x1 kernel, [n,h,w,in] otherwise; residual
  * NULL or shaped like y. The mode decides which weights and which kernels are used. */
@@ -379,6 +383,7 @@ typedef struct sdq_quant {
     int learn_scales;           /* static input scales and fixed weight scales get gradients */
 } sdq_quant;
 
+/* The settings of a layer. */
 SDQ_API sdq_quant sdq_layer_quant(const sdq_layer *layer);
 /* Change the settings; forgets the observed ranges. Only for a layer with float weights. */
 SDQ_API sdq_status sdq_layer_set_quant(sdq_ctx *ctx, sdq_layer *layer, const sdq_quant *quant);
@@ -898,8 +903,8 @@ SDQ_API sdq_status sdq_optim_create(sdq_ctx *ctx, const sdq_optim_desc *desc, sd
 SDQ_API void sdq_optim_free(sdq_ctx *ctx, sdq_optim *optim);
 /* Train a leaf: it gets a gradient on the heap and needs_grad. The tensor must outlive the
  * optimizer. name: in state files, unique; copied. lr_scale: 0 = 1. decay: 0 takes the tensor out of
- * weight decay. floor > 0: the values are scales, positive and of very different sizes: AdamW moves
- * their logarithm, a step of 0.01 is one per cent, and they are kept >= floor; 0: numbers as usual. */
+ * weight decay. floor > 0: the values are scales, positive and of very different sizes: AdamW
+ * moves their logarithm (a step of 0.01 is one per cent), and they are kept >= floor. */
 SDQ_API sdq_status sdq_optim_add(sdq_ctx *ctx, sdq_optim *optim, sdq_tensor *leaf, const char *name,
                                  float lr_scale, float floor, int decay);
 /* Clip, update, clear the gradients. SDQ_ERR_NUMERIC if the gradient is not finite: nothing was

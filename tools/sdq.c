@@ -820,7 +820,7 @@ static const flag train_flags[] = {
     {"batch", "N", NULL, "vae 16, t2i 32, qat 4"},
     {"accumulate", "N", "1", "batches per step"},
     {"lr", "X", NULL, "vae 2e-3, t2i 8e-4, qat 1e-5"},
-    {"scale-lr", "X", "1", "qat: rate of learned scales, times --lr"},
+    {"scale-lr", "X", "1000", "qat: rate of learned scales, times --lr: relative steps"},
     {"schedule", "constant|cosine", NULL, "vae, t2i cosine; qat constant"},
     {"warmup", "N", NULL, "vae, t2i 200; qat 0"},
     {"beta1", "X", "0.9", NULL},
@@ -1061,7 +1061,7 @@ static sdq_status read_maps(job *j, sdq_distill_task *task) {
 
 static sdq_status train_qat(job *j, trainer *t) {
     sdq_distill_task task;
-    float scale_lr = 1.0f;
+    float scale_lr = 1000.0f;
     quantizer q;
     TRY(quantizer_read_flags(j, &q, t->model));
     q.batch = t->p.batch;
