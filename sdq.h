@@ -80,8 +80,8 @@
  *     are float: all, none, the first and last k, or the schedule stored with the int8 file. The
  *     same seed gives the picture that diffusers gives on a CPU (up to float rounding).
  *     Prompts become the ids of transformers' CLIPTokenizerFast. Its slow CLIPTokenizer, which some
- *     installations of diffusers load, differs on accents that are not composed, on ideographs and
- *     on some punctuation: the picture is then another one.
+ *     installations of diffusers load, differs on ideographs, on control and invisible characters
+ *     and on a final sigma: the picture is then another one.
  *
  * Quantizing
  *     sdq_recipe_default() or _reference() -> sdq_recipe_apply(unet) -> sdq_states_collect (the
