@@ -79,6 +79,9 @@
  *     scheduler/. sdq_txt2img draws. desc.precision says which evaluations of the denoising loop
  *     are float: all, none, the first and last k, or the schedule stored with the int8 file. The
  *     same seed gives the picture that diffusers gives on a CPU (up to float rounding).
+ *     Prompts become the ids of transformers' CLIPTokenizerFast. Its slow CLIPTokenizer, which some
+ *     installations of diffusers load, differs on ideographs, on control and invisible characters
+ *     and on a final sigma: the picture is then another one.
  *
  * Quantizing
  *     sdq_recipe_default() or _reference() -> sdq_recipe_apply(unet) -> sdq_states_collect (the
@@ -112,6 +115,17 @@
  *     sentence that names file, tensor, what was expected and what was found, until
  *     sdq_clear_error. While an error stands, ops do nothing, so a formula needs one check at its
  *     end.
+ *
+ * Files
+ *     Float models are diffusers folders. A quantized UNet is one safetensors file; >>convert lists
+ *     its arrays. Its metadata says sdq.config, sdq.layer.NAME, sdq.recipe, sdq.schedule, and two
+ *     hashes of 16 hexadecimal digits: sdq.source of the float UNet's weights as they were loaded
+ *     (F32, F16 and BF16 copies of equal values are the same; zeros: they came from no file), and
+ *     sdq.hash of all arrays and all other metadata. Both are sums, modulo 2^64, of one hash per
+ *     array (name, shape, values, floats as F32) and per pair, so no order matters. The hash takes
+ *     words w of 8 bytes, little endian, the last filled with zeros, into four lanes in turn:
+ *         h = (h ^ w) 0x9e3779b97f4a7c15,  h ^= h >> 32
+ *     and joins the lanes and the length in the same way: sdq__u_hash is the definition.
  *
  * Options, defined before the implementation is included
  *     SDQ_STATIC         all functions private to this file
@@ -204,7 +218,7 @@ typedef struct sdq_ctx sdq_ctx;
 
 typedef struct sdq_ctx_desc {
     sdq_tier tier;      /* AUTO: the best one this CPU and OS can run; others are caps */
-    int threads;        /* 0: all processors OpenMP reports; without OpenMP always 1 */
+    int threads;        /* 0: all processors OpenMP reports; without OpenMP always 1; <= 1024 */
     void *(*alloc)(void *user, size_t bytes);   /* NULL: malloc, free */
     void (*release)(void *user, void *p);
     void *user;
@@ -514,8 +528,9 @@ typedef struct sdq_tokenizer_desc {
     const char *word_end;       /* mark of a word's last symbol; NULL: "</w>" */
 } sdq_tokenizer_desc;
 
-/* Load a CLIP tokenizer folder: vocab.json and merges.txt; tokenizer_config.json and
- * special_tokens_map.json when they are there.
+/* Load a CLIP tokenizer folder: vocab.json and merges.txt; tokenizer_config.json,
+ * special_tokens_map.json and added_tokens.json when they are there. Ids are those of
+ * transformers' CLIPTokenizerFast; see the manual for where CLIPTokenizer differs.
  *   out    NULL on failure; free with sdq_tokenizer_free. Constant, may be shared.
  * Errors: SDQ_ERR_IO, _FORMAT, _MISSING, _OOM. */
 SDQ_API sdq_status sdq_tokenizer_load(sdq_ctx *ctx, const char *folder, sdq_tokenizer **out);
@@ -661,6 +676,7 @@ SDQ_API void sdq_scheduler_free(sdq_ctx *ctx, sdq_scheduler *s);
  *          was written for
  * Settings that would change the pictures and are not implemented are refused by name:
  * trained_betas, thresholding, rescale_betas_zero_snr, skip_prk_steps false for PNDM, ..
+ * A bare scheduler: see sdq_pipeline_scheduler for what a pipeline makes of it.
  * steps stays 0. Errors: SDQ_ERR_FORMAT, _UNSUPPORTED, _ARGUMENT, _OOM. */
 SDQ_API sdq_status sdq_scheduler_desc_from_json(sdq_ctx *ctx, const char *text, size_t len,
                                                 const char *what, sdq_scheduler_kind kind,
@@ -809,7 +825,8 @@ typedef struct sdq_model_info {
     size_t context;         /* channels of the text: text encoder, UNet */
     size_t latent;          /* VAE: channels of the latent */
     size_t factor;          /* VAE: pixels per latent pixel; UNet: halvings, as a factor */
-    size_t sample_size;     /* side of the samples it was trained for; 0 when not said */
+    size_t sample_size;     /* side of the samples it is made for; 0 when not said */
+    size_t sample_width;    /* UNet: the same, unless sample_size is the height of a list */
     size_t vocab, tokens;   /* text encoder: ids and positions */
     size_t guidance;        /* UNet: > 0 when it takes the guidance scale as an input (LCM) */
     float scaling_factor;   /* VAE: latents are multiplied by it for the UNet */
@@ -997,7 +1014,7 @@ typedef struct sdq_pipeline {
     sdq_model *text, *vae;
     sdq_model *unet;            /* the float network; NULL if only the int8 one was loaded */
     sdq_model *unet_int8;       /* NULL: not quantized */
-    sdq_scheduler_desc scheduler;   /* of scheduler_config.json */
+    char *scheduler;            /* text of scheduler_config.json: sdq_pipeline_scheduler reads it */
     struct sdq_policy *policy;  /* of the int8 file: its precision schedule; may be NULL */
     char *folder;
 } sdq_pipeline;
@@ -1019,6 +1036,11 @@ typedef struct sdq_pipeline_desc {
     int trainable;              /* keep the weights of the float UNet as they are: for training,
                                  * FAKE mode and saving. 0: they are packed for the kernels */
 } sdq_pipeline_desc;
+/* Load everything that drawing needs: tokenizer/, text_encoder/, vae/, unet/ and scheduler/.
+ *   desc   NULL or zeros: the float UNet alone. Not kept.
+ *   out    NULL on failure; free with sdq_pipeline_free
+ * Networks that do not fit together are refused; a scheduler that cannot be had only when it is
+ * asked for. Errors: those of sdq_model_load, sdq_tokenizer_load, sdq_model_load_int8. */
 SDQ_API sdq_status sdq_pipeline_load(sdq_ctx *ctx, const char *folder,
                                      const sdq_pipeline_desc *desc, sdq_pipeline **out);
 SDQ_API void sdq_pipeline_free(sdq_ctx *ctx, sdq_pipeline *pipeline);
@@ -1040,6 +1062,7 @@ typedef struct sdq_step_info {
     const sdq_tensor *x, *eps;      /* after guidance */
     const sdq_tensor *input, *raw;  /* both guidance branches, as the network saw and said it */
     const sdq_tensor *context;      /* of both branches */
+    const float *guidance;          /* what the network was told as guidance scale; mostly NULL */
 } sdq_step_info;
 typedef int (*sdq_step_fn)(void *user, const sdq_step_info *info);
 
@@ -1047,11 +1070,12 @@ typedef struct sdq_txt2img_desc {
     const char *prompt, *negative;      /* NULL: "" */
     size_t width, height;               /* pixels; 0: the model's own size */
     size_t steps;                       /* 0: 50 */
-    float guidance;                     /* 0: 7.5; 1 or less than 1: no guidance */
+    float guidance;                     /* 0: 7.5; 1 or less than 1: no guidance. Networks that
+                                         * take it as an input (info.guidance > 0) see any value */
     uint64_t seed;
     sdq_rng_kind rng;
     sdq_scheduler_kind scheduler;       /* DEFAULT: the folder's */
-    int karras;
+    int karras;                         /* Euler and DPM-Solver++; other kinds are refused */
     size_t count; /* pictures; 0: 1. Drawn from one stream, as diffusers does */
     sdq_precision precision;
     size_t k_first, k_last;
@@ -1064,12 +1088,21 @@ typedef struct sdq_txt2img_desc {
     void *user;
 } sdq_txt2img_desc;
 
+/* The scheduler of a drawing: desc->scheduler reads the folder's scheduler_config.json as
+ * diffusers' from_config does in StableDiffusionPipeline, where steps_offset has become 1 and
+ * clip_sample false; steps and karras are those of desc.
+ *   desc   NULL: the folder's own scheduler with its default steps
+ * Errors: SDQ_ERR_UNSUPPORTED, _ARGUMENT, _FORMAT, _OOM: see sdq_scheduler_desc_from_json. */
+SDQ_API sdq_status sdq_pipeline_scheduler(sdq_ctx *ctx, const sdq_pipeline *pipeline,
+                                          const sdq_txt2img_desc *desc, sdq_scheduler_desc *out);
+
 /* Denoise: the latents of the pictures, [count,h,w,4] in the arena. *float_count: NULL or receives
  * the number of float evaluations. notice: NULL or receives a sentence worth showing, or "". */
 SDQ_API sdq_tensor *sdq_txt2img_latents(sdq_ctx *ctx, const sdq_pipeline *pipeline,
                                         const sdq_txt2img_desc *desc, size_t *float_count,
                                         const char **notice);
-/* Latents to pictures of 8 bits; images: `count` structs to fill, free each with sdq_image_free. */
+/* Latents to pictures of 8 bits; images: `count` structs to fill, free each with sdq_image_free.
+ * Values that are not finite are SDQ_ERR_NUMERIC, here and above. */
 SDQ_API sdq_status sdq_decode_latents(sdq_ctx *ctx, const sdq_pipeline *pipeline,
                                       sdq_tensor *latents, sdq_image *images);
 /* Both. */
@@ -1178,7 +1211,10 @@ SDQ_API sdq_status sdq_model_freeze(sdq_ctx *ctx, sdq_model *model);
 SDQ_API sdq_status sdq_model_save_int8(sdq_ctx *ctx, const sdq_model *unet, const char *path,
                                        const sdq_policy *policy, const char *recipe);
 /*   folder   of the pipeline: its unet/config.json must be the one the file was made with
- *   policy   NULL or receives the schedule (count 0 if there is none) */
+ *   policy   NULL or receives the schedule (count 0 if there is none)
+ * A file whose hash is missing or wrong, with values that are not finite or arrays that have no
+ * place is refused: SDQ_ERR_FORMAT, _MISSING, _SHAPE, _NUMERIC. Whether it was made from the float
+ * weights of that folder is checked by sdq_pipeline_load, where both are used. */
 SDQ_API sdq_status sdq_model_load_int8(sdq_ctx *ctx, const char *folder, const char *path,
                                        sdq_model **out, sdq_policy *policy);
 
@@ -1211,6 +1247,7 @@ SDQ_API sdq_status sdq_schedule_search(sdq_ctx *ctx, const sdq_pipeline *pipelin
 #define SDQ_SELF "sdq.h"    /* renamed the file? define SDQ_SELF as its new name */
 #endif
 
+#include <float.h>
 #include <limits.h>
 #include <math.h>
 #include <stdarg.h>
@@ -1321,6 +1358,40 @@ static uint16_t sdq__u_to_bf16(float x) {
     const uint32_t u = sdq__u_bits(x);
     if ((u & 0x7fffffffu) > 0x7f800000u) return (uint16_t)((u >> 16) | 0x40u);
     return (uint16_t)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+
+/* One word into a hash: a bijection of the word, and of the hash. */
+static uint64_t sdq__u_mix(uint64_t h, uint64_t word) {
+    h = (h ^ word) * UINT64_C(0x9e3779b97f4a7c15);      /* 2^64 / golden ratio */
+    return h ^ (h >> 32);
+}
+
+/* 64-bit hash of bytes, from a start value: words of 8 bytes (little endian, the last filled with
+ * zeros) go into four lanes in turn, so that processors can overlap them; the lanes and the length
+ * are joined at the end. A change within one word can not go unseen. No protection against malice.
+ */
+static uint64_t sdq__u_hash(uint64_t h, const void *data, size_t n) {
+    const unsigned char *p = (const unsigned char *)data;
+    uint64_t lane[4], w[4] = {0, 0, 0, 0};
+    size_t i, k;
+    for (k = 0; k < 4; k++) lane[k] = h + k;
+    for (i = 0; i + 32 <= n; i += 32) {
+        memcpy(w, p + i, 32);
+        for (k = 0; k < 4; k++) lane[k] = sdq__u_mix(lane[k], w[k]);
+    }
+    memset(w, 0, sizeof w);
+    if (n > i) memcpy(w, p + i, n - i);
+    for (k = 0; k < 4; k++) h = sdq__u_mix(h, sdq__u_mix(lane[k], w[k]));
+    return sdq__u_mix(h, (uint64_t)n);
+}
+
+/* The same over a name, a shape and the values; sums of these do not depend on an order. */
+static uint64_t sdq__u_hash_array(const char *name, size_t rank, const size_t *dim,
+                                  const void *data, size_t bytes) {
+    uint64_t h = sdq__u_hash(0, name, strlen(name));
+    size_t i;
+    for (i = 0; i < rank; i++) h = sdq__u_mix(h, (uint64_t)dim[i]);
+    return sdq__u_hash(sdq__u_mix(h, (uint64_t)rank), data, bytes);
 }
 
 static size_t sdq__u_dtype_size(sdq_dtype d) {
@@ -1836,6 +1907,7 @@ SDQ_API sdq_status sdq_ctx_create(const sdq_ctx_desc *desc, sdq_ctx **out) {
     ctx->k = sdq__k_table(ctx->tier);
 #ifdef _OPENMP
     ctx->threads = d.threads ? d.threads : omp_get_num_procs();
+    if (ctx->threads > 1024) ctx->threads = 1024;       /* libgomp ends the process when it fails */
 #else
     ctx->threads = 1;
 #endif
@@ -6182,10 +6254,10 @@ done:
 /* The first of the names under which a checkpoint may be stored; *path NULL when none exists. */
 static sdq_status sdq__st_set_path(sdq_ctx *ctx, const char *stem, const char *variant,
                                    char **path) {
-    static const char *const pattern[5][2] = {
+    static const char *const pattern[6][2] = {
         {".", ".safetensors"}, {".safetensors.index.", ".json"},    /* with the variant */
         {".safetensors", ""}, {".safetensors.index.json", ""},
-        {".fp16.safetensors", ""}                           /* nothing else was downloaded */
+        {".fp16.safetensors", ""}, {".safetensors.index.fp16.json", ""}     /* nothing else */
     };
     size_t i;
     *path = NULL;
@@ -6193,7 +6265,7 @@ static sdq_status sdq__st_set_path(sdq_ctx *ctx, const char *stem, const char *v
         *path = sdq__strdup(ctx, stem);
         return *path ? SDQ_OK : SDQ_ERR_OOM;
     }
-    for (i = variant && *variant ? 0 : 2; i < 5; i++) {
+    for (i = variant && *variant ? 0 : 2; i < SDQ__COUNT(pattern); i++) {
         sdq__str s;
         memset(&s, 0, sizeof s);
         sdq__str_format(ctx, &s, "%s%s%s%s", stem, pattern[i][0], i < 2 ? variant : "",
@@ -6206,7 +6278,7 @@ static sdq_status sdq__st_set_path(sdq_ctx *ctx, const char *stem, const char *v
 }
 
 /* Open STEM.VARIANT.safetensors (variant not NULL), STEM.safetensors, their .index.json of shards,
- * or STEM itself when it ends in .safetensors or .json; last, STEM.fp16.safetensors. */
+ * or STEM itself when it ends in .safetensors or .json; last, those of the variant fp16. */
 static sdq_status sdq__st_set_open(sdq_ctx *ctx, const char *stem, const char *variant,
                                    sdq__st_set **out) {
     sdq__st_set *s = SDQ__NEW(ctx, sdq__st_set);
@@ -8404,7 +8476,7 @@ SDQ_API sdq_status sdq_tokenizer_create(sdq_ctx *ctx, const char *merges, size_t
 
 typedef struct sdq__tok_folder {
     const char *path;
-    sdq__json *vocab, *config, *special;    /* the last two may be missing */
+    sdq__json *vocab, *config, *special, *added;    /* the last three may be missing */
     char *merges;
     size_t bytes;
 } sdq__tok_folder;
@@ -8431,6 +8503,7 @@ static sdq_status sdq__tok_open(sdq_ctx *ctx, sdq__tok_folder *f) {
     if (st != SDQ_OK) return st;
     SDQ__TRY(sdq__tok_open_json(ctx, f->path, "vocab.json", 1, &f->vocab));
     SDQ__TRY(sdq__tok_open_json(ctx, f->path, "tokenizer_config.json", 0, &f->config));
+    SDQ__TRY(sdq__tok_open_json(ctx, f->path, "added_tokens.json", 0, &f->added));
     return sdq__tok_open_json(ctx, f->path, "special_tokens_map.json", 0, &f->special);
 }
 
@@ -8461,19 +8534,34 @@ static sdq_status sdq__tok_resolve(sdq_ctx *ctx, sdq_tokenizer *t, const sdq__to
     return sdq__tok_add_special(ctx, t, text, *id);
 }
 
-/* vocab.json and the tokens added to it -> the map. */
-static sdq_status sdq__tok_names(sdq_ctx *ctx, sdq_tokenizer *t, const sdq__tok_folder *f,
-                                 sdq__tok_map *map) {
-    const sdq__json *added = sdq__js_get(f->config, "added_tokens_decoder"), *v;
+/* {"token": id, ..} -> the map; added: a token that the vocabulary's merges do not make. */
+static sdq_status sdq__tok_list(sdq_ctx *ctx, sdq_tokenizer *t, const sdq__tok_folder *f,
+                                const char *file, const sdq__json *list, int added,
+                                sdq__tok_map *map) {
+    const sdq__json *v;
     size_t id;
-    SDQ__TRY(sdq__tok_map_make(ctx, map, f->vocab->count + (added ? added->count : 0)));
-    for (v = f->vocab->child; v; v = v->next) {
+    for (v = list ? list->child : NULL; v; v = v->next) {
         if (!sdq__js_size(v, &id) || id >= SDQ__JSON_NODES)
-            return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s/vocab.json: the id of '%s' is none", f->path,
+            return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s/%s: the id of '%s' is none", f->path, file,
                              v->key);
         sdq__tok_map_add(map, v->key, strlen(v->key), (int32_t)id);
         t->vocab = sdq__u_max(t->vocab, id + 1);
+        if (added) SDQ__TRY(sdq__tok_add_special(ctx, t, v->key, (int32_t)id));
     }
+    return SDQ_OK;
+}
+
+/* vocab.json and the tokens added to it -> the map. added_tokens.json is older than
+ * added_tokens_decoder in the configuration and counts only without it, as in transformers. */
+static sdq_status sdq__tok_names(sdq_ctx *ctx, sdq_tokenizer *t, const sdq__tok_folder *f,
+                                 sdq__tok_map *map) {
+    const sdq__json *added = sdq__js_get(f->config, "added_tokens_decoder"), *v;
+    const sdq__json *older = added ? NULL : f->added;
+    size_t id;
+    SDQ__TRY(sdq__tok_map_make(ctx, map, f->vocab->count + (added ? added->count : 0)
+                                             + (older ? older->count : 0)));
+    SDQ__TRY(sdq__tok_list(ctx, t, f, "vocab.json", f->vocab, 0, map));
+    SDQ__TRY(sdq__tok_list(ctx, t, f, "added_tokens.json", older, 1, map));
     for (v = added ? added->child : NULL; v; v = v->next) {
         const char *text = sdq__js_string(v, "content", NULL), *digit = v->key;
         for (id = 0; *digit >= '0' && *digit <= '9' && id < SDQ__JSON_NODES; digit++)
@@ -8488,11 +8576,23 @@ static sdq_status sdq__tok_names(sdq_ctx *ctx, sdq_tokenizer *t, const sdq__tok_
     return SDQ_OK;
 }
 
+/* Ids per prompt: 77 when the file says nothing, or transformers' 10^30 for "unknown". */
+static sdq_status sdq__tok_max_length(sdq_ctx *ctx, sdq_tokenizer *t, const sdq__tok_folder *f) {
+    const sdq__json *v = sdq__js_get(f->config, "model_max_length");
+    t->length = 77;
+    if (!v || v->kind == SDQ__JS_NULL || (v->kind == SDQ__JS_NUMBER && v->num >= 1e29))
+        return SDQ_OK;
+    if (v->kind != SDQ__JS_NUMBER || !(v->num >= 2 && v->num <= 65536) || v->num != floor(v->num))
+        return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s/tokenizer_config.json: \"model_max_length\" "
+                         "must be a whole number of 2..65536", f->path);
+    t->length = (size_t)v->num;
+    return SDQ_OK;
+}
+
 static sdq_status sdq__tok_build(sdq_ctx *ctx, sdq_tokenizer *t, const sdq__tok_folder *f,
                                  sdq__tok_source *s) {
-    const double length = sdq__js_double(f->config, "model_max_length", 77);
     size_t count;
-    t->length = length >= 2 && length <= 65536 ? (size_t)length : 77;   /* 1e30 means unknown */
+    SDQ__TRY(sdq__tok_max_length(ctx, t, f));
     SDQ__TRY(sdq__tok_names(ctx, t, f, &s->map));
     SDQ__TRY(sdq__tok_reserve(ctx, t, sdq__tok_count_lines(f->merges, f->bytes)));
     SDQ__TRY(sdq__tok_read_merges(ctx, t, s, f->merges, f->bytes, &count));
@@ -8526,6 +8626,7 @@ done:
     sdq__free(ctx, s.map.slot);
     sdq__free(ctx, pool);
     sdq__free(ctx, f.merges);
+    sdq__js_free(ctx, f.added);
     sdq__js_free(ctx, f.special);
     sdq__js_free(ctx, f.config);
     sdq__js_free(ctx, f.vocab);
@@ -9140,6 +9241,7 @@ typedef struct sdq__param {
 struct sdq_model {
     sdq_model_info info;
     char *config;                       /* the text of config.json */
+    uint64_t source;                    /* hash of the float weights it was loaded or made from */
     sdq__param *param;
     size_t params, param_cap;
     sdq_layer **layer;
@@ -9221,6 +9323,17 @@ static size_t sdq__md_size_or_null(const sdq__builder *b, const char *key, size_
 }
 static float sdq__md_float(const sdq__builder *b, const char *key, double min, double max) {
     return (float)sdq__md_number(b, key, sdq__md_get(b, key), min, max, 0);
+}
+/* act_fn: SiLU, which diffusers also calls swish; capitals do not matter to it. */
+static void sdq__md_silu(const sdq__builder *b) {
+    const sdq__json *v = sdq__md_get(b, "act_fn");
+    const char *s = v && v->kind == SDQ__JS_STRING ? v->str : "";
+    char low[8] = "";
+    size_t i;
+    for (i = 0; s[i] && i + 1 < sizeof low; i++)
+        low[i] = s[i] >= 'A' && s[i] <= 'Z' ? (char)(s[i] - 'A' + 'a') : s[i];
+    if (strcmp(low, "silu") != 0 && strcmp(low, "swish") != 0)
+        sdq__md_refuse(b, "act_fn", v, "\"silu\" or \"swish\"");
 }
 static int sdq__md_flag(const sdq__builder *b, const char *key) {
     const sdq__json *v = sdq__md_get(b, key);
@@ -9363,7 +9476,8 @@ static sdq_status sdq__md_fits(sdq_ctx *ctx, const sdq__st_set *set, const sdq__
     if (e->dtype == SDQ_F32 || e->dtype == SDQ_F16 || e->dtype == SDQ_BF16 || e->dtype == SDQ_F64)
         return SDQ_OK;
     return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s: %s is stored as %s; a weight must be F32, F16, "
-                     "BF16 or F64", set->path, e->name, sdq_dtype_name(e->dtype));
+                     "BF16 or F64", set->path, e->name, e->dtype == SDQ_DTYPE_COUNT
+                     ? "a type that sdq cannot read (F8, F4, ..)" : sdq_dtype_name(e->dtype));
 }
 
 /* The entry of a parameter exists and has its shape. */
@@ -9730,7 +9844,7 @@ static const char sdq__tx_defaults[] = SDQ__MD_JSON({
     "architectures": "CLIPTextModel", "vocab_size": 49408, "hidden_size": 512,
     "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8,
     "max_position_embeddings": 77, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
-    "initializer_factor": 1.0, "model_type": "clip_text_model"});
+    "initializer_factor": 1.0, "model_type": "clip_text_model", "use_attention_mask": false});
 
 /* Normal weights: transformers' deviations for CLIP, smaller where layers add up. */
 static void sdq__tx_layer_build(sdq__builder *b, sdq__text_layer *l, size_t c, size_t wide,
@@ -9756,7 +9870,7 @@ static void sdq__tx_layer_build(sdq__builder *b, sdq__text_layer *l, size_t c, s
 }
 
 static void sdq__tx_build(sdq__builder *b) {
-    static const char *const fixed[] = {"architectures", "model_type"};
+    static const char *const fixed[] = {"architectures", "model_type", "use_attention_mask"};
     sdq_model_info *info = &b->model->info;
     const size_t c = sdq__md_size(b, "hidden_size", SDQ__MD_CHANNELS);
     const size_t wide = sdq__md_size(b, "intermediate_size", SDQ__MD_CHANNELS);
@@ -9855,7 +9969,7 @@ SDQ_API sdq_tensor *sdq_text_forward(sdq_ctx *ctx, const sdq_model *m, sdq_tenso
 #define SDQ__UN_SKIPS (SDQ__MD_LEVELS * (SDQ__MD_LAYERS + 1) + 1)
 
 typedef struct sdq__unet {
-    size_t levels, time_in;
+    size_t levels, time_in, least;          /* least: height and width that a sample must have */
     int flip;                               /* cosines before sines */
     double shift;
     sdq_layer *conv_in, *conv_out;
@@ -9890,7 +10004,7 @@ static const char sdq__un_defaults[] = SDQ__MD_JSON({
     "mid_block_only_cross_attention": null, "cross_attention_norm": null});
 
 static const char *const sdq__un_fixed[] = {
-    "_class_name", "act_fn", "addition_embed_type", "attention_type", "center_input_sample",
+    "_class_name", "addition_embed_type", "attention_type", "center_input_sample",
     "class_embed_type", "class_embeddings_concat", "conv_in_kernel", "conv_out_kernel",
     "cross_attention_norm", "dual_cross_attention", "encoder_hid_dim", "encoder_hid_dim_type",
     "mid_block_only_cross_attention", "mid_block_scale_factor", "num_class_embeds",
@@ -9936,6 +10050,7 @@ static void sdq__un_read(const sdq__builder *b, sdq__un_plan *p, sdq__unet *u) {
     const int named = heads && heads->kind != SDQ__JS_NULL;
     const size_t n = p->levels = u->levels = sdq__md_levels(b, p->channels);
     sdq__md_fixed(b, sdq__un_fixed, SDQ__COUNT(sdq__un_fixed));
+    sdq__md_silu(b);
     sdq__md_kinds(b, "down_block_types", "DownBlock2D", "CrossAttnDownBlock2D", n, p->cross_down);
     sdq__md_kinds(b, "up_block_types", "UpBlock2D", "CrossAttnUpBlock2D", n, p->cross_up);
     sdq__md_sizes(b, "layers_per_block", SDQ__MD_LAYERS - 1, n, p->layers);
@@ -9953,20 +10068,36 @@ static void sdq__un_read(const sdq__builder *b, sdq__un_plan *p, sdq__unet *u) {
                                  0, 1, 1);
     p->time = sdq__md_size_or_null(b, "time_embedding_dim", SDQ__MD_CHANNELS);
     if (p->time == 0) p->time = 4 * p->channels[0];
+    u->least = p->pad ? 1 : (size_t)1 << (n - 1);   /* without it every level halves downwards */
     u->time_in = p->channels[0];
     u->flip = sdq__md_flag(b, "flip_sin_to_cos");
     u->shift = (double)sdq__md_float(b, "freq_shift", 0, (double)(u->time_in / 2) - 0.5);
 }
 
+/* One side, a list of height and width, or null. StableDiffusionPipeline takes a side below 64 in
+ * a file of diffusers before 0.9 for a mistake that those versions made. */
+static void sdq__un_sample_size(const sdq__builder *b, sdq_model_info *info) {
+    const sdq__json *v = sdq__md_get(b, "sample_size");
+    const char *version = sdq__js_string(b->root, "_diffusers_version", "1");
+    size_t side[2] = {0, 0};
+    unsigned major = 0, minor = 0;
+    const int list = v && v->kind == SDQ__JS_ARRAY;
+    if (list && v->count != 2) sdq__md_refuse(b, "sample_size", v, "a side or [height, width]");
+    else if (list) sdq__md_sizes(b, "sample_size", SDQ__MD_CHANNELS, 2, side);
+    else side[0] = side[1] = sdq__md_size_or_null(b, "sample_size", SDQ__MD_CHANNELS);
+    if (!list && side[0] && side[0] < 64 && sscanf(version, "%u.%u", &major, &minor) == 2
+        && major == 0 && minor < 9) side[0] = side[1] = 64;
+    info->sample_size = side[0];
+    info->sample_width = side[1];
+}
+
 static void sdq__un_info(const sdq__builder *b, const sdq__un_plan *p, sdq_model_info *info) {
-    const sdq__json *size = sdq__md_get(b, "sample_size");
     info->in = sdq__md_size(b, "in_channels", SDQ__MD_CHANNELS);
     info->out = sdq__md_size(b, "out_channels", SDQ__MD_CHANNELS);
     info->context = p->context;
     info->factor = (size_t)1 << (p->levels - 1);
     info->guidance = sdq__md_size_or_null(b, "time_cond_proj_dim", SDQ__MD_CHANNELS);
-    if (size && size->kind == SDQ__JS_ARRAY) size = size->child;    /* [height, width] */
-    (void)sdq__js_size(size, &info->sample_size);
+    sdq__un_sample_size(b, info);
 }
 
 /* resnets.j of the current level, entered into the list of all. */
@@ -10134,7 +10265,12 @@ static sdq_tensor *sdq__un_time(sdq_ctx *ctx, const sdq_model *m, const float *t
         w = sdq_tensor_2d(ctx, n, m->info.guidance);
         if (!w) return NULL;
         for (i = 0; i < n; i++) {
-            const float g = guidance[i] >= -100.0f && guidance[i] <= 900.0f ? guidance[i] : 1.0f;
+            const float g = guidance[i];
+            if (!(g >= -900.0f && g <= 900.0f)) {   /* 1000 g: the same limit as a timestep's */
+                sdq__fail(ctx, SDQ_ERR_ARGUMENT, "UNet: guidance scale %g is not within +-900",
+                          (double)g);
+                return NULL;
+            }
             sdq__un_waves(sdq_f32(w) + i * w->dim[1], w->dim[1], (g - 1.0f) * 1000.0f, 1.0, 0);
         }
         x = sdq_layer_forward(ctx, u->cond, w, x, mode);
@@ -10453,6 +10589,10 @@ static sdq_status sdq__un_check(sdq_ctx *ctx, const sdq_model *m, const sdq_unet
     if (!in) return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "UNet: the input is NULL");
     if (!sdq__md_check(ctx, "UNet: sample", in->sample, 4, m->info.in)) return ctx->status;
     n = in->sample->dim[0];
+    if (sdq__u_min(in->sample->dim[1], in->sample->dim[2]) < m->unet->least)
+        return sdq__fail(ctx, SDQ_ERR_SHAPE, "UNet: a sample of %zux%zu; this network "
+                         "(\"downsample_padding\" 0) needs at least %zu each way",
+                         in->sample->dim[1], in->sample->dim[2], m->unet->least);
     if (!in->timesteps) return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "UNet: timesteps is NULL");
     if (in->guidance && !m->info.guidance)
         return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "UNet: this network has no guidance input "
@@ -10607,11 +10747,12 @@ static void sdq__va_decoder_build(sdq__builder *b, const sdq__va_plan *p, sdq__v
 }
 
 static void sdq__va_read(sdq__builder *b, sdq__va_plan *p) {
-    static const char *const fixed[] = {"_class_name", "act_fn", "latents_mean", "latents_std",
+    static const char *const fixed[] = {"_class_name", "latents_mean", "latents_std",
                                         "shift_factor"};
     sdq_model_info *info = &b->model->info;
     int same[SDQ__MD_LEVELS];
     sdq__md_fixed(b, fixed, SDQ__COUNT(fixed));
+    sdq__md_silu(b);
     p->levels = sdq__md_levels(b, p->channels);
     sdq__md_kinds(b, "down_block_types", "DownEncoderBlock2D", "DownEncoderBlock2D", p->levels,
                   same);
@@ -10897,10 +11038,25 @@ static sdq_status sdq__md_surplus(sdq_ctx *ctx, const sdq__st_set *set, const sd
     return SDQ_OK;
 }
 
+/* A hash of the weights as they were loaded: float, in the order of this library. How the file
+ * stored them does not matter. Never 0, which says that they came from no file. */
+static uint64_t sdq__md_hash(const sdq_model *m) {
+    uint64_t h = 0;
+    size_t i;
+    for (i = 0; i < m->params; i++) {
+        const sdq__param *p = &m->param[i];
+        const size_t count = p->dim[0] * p->dim[1] * p->dim[2] * p->dim[3];
+        h += sdq__u_hash_array(p->name, (size_t)p->rank, p->dim, sdq__md_tensor(p)->data,
+                               count * sizeof(float));
+    }
+    return h ? h : 1;
+}
+
 static sdq_status sdq__md_fill(sdq_ctx *ctx, sdq_model *m, const sdq__st_set *set) {
     size_t i;
     for (i = 0; i < m->params; i++)
         SDQ__TRY(sdq__md_read(ctx, &m->param[i], sdq__md_find(set, m, m->param[i].name)));
+    if (m->info.part == SDQ_PART_UNET) m->source = sdq__md_hash(m);     /* the one for int8 files */
     return sdq__st_set_count(set) == m->params ? SDQ_OK : sdq__md_surplus(ctx, set, m);
 }
 
@@ -11147,8 +11303,7 @@ SDQ_API sdq_status sdq_model_set_scaling(sdq_ctx *ctx, sdq_model *m, float scali
  * these compute in double (cumulative product, interpolation, Karras sigmas) so does this.
  * Logarithms and exponentials are the exact ones of >>random, rounded to float, so that
  * the numbers are equal on every machine. No Runge-Kutta start for PNDM (Stable Diffusion does not
- * use it), no thresholding, no third order. One deviation: numpy's rounding makes "trailing" with
- * 62 of the step counts below 1001 (61, 103, ..) one timestep too long, ending at -1: here it is N.
+ * use it), no thresholding, no third order.
  * ======================================================================== */
 
 #define SDQ__SCH_TRAIN_MAX ((size_t)1 << 20)
@@ -11244,6 +11399,28 @@ static const char *sdq__sch_wrong(const sdq_scheduler_desc *d) {
         return "LCM can take at most lcm_steps steps";
     if (!(d->timestep_scaling > 0)) return "timestep_scaling must be positive";
     return NULL;
+}
+
+/* numpy.arange(T, 0, -T/N) has ceil(T / (T/N)) numbers: in floating point one more than N for 62 of
+ * the N up to 1000 (61, 103, ..). diffusers then evaluates once more, at timestep -1. */
+static int sdq__sch_overruns(const sdq_scheduler_desc *d) {
+    const double total = (double)d->train_steps, steps = (double)d->steps;
+    return d->kind != SDQ_LCM && d->spacing == SDQ_SPACING_TRAILING
+        && ceil(total / (total / steps)) != steps;
+}
+
+/* What is possible but not here. */
+static sdq_status sdq__sch_unsupported(sdq_ctx *ctx, const sdq_scheduler_desc *d) {
+    if (d->prediction == SDQ_PREDICT_SAMPLE && (d->kind == SDQ_PNDM || d->kind == SDQ_EULER_A))
+        return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "scheduler %s: a network that predicts the "
+                         "sample is not supported; use ddim, euler, dpmpp2m or lcm",
+                         sdq_scheduler_name(d->kind));
+    if (sdq__sch_overruns(d))
+        return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "scheduler %s: \"timestep_spacing\" trailing "
+                         "with %zu steps has a timestep too many, -1, by a rounding error in "
+                         "diffusers; use another number of steps", sdq_scheduler_name(d->kind),
+                         d->steps);
+    return SDQ_OK;
 }
 
 /* beta as torch.linspace in float: from both ends towards the middle; a[t] as torch.cumprod: summed
@@ -11388,10 +11565,7 @@ SDQ_API sdq_status sdq_scheduler_create(sdq_ctx *ctx, const sdq_scheduler_desc *
     sdq_status st = SDQ_ERR_OOM;
     *out = NULL;
     if (wrong) return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "scheduler: %s", wrong);
-    if (d.prediction == SDQ_PREDICT_SAMPLE && (d.kind == SDQ_PNDM || d.kind == SDQ_EULER_A))
-        return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "scheduler %s: a network that predicts the "
-                         "sample is not supported; use ddim, euler, dpmpp2m or lcm",
-                         sdq_scheduler_name(d.kind));
+    SDQ__TRY(sdq__sch_unsupported(ctx, &d));
     s = SDQ__NEW(ctx, sdq_scheduler);
     if (!s) return SDQ_ERR_OOM;
     s->d = d;
@@ -11809,14 +11983,16 @@ static sdq_status sdq__sch_word(sdq_ctx *ctx, const sdq__json *root, const char 
                      v->kind == SDQ__JS_STRING ? v->str : "");
 }
 
+static const char *const sdq__sch_classes[SDQ_SCHEDULER_COUNT] = {
+    NULL, "PNDMScheduler", "DDIMScheduler", "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "LCMScheduler"};
+
 static sdq_status sdq__sch_kind_of(sdq_ctx *ctx, const sdq__json *root, const char *what,
                                    sdq_scheduler_kind *kind) {
-    static const char *const classes[SDQ_SCHEDULER_COUNT] = {
-        NULL, "PNDMScheduler", "DDIMScheduler", "EulerDiscreteScheduler",
-        "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "LCMScheduler"};
     int k = 0;
     if (*kind != SDQ_SCHEDULER_DEFAULT) return SDQ_OK;
-    SDQ__TRY(sdq__sch_word(ctx, root, what, "_class_name", classes, SDQ_SCHEDULER_COUNT, &k));
+    SDQ__TRY(sdq__sch_word(ctx, root, what, "_class_name", sdq__sch_classes, SDQ_SCHEDULER_COUNT,
+                           &k));
     if (k == 0) return sdq__fail(ctx, SDQ_ERR_MISSING, "%s: \"_class_name\" is missing; name the "
                                  "scheduler yourself", what);
     *kind = (sdq_scheduler_kind)k;
@@ -11906,6 +12082,18 @@ static sdq_status sdq__sch_read(sdq_ctx *ctx, const sdq__json *root, const char 
     return SDQ_OK;
 }
 
+/* What StableDiffusionPipeline does to the scheduler that it is given: steps_offset becomes 1 and
+ * clip_sample false, whether the file says otherwise or the defaults of its class do. from_config
+ * then hands on what the file says, corrected, but to another class not the defaults of the first.
+ * Returns whether that changes anything. */
+static int sdq__sch_adopt(const sdq__json *root, sdq_scheduler_desc *d) {
+    const sdq_scheduler_desc before = *d;
+    const int own = !strcmp(sdq__js_string(root, "_class_name", ""), sdq__sch_classes[d->kind]);
+    if (own || sdq__js_get(root, "steps_offset")) d->steps_offset = 1;
+    if (own || sdq__js_get(root, "clip_sample")) d->clip_sample = 0;
+    return d->steps_offset != before.steps_offset || d->clip_sample != before.clip_sample;
+}
+
 /* diffusers writes "lambda_min_clipped": -Infinity, its default, which is not JSON. A copy of the
  * text with that word, outside strings, as null; NULL when out of memory. */
 static char *sdq__sch_plain_json(sdq_ctx *ctx, const char *text, size_t len) {
@@ -11925,16 +12113,16 @@ static char *sdq__sch_plain_json(sdq_ctx *ctx, const char *text, size_t len) {
     return copy;
 }
 
-SDQ_API sdq_status sdq_scheduler_desc_from_json(sdq_ctx *ctx, const char *text, size_t len,
-                                                const char *what, sdq_scheduler_kind kind,
-                                                sdq_scheduler_desc *out) {
+/* adopted: NULL, or as StableDiffusionPipeline has it; receives whether that differs. */
+static sdq_status sdq__sch_from_json(sdq_ctx *ctx, const char *text, size_t len, const char *what,
+                                     sdq_scheduler_kind kind, int *adopted,
+                                     sdq_scheduler_desc *out) {
     sdq__json *root = NULL;
     char *plain = NULL;
     sdq_scheduler_desc d;
     sdq_status st;
     memset(out, 0, sizeof *out);
     memset(&d, 0, sizeof d);
-    if (!what) what = "scheduler_config.json";
     if ((unsigned)kind >= (unsigned)SDQ_SCHEDULER_COUNT)
         return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "%s: unknown scheduler kind %d", what, (int)kind);
     d.kind = kind;
@@ -11948,17 +12136,26 @@ SDQ_API sdq_status sdq_scheduler_desc_from_json(sdq_ctx *ctx, const char *text, 
     SDQ__TRY_DONE(sdq__sch_kind_of(ctx, root, what, &d.kind));
     SDQ__TRY_DONE(sdq__sch_refuse(ctx, root, what, d.kind));
     SDQ__TRY_DONE(sdq__sch_read(ctx, root, what, &d));
+    if (adopted) *adopted = sdq__sch_adopt(root, &d);
     *out = d;
 done:
     sdq__js_free(ctx, root);
     sdq__free(ctx, plain);
     return st;
 }
+
+SDQ_API sdq_status sdq_scheduler_desc_from_json(sdq_ctx *ctx, const char *text, size_t len,
+                                                const char *what, sdq_scheduler_kind kind,
+                                                sdq_scheduler_desc *out) {
+    return sdq__sch_from_json(ctx, text, len, what ? what : "scheduler_config.json", kind, NULL,
+                              out);
+}
 /* ===========================================================================
  * >>pipeline   prompt -> tokens -> context -> denoising loop -> picture
  *
  * Guidance (Ho and Salimans, arXiv 2207.12598): eps = u + g (c - u); both branches are one batch
- * of two, negative prompt first. The order of random draws is that of diffusers on a CPU.
+ * of two, negative prompt first. A network distilled to take g as an input (LCM) has one branch
+ * and no negative prompt. The order of random draws is that of diffusers on a CPU.
  * ======================================================================== */
 
 SDQ_API void sdq_pipeline_free(sdq_ctx *ctx, sdq_pipeline *p) {
@@ -11969,23 +12166,83 @@ SDQ_API void sdq_pipeline_free(sdq_ctx *ctx, sdq_pipeline *p) {
     sdq_model_free(ctx, p->unet);
     sdq_model_free(ctx, p->unet_int8);
     sdq__free(ctx, p->policy);
+    sdq__free(ctx, p->scheduler);
     sdq__free(ctx, p->folder);
     sdq__free(ctx, p);
 }
 
-static sdq_status sdq__pl_load_scheduler(sdq_ctx *ctx, const char *folder,
-                                         sdq_scheduler_desc *out) {
-    char *path = sdq__io_join(ctx, folder, "/scheduler/", "scheduler_config.json");
-    char *text = NULL;
+static const char sdq__pl_config[] = "/scheduler/scheduler_config.json";
+
+/* The text is kept: each kind of scheduler reads it in its own way. */
+static sdq_status sdq__pl_load_scheduler(sdq_ctx *ctx, const char *folder, char **out) {
+    char *path = sdq__io_join(ctx, folder, sdq__pl_config, "");
     size_t len = 0;
     sdq_status st = path ? SDQ_OK : ctx->status;
+    if (st == SDQ_OK && !sdq__io_exists(path))
+        st = sdq__fail(ctx, SDQ_ERR_MISSING, "%s: is missing; it says how the network is to be "
+                       "used, so a pipeline's folder must have it", path);
+    if (st == SDQ_OK) st = sdq__io_read(ctx, path, (size_t)1 << 20, out, &len);
+    sdq__free(ctx, path);
+    return st;
+}
+
+static sdq_status sdq__pl_scheduler(sdq_ctx *ctx, const sdq_pipeline *p,
+                                    const sdq_txt2img_desc *d, sdq_scheduler_desc *out,
+                                    int *adopted) {
+    char *path = sdq__io_join(ctx, p->folder, sdq__pl_config, "");
+    sdq_status st = path ? SDQ_OK : ctx->status;
+    if (st == SDQ_OK)
+        st = sdq__sch_from_json(ctx, p->scheduler, strlen(p->scheduler), path,
+                                d ? d->scheduler : SDQ_SCHEDULER_DEFAULT, adopted, out);
+    sdq__free(ctx, path);
+    if (st != SDQ_OK || !d) return st;
+    out->steps = d->steps ? d->steps : 50;
+    if (!d->karras) return st;
+    out->karras = 1;
+    if (SDQ__SCH_SIG & SDQ__SCH_BIT(out->kind)) return st;
+    return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "scheduler %s: has no Karras sigmas; use them with "
+                     "euler or dpmpp2m", sdq_scheduler_name(out->kind));
+}
+
+SDQ_API sdq_status sdq_pipeline_scheduler(sdq_ctx *ctx, const sdq_pipeline *p,
+                                          const sdq_txt2img_desc *desc, sdq_scheduler_desc *out) {
+    int adopted;
     memset(out, 0, sizeof *out);
-    if (st == SDQ_OK && sdq__io_exists(path)) {
-        st = sdq__io_read(ctx, path, (size_t)1 << 20, &text, &len);
-        if (st == SDQ_OK)
-            st = sdq_scheduler_desc_from_json(ctx, text, len, path, SDQ_SCHEDULER_DEFAULT, out);
-    }
-    sdq__free(ctx, text);
+    return sdq__pl_scheduler(ctx, p, desc, out, &adopted);
+}
+
+/* The networks of a pipeline work on the same latents and texts. */
+static sdq_status sdq__pl_fits(sdq_ctx *ctx, const sdq_pipeline *p, const sdq_model *unet) {
+    const sdq_model_info u = sdq_model_get_info(unet), t = sdq_model_get_info(p->text);
+    const sdq_model_info v = sdq_model_get_info(p->vae);
+    const size_t length = sdq_tokenizer_length(p->tokenizer);
+    if (u.in != u.out)
+        return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s/unet/config.json: \"in_channels\" is %zu, "
+                         "\"out_channels\" %zu; text to picture needs them equal (this may be an "
+                         "inpainting or upscaling model)", p->folder, u.in, u.out);
+    if (u.in != v.latent)
+        return sdq__fail(ctx, SDQ_ERR_SHAPE, "%s: \"in_channels\" of unet/config.json is %zu, "
+                         "\"latent_channels\" of vae/config.json %zu; they must be equal",
+                         p->folder, u.in, v.latent);
+    if (u.context != t.context)
+        return sdq__fail(ctx, SDQ_ERR_SHAPE, "%s: \"cross_attention_dim\" of unet/config.json is "
+                         "%zu, \"hidden_size\" of text_encoder/config.json %zu; they must be equal",
+                         p->folder, u.context, t.context);
+    if (length > t.tokens)
+        return sdq__fail(ctx, SDQ_ERR_SHAPE, "%s: \"model_max_length\" of "
+                         "tokenizer/tokenizer_config.json is %zu (77 if it says nothing), "
+                         "\"max_position_embeddings\" of text_encoder/config.json only %zu",
+                         p->folder, length, t.tokens);
+    return SDQ_OK;
+}
+
+static sdq_status sdq__pl_is_folder(sdq_ctx *ctx, const char *folder) {
+    char *path = sdq__io_join(ctx, folder, "/tokenizer/vocab.json", "");
+    sdq_status st = path ? SDQ_OK : ctx->status;
+    if (path && !sdq__io_exists(path))
+        st = sdq__fail(ctx, SDQ_ERR_MISSING, "%s: is not the folder of a pipeline, which holds "
+                       "tokenizer/ (with vocab.json), text_encoder/, unet/, vae/ and scheduler/",
+                       *folder ? folder : "(empty path)");
     sdq__free(ctx, path);
     return st;
 }
@@ -12003,6 +12260,7 @@ SDQ_API sdq_status sdq_pipeline_load(sdq_ctx *ctx, const char *folder,
     p->folder = sdq__strdup(ctx, folder);
     tok = sdq__io_join(ctx, folder, "/tokenizer", "");
     st = ctx->status;
+    if (st == SDQ_OK) st = sdq__pl_is_folder(ctx, folder);
     if (st == SDQ_OK) st = sdq_tokenizer_load(ctx, tok, &p->tokenizer);
     if (st == SDQ_OK) st = sdq__pl_load_scheduler(ctx, folder, &p->scheduler);
     if (st == SDQ_OK) st = sdq_model_load(ctx, folder, SDQ_PART_TEXT, &p->text);
@@ -12016,6 +12274,12 @@ SDQ_API sdq_status sdq_pipeline_load(sdq_ctx *ctx, const char *folder,
     }
     if (st == SDQ_OK && !p->unet && !p->unet_int8)
         st = sdq__fail(ctx, SDQ_ERR_ARGUMENT, "%s: neither a float nor an int8 UNet was asked for",
+                       folder);
+    if (st == SDQ_OK && p->unet) st = sdq__pl_fits(ctx, p, p->unet);
+    if (st == SDQ_OK && p->unet_int8) st = sdq__pl_fits(ctx, p, p->unet_int8);
+    if (st == SDQ_OK && p->unet && p->unet_int8 && p->unet->source != p->unet_int8->source)
+        st = sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: was made from other float weights than those in "
+                       "%s/unet; quantize these, or load the int8 network alone", d.unet_int8,
                        folder);
     if (st == SDQ_OK) st = sdq_model_freeze(ctx, p->text);
     if (st == SDQ_OK) st = sdq_model_freeze(ctx, p->vae);
@@ -12108,18 +12372,30 @@ typedef struct sdq__pl_run {
     sdq_tensor *x;
     sdq_rng rng;
     size_t branches, count;
+    float *guidance;                /* of every entry, for networks that are told; else NULL */
     unsigned char is_float[1001];
 } sdq__pl_run;
+
+/* Two evaluations per step, with and without the prompt, unless the network takes the guidance
+ * scale as an input (time_cond_proj_dim) or there is no guidance. */
+static size_t sdq__pl_branches(const sdq_pipeline *p, float guidance) {
+    const sdq_model *unet = p->unet ? p->unet : p->unet_int8;
+    return guidance > 1.0f && !sdq_model_get_info(unet).guidance ? 2 : 1;
+}
 
 static sdq_status sdq__pl_caches(sdq_ctx *ctx, sdq__pl_run *r, sdq__pl_net *net) {
     const size_t n = sdq_scheduler_count(r->s);
     const sdq_mark mark = sdq_arena_mark(ctx);
-    float *t = SDQ__PUSH_N(ctx, float, n);
+    float *t = SDQ__PUSH_N(ctx, float, n), *g = SDQ__PUSH_N(ctx, float, n);
     sdq_status st = ctx->status;
     size_t i;
-    for (i = 0; t && i < n; i++) t[i] = sdq_scheduler_timestep(r->s, i);
+    for (i = 0; st == SDQ_OK && i < n; i++) {
+        t[i] = sdq_scheduler_timestep(r->s, i);
+        g[i] = r->d->guidance;
+    }
     if (st == SDQ_OK) st = sdq_unet_prompt(ctx, net->model, r->context, net->mode, &net->prompt);
-    if (st == SDQ_OK) st = sdq_unet_times(ctx, net->model, t, NULL, n, net->mode, &net->times);
+    if (st == SDQ_OK)
+        st = sdq_unet_times(ctx, net->model, t, r->guidance ? g : NULL, n, net->mode, &net->times);
     sdq_arena_release(ctx, mark);
     return st;
 }
@@ -12144,6 +12420,7 @@ static sdq_status sdq__pl_step(sdq_ctx *ctx, sdq__pl_run *r, size_t i) {
         sdq_scheduler_scale_input(r->s, i, sdq_f32(r->x), sdq_f32(in) + j * n, n);
     u.sample = in;
     u.timesteps = times;
+    u.guidance = r->guidance;
     u.prompt = net->prompt;
     u.times = net->times;
     raw = eps = sdq_unet_forward(ctx, net->model, &u, net->mode);
@@ -12161,6 +12438,7 @@ static sdq_status sdq__pl_step(sdq_ctx *ctx, sdq__pl_run *r, size_t i) {
         info.i = i; info.count = sdq_scheduler_count(r->s); info.timestep = times[0];
         info.is_float = r->is_float[i];
         info.x = r->x; info.eps = eps; info.input = in; info.raw = raw; info.context = r->context;
+        info.guidance = r->guidance;
         if (r->d->step(r->d->user, &info))
             return sdq__fail(ctx, SDQ_ERR_CANCELLED, "drawing: cancelled at evaluation %zu", i);
     }
@@ -12190,24 +12468,31 @@ static sdq_tensor *sdq__pl_context(sdq_ctx *ctx, const sdq_pipeline *p, const sd
     return sdq__keep(ctx, mark, all);
 }
 
+/* Height and width of the latents: of the picture asked for, or the UNet's own, or 512 pixels. */
+static void sdq__pl_latent_size(const sdq_pipeline *p, const sdq_txt2img_desc *d, size_t *h,
+                                size_t *w) {
+    const sdq_model_info unet = sdq_model_get_info(p->unet ? p->unet : p->unet_int8);
+    const size_t f = sdq_model_get_info(p->vae).factor, other = sdq__u_max(512 / f, 1);
+    *h = d->height ? d->height / f : unet.sample_size ? unet.sample_size : other;
+    *w = d->width ? d->width / f : unet.sample_width ? unet.sample_width : other;
+}
+
 static sdq_status sdq__pl_noise(sdq_ctx *ctx, const sdq_pipeline *p, sdq__pl_run *r) {
     const sdq_txt2img_desc *d = r->d;
-    const sdq_model_info vae = sdq_model_get_info(p->vae);
-    const sdq_model_info unet = sdq_model_get_info(p->unet ? p->unet : p->unet_int8);
-    const size_t f = vae.factor, side = unet.sample_size ? unet.sample_size * f : 512;
-    const size_t w = d->width ? d->width : side, h = d->height ? d->height : side;
+    const size_t f = sdq_model_get_info(p->vae).factor, c = sdq_model_get_info(p->vae).latent;
     const float sigma = sdq_scheduler_init_sigma(r->s);
-    size_t i, n;
-    if (w % f || h % f || w > 65536 || h > 65536)
+    size_t i, n, h, w;
+    if (d->width % f || d->height % f || d->width > 65536 || d->height > 65536)
         return sdq__fail(ctx, SDQ_ERR_ARGUMENT,
                          "a picture of %zu x %zu: sides must be multiples of %zu and"
                          " at most 65536",
-                         w, h, f);
-    r->x = sdq_tensor_4d(ctx, r->count, h / f, w / f, unet.in);
+                         d->width, d->height, f);
+    sdq__pl_latent_size(p, d, &h, &w);
+    r->x = sdq_tensor_4d(ctx, r->count, h, w, c);
     if (!r->x) return ctx->status;
     n = sdq_tensor_count(r->x);
     if (d->init_latents) memcpy(r->x->data, d->init_latents, n * sizeof(float));
-    else sdq_rng_normal_nchw(&r->rng, sdq_f32(r->x), r->count, h / f, w / f, unet.in);
+    else sdq_rng_normal_nchw(&r->rng, sdq_f32(r->x), r->count, h, w, c);
     for (i = 0; i < n; i++) sdq_f32(r->x)[i] *= sigma;
     return SDQ_OK;
 }
@@ -12225,15 +12510,25 @@ static sdq_status sdq__pl_networks(sdq_ctx *ctx, const sdq_pipeline *p, sdq__pl_
     return SDQ_OK;
 }
 
+static int sdq__pl_finite(const sdq_tensor *x) {
+    const size_t n = sdq_tensor_count(x);
+    size_t i;
+    for (i = 0; i < n; i++)
+        if (!(fabsf(sdq_f32(x)[i]) <= FLT_MAX)) return 0;
+    return 1;
+}
+
 static sdq_status sdq__pl_denoise(sdq_ctx *ctx, const sdq_pipeline *p, sdq__pl_run *r,
                                   const char **notice) {
     size_t i, n;
-    sdq_scheduler_desc sd = p->scheduler;
+    int adopted = 0;
+    sdq_scheduler_desc sd;
     const sdq_txt2img_desc *d = r->d;
-    if (d->scheduler != SDQ_SCHEDULER_DEFAULT) sd.kind = d->scheduler;
-    if (d->karras) sd.karras = 1;
-    sd.steps = d->steps;
+    SDQ__TRY(sdq__pl_scheduler(ctx, p, d, &sd, &adopted));
     SDQ__TRY(sdq_scheduler_create(ctx, &sd, &r->s));
+    if (notice && adopted)
+        *notice = "scheduler_config.json: \"steps_offset\" is taken as 1 and \"clip_sample\" as"
+                  " false, as StableDiffusionPipeline does";
     n = sdq_scheduler_count(r->s);
     if (n > 1001)
         return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "%zu evaluations: at most 1001 are possible", n);
@@ -12243,8 +12538,18 @@ static sdq_status sdq__pl_denoise(sdq_ctx *ctx, const sdq_pipeline *p, sdq__pl_r
     SDQ__TRY(sdq__pl_noise(ctx, p, r));
     r->context = sdq__pl_context(ctx, p, r);
     if (!r->context) return ctx->status;
+    if (sdq_model_get_info(r->net[1].model).guidance) {
+        r->guidance = SDQ__PUSH_N(ctx, float, r->count);
+        if (!r->guidance) return ctx->status;
+        for (i = 0; i < r->count; i++) r->guidance[i] = d->guidance;
+    }
     for (i = 0; i < n; i++) {
         SDQ__TRY(sdq__pl_step(ctx, r, i));
+        if (!sdq__pl_finite(r->x))
+            return sdq__fail(ctx, SDQ_ERR_NUMERIC, "drawing: evaluation %zu at timestep %g with "
+                             "guidance %g gave latents that are not finite; are the weights and "
+                             "initial latents sound?", i, (double)sdq_scheduler_timestep(r->s, i),
+                             (double)d->guidance);
         if (d->progress && d->progress(d->user, "unet", i + 1, n, 0.0))
             return sdq__fail(ctx, SDQ_ERR_CANCELLED, "drawing: cancelled after evaluation %zu", i);
     }
@@ -12265,7 +12570,7 @@ SDQ_API sdq_tensor *sdq_txt2img_latents(sdq_ctx *ctx, const sdq_pipeline *p,
     if (d.steps == 0) d.steps = 50;
     r->d = &d;
     r->count = d.count ? d.count : 1;
-    r->branches = d.guidance > 1.0f ? 2 : 1;
+    r->branches = sdq__pl_branches(p, d.guidance);
     if (sdq__pl_denoise(ctx, p, r, notice) == SDQ_OK) x = r->x;
     for (i = 0; float_count && r->s && i < sdq_scheduler_count(r->s); i++) {
         if (i == 0) *float_count = 0;
@@ -12293,7 +12598,12 @@ SDQ_API sdq_status sdq_decode_latents(sdq_ctx *ctx, const sdq_pipeline *p, sdq_t
                    *y;
         for (j = 0; z && j < size; j++) sdq_f32(z)[j] = sdq_f32(latents)[i * size + j] / scaling;
         y = sdq_vae_decode(ctx, p->vae, z, SDQ_FLOAT);
-        st = y ? sdq_image_new(ctx, y->dim[2], y->dim[1], y->dim[3], &images[i]) : ctx->status;
+        st = y ? SDQ_OK : ctx->status;
+        if (y && !sdq__pl_finite(y))
+            st = sdq__fail(ctx, SDQ_ERR_NUMERIC, "decoding: picture %zu has values that are not "
+                           "finite; are the latents and the VAE's weights sound?", i);
+        if (st == SDQ_OK)
+            st = sdq_image_new(ctx, y->dim[2], y->dim[1], y->dim[3], &images[i]);
         for (j = 0; st == SDQ_OK && j < sdq_tensor_count(y); j++) {
             float v = sdq_f32(y)[j] * 0.5f + 0.5f;
             v = v < 0.0f ? 0.0f : v > 1.0f ? 1.0f : v;
@@ -12969,6 +13279,8 @@ SDQ_API void sdq_model_observe(sdq_model *m, int on) {
 struct sdq_states {
     size_t count, cap, size, context_size, contexts, context_cap;
     size_t h, w, c, t, d;
+    float guidance;             /* what networks that take a guidance scale were told */
+    int guided;
     float *x, *eps;             /* [count][size]: what the network saw and said */
     float *time;
     size_t *context_of;
@@ -13017,17 +13329,17 @@ SDQ_API sdq_status sdq_states_collect(sdq_ctx *ctx, const sdq_pipeline *p,
                                       const char *const *prompts, size_t n,
                                       const sdq_txt2img_desc *desc, sdq_states **out) {
     const sdq_model_info unet = sdq_model_get_info(p->unet ? p->unet : p->unet_int8);
-    const sdq_model_info vae = sdq_model_get_info(p->vae);
     const float g = desc->guidance == 0.0f ? 7.5f : desc->guidance;
-    const size_t branches = g > 1.0f ? 2 : 1, steps = desc->steps ? desc->steps : 50;
+    const size_t branches = sdq__pl_branches(p, g), steps = desc->steps ? desc->steps : 50;
     sdq_states *s = SDQ__NEW(ctx, sdq_states);
     sdq__cal_collect w;
     size_t i;
     *out = NULL;
     if (!s) return ctx->status;
-    s->h = desc->height ? desc->height / vae.factor : unet.sample_size ? unet.sample_size : 64;
-    s->w = desc->width ? desc->width / vae.factor : unet.sample_size ? unet.sample_size : 64;
+    sdq__pl_latent_size(p, desc, &s->h, &s->w);
     s->c = unet.in;
+    s->guidance = g;
+    s->guided = unet.guidance > 0;
     s->t = sdq_tokenizer_length(p->tokenizer);
     s->d = unet.context;
     s->size = s->h * s->w * s->c;
@@ -13061,13 +13373,13 @@ SDQ_API sdq_status sdq_states_collect(sdq_ctx *ctx, const sdq_pipeline *p,
 /* States idx[0..n) as a batch; target: what the teacher said. */
 static sdq_status sdq__cal_batch(sdq_ctx *ctx, const sdq_states *s, const size_t *idx, size_t n,
                                  sdq_unet_input *in, sdq_tensor **target) {
-    float *times = SDQ__PUSH_N(ctx, float, n);
+    float *times = SDQ__PUSH_N(ctx, float, n), *guidance = SDQ__PUSH_N(ctx, float, n);
     size_t i;
     memset(in, 0, sizeof *in);
     in->sample = sdq_tensor_4d(ctx, n, s->h, s->w, s->c);
     in->context = sdq_tensor_3d(ctx, n, s->t, s->d);
     *target = sdq_tensor_4d(ctx, n, s->h, s->w, s->c);
-    if (!times || !in->sample || !in->context || !*target) return ctx->status;
+    if (!times || !guidance || !in->sample || !in->context || !*target) return ctx->status;
     for (i = 0; i < n; i++) {
         memcpy(sdq_f32(in->sample) + i * s->size, s->x + idx[i] * s->size, s->size * sizeof(float));
         memcpy(sdq_f32(*target) + i * s->size, s->eps + idx[i] * s->size, s->size * sizeof(float));
@@ -13075,8 +13387,10 @@ static sdq_status sdq__cal_batch(sdq_ctx *ctx, const sdq_states *s, const size_t
                s->context + s->context_of[idx[i]] * s->context_size,
                s->context_size * sizeof(float));
         times[i] = s->time[idx[i]];
+        guidance[i] = s->guidance;
     }
     in->timesteps = times;
+    if (s->guided) in->guidance = guidance;
     return SDQ_OK;
 }
 
@@ -13293,7 +13607,7 @@ SDQ_API sdq_status sdq_optim_add_student(sdq_ctx *ctx, sdq_optim *o, sdq_model *
  *   NAME.output_range  F32 [2], the published recipe only
  * Everything else is stored under its diffusers name and shape, F16 where that is exact, else F32.
  * The metadata: sdq.config (config.json of the UNet), sdq.layer.NAME (range and split),
- * sdq.recipe, sdq.schedule.
+ * sdq.recipe, sdq.schedule, sdq.source (hash of the float UNet's weights), sdq.hash (of all else).
  * ======================================================================== */
 
 SDQ_API sdq_status sdq_model_convert(sdq_ctx *ctx, sdq_model *m) {
@@ -13350,6 +13664,72 @@ static char *sdq__cv_text(sdq_ctx *ctx, const char *a, const char *b) {
     return s;
 }
 
+static void sdq__cv_meta(sdq__cv_out *o, const char *key, const char *value) {
+    if (!key || !value) return;
+    o->meta[o->metas].key = key;
+    o->meta[o->metas++].value = value;
+}
+
+static void sdq__cv_meta_hash(sdq__cv_out *o, const char *key, uint64_t hash) {
+    char *text = SDQ__PUSH_N(o->ctx, char, 17);
+    if (!text) return;
+    (void)snprintf(text, 17, "%08lx%08lx", (unsigned long)(hash >> 32),
+                   (unsigned long)(hash & 0xffffffffu));
+    sdq__cv_meta(o, key, text);
+}
+
+/* 16 digits of base 16, as sdq__cv_meta_hash writes them; 0 when they are not. */
+static int sdq__cv_read_hash(const char *text, uint64_t *hash) {
+    static const char digits[] = "0123456789abcdef";
+    size_t i;
+    *hash = 0;
+    if (!text || strlen(text) != 16) return 0;
+    for (i = 0; i < 16; i++) {
+        const char *at = strchr(digits, text[i]);
+        if (!at) return 0;
+        *hash = *hash * 16 + (uint64_t)(at - digits);
+    }
+    return 1;
+}
+
+/* The hash of an array does not see whether floats are stored as F32 or exactly as F16. */
+static sdq_status sdq__cv_hash_entry(sdq_ctx *ctx, const sdq_entry *e, uint64_t *sum) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    const size_t n = sdq_entry_count(e);
+    float *f = NULL;
+    if (e->dtype == SDQ_F16) {
+        f = SDQ__PUSH_N(ctx, float, n);
+        if (!f) return ctx->status;
+        SDQ__TRY(sdq_entry_to_f32(ctx, e, f));
+    }
+    *sum += sdq__u_hash_array(e->name, (size_t)e->rank, e->dim, f ? (const void *)f : e->data,
+                              f ? n * sizeof(float) : e->bytes);
+    sdq_arena_release(ctx, mark);
+    return SDQ_OK;
+}
+
+static uint64_t sdq__cv_hash_pair(const char *key, const char *value) {
+    if (!strcmp(key, "sdq.hash")) return 0;
+    return sdq__u_hash(sdq__u_hash(1, key, strlen(key)), value, strlen(value));
+}
+
+static sdq_status sdq__cv_hash_out(const sdq__cv_out *o, uint64_t *sum) {
+    size_t i;
+    *sum = 0;
+    for (i = 0; i < o->metas; i++) *sum += sdq__cv_hash_pair(o->meta[i].key, o->meta[i].value);
+    for (i = 0; i < o->n; i++) SDQ__TRY(sdq__cv_hash_entry(o->ctx, &o->entry[i], sum));
+    return SDQ_OK;
+}
+
+static sdq_status sdq__cv_hash_file(sdq_ctx *ctx, const sdq_file *f, uint64_t *sum) {
+    const sdq__json *meta = sdq__js_get(f->header, "__metadata__"), *v;
+    size_t i;
+    *sum = 0;
+    for (v = meta ? meta->child : NULL; v; v = v->next) *sum += sdq__cv_hash_pair(v->key, v->str);
+    for (i = 0; i < f->count; i++) SDQ__TRY(sdq__cv_hash_entry(ctx, &f->entries[i], sum));
+    return SDQ_OK;
+}
+
 static void sdq__cv_add(sdq__cv_out *o, const char *name, const char *suffix, sdq_dtype dtype,
                         sdq_dtype store, int rank, const size_t *dim, const void *data) {
     sdq_entry *e = &o->entry[o->n];
@@ -13395,8 +13775,7 @@ static void sdq__cv_layer(sdq__cv_out *o, const sdq_layer *l) {
     }
     (void)snprintf(text, 128, "range=%s split=%zu", sdq__rc_range[sdq__ly_range(l)],
                    l->parts == 2 ? l->quant.split : 0);
-    o->meta[o->metas].key = sdq__cv_text(o->ctx, "sdq.layer.", l->name);
-    o->meta[o->metas++].value = text;
+    sdq__cv_meta(o, sdq__cv_text(o->ctx, "sdq.layer.", l->name), text);
 }
 
 static int sdq__cv_is_int8(const sdq_layer *l) { return l && l->part[0].w.b != NULL; }
@@ -13447,25 +13826,26 @@ SDQ_API sdq_status sdq_model_save_int8(sdq_ctx *ctx, const sdq_model *m, const c
                                        const sdq_policy *policy, const char *recipe) {
     const sdq_mark mark = sdq_arena_mark(ctx);
     sdq__cv_out o;
+    uint64_t hash = 0;
     sdq_status st;
     size_t i;
     memset(&o, 0, sizeof o);
     o.ctx = ctx;
     o.entry = SDQ__PUSH_N(ctx, sdq_entry, m->params + 4 * m->layers);
-    o.meta = SDQ__PUSH_N(ctx, sdq_pair, m->layers + 4);
+    o.meta = SDQ__PUSH_N(ctx, sdq_pair, m->layers + 5);
     if (!o.entry || !o.meta) return ctx->status;
-    o.meta[o.metas].key = "sdq.config";
-    o.meta[o.metas++].value = m->config;
-    if (recipe) { o.meta[o.metas].key = "sdq.recipe"; o.meta[o.metas++].value = recipe; }
-    if (policy && policy->count) {
-        o.meta[o.metas].key = "sdq.schedule";
-        o.meta[o.metas].value = sdq__cv_policy_text(ctx, policy);
-        if (o.meta[o.metas].value) o.metas++;
-    }
+    sdq__cv_meta(&o, "sdq.config", m->config);
+    sdq__cv_meta(&o, "sdq.recipe", recipe);
+    sdq__cv_meta_hash(&o, "sdq.source", m->source);
+    if (policy && policy->count)
+        sdq__cv_meta(&o, "sdq.schedule", sdq__cv_policy_text(ctx, policy));
     for (i = 0; i < m->params; i++) sdq__cv_param(&o, &m->param[i]);
     for (i = 0; i < m->layers; i++)
         if (sdq__cv_is_int8(m->layer[i])) sdq__cv_layer(&o, m->layer[i]);
     st = ctx->status;
+    if (st == SDQ_OK) st = sdq__cv_hash_out(&o, &hash);
+    if (st == SDQ_OK) sdq__cv_meta_hash(&o, "sdq.hash", hash);
+    if (st == SDQ_OK) st = ctx->status;
     if (st == SDQ_OK) st = sdq_file_write(ctx, path, o.entry, o.n, o.meta, o.metas);
     sdq_arena_release(ctx, mark);
     return st;
@@ -13473,23 +13853,41 @@ SDQ_API sdq_status sdq_model_save_int8(sdq_ctx *ctx, const sdq_model *m, const c
 
 /* ---- reading it back ---- */
 
+static int sdq__cv_finite(const sdq_entry *e) {
+    size_t i;
+    float x;
+    for (i = 0; e->dtype == SDQ_F32 && i < sdq_entry_count(e); i++) {
+        memcpy(&x, (const char *)e->data + 4 * i, 4);
+        if (!(fabsf(x) <= FLT_MAX)) return 0;
+    }
+    return 1;
+}
+
+/* The array NAME + suffix, which must have that type and shape and finite values. */
 static const sdq_entry *sdq__cv_need(sdq_ctx *ctx, const sdq_file *f, const char *path,
                                      const char *name, const char *suffix, sdq_dtype dtype,
-                                     size_t count) {
-    char full[320];
+                                     int rank, const size_t *dim) {
+    char full[320], want[128], found[192];
     const sdq_entry *e;
+    int i, same;
     (void)snprintf(full, sizeof full, "%s%s", name, suffix);
     e = sdq_file_find(f, full);
     if (!e) {
         sdq__fail(ctx, SDQ_ERR_MISSING, "%s: %s is missing; the file is not complete", path, full);
         return NULL;
     }
-    if (e->dtype != dtype || sdq_entry_count(e) != count) {
-        sdq__fail(ctx, SDQ_ERR_SHAPE, "%s: %s is %s with %zu values, expected %s with %zu", path,
-                  full, sdq_dtype_name(e->dtype), sdq_entry_count(e), sdq_dtype_name(dtype), count);
+    same = e->dtype == dtype && e->rank == rank;
+    for (i = 0; i < rank; i++) same = same && e->dim[i] == dim[i];
+    if (!same) {
+        sdq__md_shape(rank, dim, want, sizeof want);
+        sdq__md_shape(e->rank, e->dim, found, sizeof found);
+        sdq__fail(ctx, SDQ_ERR_SHAPE, "%s: %s is %s %s, expected %s %s", path, full,
+                  sdq_dtype_name(e->dtype), found, sdq_dtype_name(dtype), want);
         return NULL;
     }
-    return e;
+    if (sdq__cv_finite(e)) return e;
+    sdq__fail(ctx, SDQ_ERR_NUMERIC, "%s: %s has a value that is not finite", path, full);
+    return NULL;
 }
 
 static int sdq__cv_good_scale(const float *s, size_t n) {
@@ -13527,12 +13925,14 @@ static sdq_status sdq__cv_read_settings(sdq_ctx *ctx, const sdq_file *f, const c
 static sdq_status sdq__cv_read_layer(sdq_ctx *ctx, const sdq_file *f, const char *path,
                                      sdq_layer *l) {
     const sdq_entry *w, *sw, *s, *z, *r;
-    size_t i;
+    const size_t two = 2;
+    size_t i, dim[4];
+    dim[0] = l->out; dim[1] = l->kh; dim[2] = l->kw; dim[3] = l->in;
     SDQ__TRY(sdq__cv_read_settings(ctx, f, path, l));
-    w = sdq__cv_need(ctx, f, path, l->name, ".weight", SDQ_I8, l->out * sdq__ly_k(l));
-    sw = sdq__cv_need(ctx, f, path, l->name, ".weight_scale", SDQ_F32, l->out);
-    s = sdq__cv_need(ctx, f, path, l->name, ".input_scale", SDQ_F32, l->parts);
-    z = sdq__cv_need(ctx, f, path, l->name, ".input_zero", SDQ_I32, l->parts);
+    w = sdq__cv_need(ctx, f, path, l->name, ".weight", SDQ_I8, 4, dim);
+    sw = sdq__cv_need(ctx, f, path, l->name, ".weight_scale", SDQ_F32, 1, dim);
+    s = sdq__cv_need(ctx, f, path, l->name, ".input_scale", SDQ_F32, 1, &l->parts);
+    z = sdq__cv_need(ctx, f, path, l->name, ".input_zero", SDQ_I32, 1, &l->parts);
     if (!w || !sw || !s || !z) return ctx->status;
     memcpy(l->sw.data, sw->data, sw->bytes);
     for (i = 0; i < l->parts; i++) {
@@ -13551,7 +13951,7 @@ static sdq_status sdq__cv_read_layer(sdq_ctx *ctx, const sdq_file *f, const char
         return sdq__fail(ctx, SDQ_ERR_FORMAT,
                          "%s: layer %s has a weight scale that is not positive", path, l->name);
     if (l->quant.quantize_output) {
-        r = sdq__cv_need(ctx, f, path, l->name, ".output_range", SDQ_F32, 2);
+        r = sdq__cv_need(ctx, f, path, l->name, ".output_range", SDQ_F32, 1, &two);
         if (!r) return ctx->status;
         memcpy(&l->out_mn, r->data, 4);
         memcpy(&l->out_mx, (const char *)r->data + 4, 4);
@@ -13587,34 +13987,81 @@ static sdq_status sdq__cv_read_policy(sdq_ctx *ctx, const sdq_file *f, const cha
     return SDQ_OK;
 }
 
-static sdq_layer *sdq__cv_layer_of(const sdq_model *m, const sdq__param *p) {
-    (void)m;
-    return p->rank > 1 ? p->layer : NULL;
+/* A parameter under its own name: float, F16 or F32. */
+static sdq_status sdq__cv_read_float(sdq_ctx *ctx, const sdq_file *f, const char *path,
+                                     const sdq__param *p) {
+    const sdq_entry *e = sdq_file_find(f, p->name);
+    const size_t count = p->dim[0] * p->dim[1] * p->dim[2] * p->dim[3];
+    size_t i;
+    if (!sdq__cv_need(ctx, f, path, p->name, "", e && e->dtype == SDQ_F16 ? SDQ_F16 : SDQ_F32,
+                      p->rank, p->dim)) return ctx->status;
+    SDQ__TRY(sdq__md_read(ctx, p, e));
+    for (i = 0; i < count; i++)
+        if (!(fabsf(sdq_f32(sdq__md_tensor(p))[i]) <= FLT_MAX))
+            return sdq__fail(ctx, SDQ_ERR_NUMERIC, "%s: %s has a value that is not finite", path,
+                             p->name);
+    return SDQ_OK;
+}
+
+/* The file has more arrays than were read: name one. */
+static sdq_status sdq__cv_surplus(sdq_ctx *ctx, const sdq_file *f, const char *path,
+                                  const sdq_model *m) {
+    static const char *const suffix[] = {".weight_scale", ".input_scale", ".input_zero",
+                                         ".output_range"};
+    size_t i, k;
+    for (i = 0; i < f->count; i++) {
+        const char *name = f->entries[i].name;
+        int known = 0;
+        for (k = 0; k < m->params && !known; k++) known = !strcmp(name, m->param[k].name);
+        for (k = 0; k < 4 * m->layers && !known; k++) {
+            const sdq_layer *l = m->layer[k / 4];
+            const size_t n = strlen(l->name);
+            known = sdq__cv_is_int8(l) && !strncmp(name, l->name, n)
+                 && !strcmp(name + n, suffix[k % 4]);
+        }
+        if (!known)
+            return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: %s has no place in the network", path, name);
+    }
+    return SDQ_OK;
 }
 
 static sdq_status sdq__cv_read_params(sdq_ctx *ctx, const sdq_file *f, const char *path,
                                       sdq_model *m) {
-    size_t i;
+    size_t i, used = m->params;
     for (i = 0; i < m->params; i++) {
         const sdq__param *p = &m->param[i];
         const sdq_entry *e = sdq_file_find(f, p->name);
-        size_t j, n = 1;
-        if (!e)
-            return sdq__fail(ctx, SDQ_ERR_MISSING, "%s: %s is missing; the file is not complete",
-                             path, p->name);
-        if (e->dtype == SDQ_I8 && sdq__cv_layer_of(m, p)) {
-            SDQ__TRY(sdq__cv_read_layer(ctx, f, path, p->layer));
+        if (!e || e->dtype != SDQ_I8 || p->rank == 1 || !p->layer) {
+            SDQ__TRY(sdq__cv_read_float(ctx, f, path, p));
             continue;
         }
-        for (j = 0; j < 4; j++) n = n && e->dim[j] == p->dim[j];
-        if (!n || e->rank != p->rank || (e->dtype != SDQ_F32 && e->dtype != SDQ_F16))
-            return sdq__fail(ctx, SDQ_ERR_SHAPE,
-                             "%s: %s has not the shape or type that the configuration asks"
-                             " for",
-                             path, p->name);
-        SDQ__TRY(sdq__md_read(ctx, p, e));
+        SDQ__TRY(sdq__cv_read_layer(ctx, f, path, p->layer));
+        used += p->layer->quant.quantize_output ? 4 : 3;
     }
-    return SDQ_OK;
+    return used == f->count ? SDQ_OK : sdq__cv_surplus(ctx, f, path, m);
+}
+
+/* The file is whole, and of the network that `m` is: same configuration, same hash as written. */
+static sdq_status sdq__cv_check(sdq_ctx *ctx, const sdq_file *f, const char *path,
+                                const char *folder, sdq_model *m) {
+    const char *config = sdq_file_meta(f, "sdq.config");
+    uint64_t want, hash = 0;
+    if (!config)
+        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: is not a network quantized by sdq: "
+                         "\"sdq.config\" is missing", path);
+    if (strcmp(config, m->config) != 0)
+        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: was made from another UNet than the one in %s",
+                         path, folder);
+    if (!sdq__cv_read_hash(sdq_file_meta(f, "sdq.hash"), &want)
+        || !sdq__cv_read_hash(sdq_file_meta(f, "sdq.source"), &m->source))
+        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: has no valid \"sdq.hash\" and \"sdq.source\": "
+                         "it is damaged or of an older version; quantize the network again", path);
+    SDQ__TRY(sdq__cv_hash_file(ctx, f, &hash));
+    if (hash == want) return SDQ_OK;
+    return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: is damaged: its hash is %08lx%08lx, but "
+                     "\"sdq.hash\" says %s; copy or make it again", path,
+                     (unsigned long)(hash >> 32), (unsigned long)(hash & 0xffffffffu),
+                     sdq_file_meta(f, "sdq.hash"));
 }
 
 SDQ_API sdq_status sdq_model_load_int8(sdq_ctx *ctx, const char *folder, const char *path,
@@ -13622,7 +14069,6 @@ SDQ_API sdq_status sdq_model_load_int8(sdq_ctx *ctx, const char *folder, const c
     sdq_file *f = NULL;
     sdq_model *m = NULL;
     char *dir = NULL;
-    const char *config;
     sdq_policy unused;
     size_t i;
     sdq_status st;
@@ -13631,14 +14077,7 @@ SDQ_API sdq_status sdq_model_load_int8(sdq_ctx *ctx, const char *folder, const c
     if (st != SDQ_OK) return st;
     SDQ__TRY_DONE(sdq__md_folder(ctx, folder, SDQ_PART_UNET, &dir));
     SDQ__TRY_DONE(sdq__md_open(ctx, dir, SDQ_PART_UNET, NULL, &m));
-    config = sdq_file_meta(f, "sdq.config");
-    if (!config || strcmp(config, m->config) != 0) {
-        st = sdq__fail(ctx, SDQ_ERR_FORMAT,
-                       config ? "%s: was made from another UNet than the one in %s"
-                              : "%s: is not a network quantized by sdq (made for %s?)",
-                       path, folder);
-        goto done;
-    }
+    SDQ__TRY_DONE(sdq__cv_check(ctx, f, path, folder, m));
     for (i = 0; i < m->layers; i++) m->layer[i]->quant.enabled = 0;
     SDQ__TRY_DONE(sdq__cv_read_params(ctx, f, path, m));
     SDQ__TRY_DONE(sdq__cv_read_policy(ctx, f, path, policy ? policy : &unused));
@@ -13685,6 +14124,7 @@ static int sdq__se_measure(void *user, const sdq_step_info *info) {
     in.sample = (sdq_tensor *)(uintptr_t)info->input;
     in.context = (sdq_tensor *)(uintptr_t)info->context;
     in.timesteps = times;
+    in.guidance = info->guidance;
     y = sdq_unet_forward(s->ctx, s->p->unet_int8, &in, SDQ_INT8);
     if (!y) return 1;
     s->mse[info->i] += (double)s->ctx->k->sqdist(sdq_f32(y), sdq_f32(info->raw), n) / (double)n;
@@ -13779,7 +14219,7 @@ SDQ_API sdq_status sdq_schedule_search(sdq_ctx *ctx, const sdq_pipeline *p,
     sdq__search *s = SDQ__NEW(ctx, sdq__search);
     sdq_image *ref = SDQ__NEW_N(ctx, sdq_image, n);
     sdq_scheduler *sch = NULL;
-    sdq_scheduler_desc sd = p->scheduler;
+    sdq_scheduler_desc sd;
     size_t order[1001], i, done = 0;
     sdq_status st = ctx->status;
     memset(policy, 0, sizeof *policy);
@@ -13802,8 +14242,7 @@ SDQ_API sdq_status sdq_schedule_search(sdq_ctx *ctx, const sdq_pipeline *p,
         if (st == SDQ_OK) done++;
     }
     if (st != SDQ_OK) goto done;
-    if (desc->scheduler != SDQ_SCHEDULER_DEFAULT) sd.kind = desc->scheduler;
-    sd.steps = desc->steps;
+    SDQ__TRY_DONE(sdq_pipeline_scheduler(ctx, p, desc, &sd));
     SDQ__TRY_DONE(sdq_scheduler_create(ctx, &sd, &sch));
     sdq__se_rank(s, sch, order);
     policy->scheduler = sdq_scheduler_get_desc(sch)->kind;

@@ -75,6 +75,83 @@ head -c 20000 "$out/q" >"$out/cut"
 says "truncated int8 file" 1 "cut" s txt2img --model $model --unet "$out/cut" -p cat --out "$out/x.png"
 says "int8 file of another model" 1 "another UNet" s txt2img --model $golden/models/sd1-b --unet "$out/q" -p cat --out "$out/x.png"
 
+# A scheduler reads the folder's configuration as its own: the same keys, another class.
+variant() {     # NAME: a copy of the model whose big files are links
+    rm -rf "$out/$1"; mkdir -p "$out/$1"; cp -r $model/. "$out/$1/"
+}
+keys() { sed "s/PNDMScheduler/$2/; s/^{/{ $3/" $model/scheduler/scheduler_config.json >"$out/$1/scheduler/scheduler_config.json"; }
+drawn() { s txt2img --model "$1" -p cat --steps 3 --seed 4 -W 16 -H 16 --save-latents "$out/$2" $3; }
+variant v
+class() {       # FLAG CLASS KEYS..: the flag on a PNDM folder equals the folder of that class
+    keys v PNDMScheduler "$3" && drawn "$out/v" l1 "--scheduler $1" && keys v $2 "$3" && drawn "$out/v" l2 && cmp "$out/l1" "$out/l2"
+}
+ok "ddim as a folder of its own" class ddim DDIMScheduler ''
+ok "euler with keys of its own" class euler EulerDiscreteScheduler '"final_sigmas_type": "sigma_min", "use_karras_sigmas": true,'
+ok "those keys change the picture" sh -c "\"$sdq\" txt2img --model $model --scheduler euler -p cat --steps 3 --seed 4 -W 16 -H 16 --save-latents \"$out/l3\" -q && ! cmp -s \"$out/l1\" \"$out/l3\""
+ok "dpm++2m as a folder of its own" class dpm++2m DPMSolverMultistepScheduler '"euler_at_final": true,'
+keys v PNDMScheduler '"thresholding": true, "solver_type": "heun",'
+ok "a key of other classes" drawn "$out/v" l1
+says "a key of the class asked for" 1 "thresholding.*ddim" s txt2img --model "$out/v" --scheduler ddim -p cat -o "$out/x.png"
+says "another one" 1 "solver_type" s txt2img --model "$out/v" --scheduler dpm++2m -p cat -o "$out/x.png"
+sed -i 's/"skip_prk_steps": true/"skip_prk_steps": false/; s/"thresholding": true, //' "$out/v/scheduler/scheduler_config.json"
+says "no Runge-Kutta start" 1 "skip_prk_steps" s txt2img --model "$out/v" -p cat -o "$out/x.png"
+ok "which ddim does not need" drawn "$out/v" l1 "--scheduler ddim"
+sed 's/"steps_offset": 1/"steps_offset": 3/; s/"clip_sample": false/"clip_sample": true/' $model/scheduler/scheduler_config.json >"$out/v/scheduler/scheduler_config.json"
+adopted() { drawn "$out/v" l1 "--scheduler ddim" && drawn $model l2 "--scheduler ddim" && cmp "$out/l1" "$out/l2"; }
+ok "steps_offset and clip_sample as the pipeline has them" adopted
+rm "$out/v/scheduler/scheduler_config.json"
+says "no scheduler" 1 "scheduler_config.json: is missing" s txt2img --model "$out/v" -p cat -o "$out/x.png"
+says "karras for pndm" 1 "Karras" s txt2img --model $model --karras -p cat -o "$out/x.png"
+variant v; sed -i 's/"timestep_spacing": "leading"/"timestep_spacing": "trailing"/' "$out/v/scheduler/scheduler_config.json"
+says "trailing, 61 steps" 1 "timestep_spacing" s txt2img --model "$out/v" --steps 61 -p cat -o "$out/x.png"
+
+# A UNet that is told the guidance scale: one branch, no negative prompt, every scale another picture.
+variant g; sed -i 's/"time_cond_proj_dim": null/"time_cond_proj_dim": 8/' "$out/g/unet/config.json"
+ok "guidance as an input: weights" s train --what t2i --model "$out/g" --vae $model --init --data $data --size 16 --batch 1 --steps 1 --out "$out/g2"
+guided() { s txt2img --model "$out/g2" -p cat --steps 2 --seed 4 -W 16 -H 16 --scheduler lcm --save-latents "$out/$1" --cfg-scale $2 -n "$3"; }
+told() { guided l1 5 "" && guided l2 5 dog && cmp "$out/l1" "$out/l2" && guided l3 0.5 "" && ! cmp -s "$out/l1" "$out/l3" && guided l4 0 "" && ! cmp -s "$out/l3" "$out/l4"; }
+ok "guidance as an input" told
+says "guidance beyond the embedding" 1 "guidance scale" guided l1 1000 ""
+ok "guidance as an input: quantized" s quantize --model "$out/g2" --data $data --calib-prompts 1 --calib-steps 2 --out "$out/gq"
+ok "guidance as an input: searched" s schedule --model "$out/g2" --unet "$out/gq" --data $data --count 1 --steps 2 --target-psnr 0 --max-float 1 --dry-run
+
+# Networks that do not fit together; folders that hold none.
+variant v; sed -i 's/"model_max_length": 12/"model_max_length": 13/' "$out/v/tokenizer/tokenizer_config.json"
+says "longer prompts than positions" 1 "model_max_length.*max_position_embeddings" s txt2img --model "$out/v" -p cat -o "$out/x.png"
+says "a network's folder" 1 "not the folder of a pipeline" s info $model/unet
+# A damaged int8 file, one of other weights, values that are not finite.
+flip() { n=$(wc -c <"$1"); at=$((n / 2)); { head -c $at "$1"; printf 'Z'; tail -c $((n - at - 1)) "$1"; } >"$2"; }
+flip "$out/q" "$out/flipped"
+says "a byte of an int8 file" 1 "its hash is" s txt2img --model $model --unet "$out/flipped" -p cat -o "$out/x.png"
+variant v; flip $model/unet/diffusion_pytorch_model.safetensors "$out/v/unet/diffusion_pytorch_model.safetensors"
+says "int8 file of other weights" 1 "other float weights" s txt2img --model "$out/v" --unet "$out/q" -k 1 -p cat -o "$out/x.png"
+ok "which can be drawn alone" s txt2img --model "$out/v" --unet "$out/q" --int8-only -p cat --steps 2 -o "$out/x.png"
+n=$(wc -c <$model/unet/diffusion_pytorch_model.safetensors)
+{ head -c $((n - 4)) $model/unet/diffusion_pytorch_model.safetensors; printf '\377\377\377\377'; } >"$out/v/unet/diffusion_pytorch_model.safetensors"
+says "weights that are not numbers" 1 "not finite" s txt2img --model "$out/v" -p cat --steps 2 -o "$out/x.png"
+
+# What the command line says before it works.
+img() { s txt2img --model $model -p cat --steps 2 -W 16 -H 16 -o "$out/x.png" "$@"; }
+says "a prompt without -p" 2 "a is no flag" s txt2img --model $model a cat
+says "no prompt" 2 "--prompt is needed" s txt2img --model $model
+says "seed beyond 2^64" 2 "--seed" img --seed 18446744073709551616
+seeds() { img --seed -5 --save-latents "$out/l1" && img --seed 18446744073709551611 --save-latents "$out/l2" && cmp "$out/l1" "$out/l2"; }
+ok "negative seeds are torch's" seeds
+says "words with _ in them" 2 "cpu,torch,std-default" img --rng best
+ok "and without" img --rng std_default
+says "guidance that is no float" 2 "--guidance-scale 1e39" img --cfg-scale 1e39
+says "prompt that is not UTF-8" 2 "UTF-8" s txt2img --model $model -p "$(printf 'a\377b')" -o "$out/x.png"
+says "no folder for the picture" 1 "no/dir/x.png" s txt2img --model $model -p cat -o "$out/no/dir/x.png"
+says "a folder as picture" 1 "is a folder" s txt2img --model $model -p cat -o "$out"
+says "a picture of another kind" 2 ".png" s txt2img --model $model -p cat -o "$out/x.jpg"
+says "no pictures" 2 "--batch-count 0" img -b 0
+says "too many threads" 2 "--threads 20000" "$sdq" info --threads 20000
+batch() { img -b 2 --seed 3 --save-latents "$out/l1" && img --seed 3 --save-latents "$out/l2" && "$sdq" info --tensors "$out/l1" | grep -q '\[2,4,8,8\]' &&
+    head -c 1000 "$out/l1" | tail -c 500 | cmp - "$(head -c 1000 "$out/l2" | tail -c 500 >"$out/l3"; echo "$out/l3")"; }
+ok "latents of two pictures" batch
+says "an array that is not there" 1 "has no array sample" s forward $model --part unet --in "$out/l1" --out "$out/o"
+ok "diffusers' spellings" img --num_inference_steps 2 --guidance_scale 3 --verbose
+
 # Training: a run that is stopped and goes on ends in the same files.
 twice() {       # NAME FLAGS..: 12 steps at once; 12 steps, killed on the way
     n=$1; shift

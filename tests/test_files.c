@@ -449,6 +449,12 @@ static void test_st_shards(int tier) {
     SDQT_CHECK(sdq_file_write(ctx, DIR "/m.fp16.safetensors", e + 1, 1, NULL, 0) == SDQ_OK);
     SDQT_CHECK(sdq__st_set_open(ctx, DIR "/m", "fp16", &s) == SDQ_OK && sdq__st_set_find(s, "a"));
     sdq__st_set_close(ctx, s);
+    (void)remove(DIR "/m.fp16.safetensors");    /* shards of half precision and nothing else */
+    (void)remove(path);
+    put_file(DIR "/m.safetensors.index.fp16.json", index, strlen(index));
+    SDQT_CHECK(sdq__st_set_open(ctx, DIR "/m", NULL, &s) == SDQ_OK && s->count == 2);
+    sdq__st_set_close(ctx, s);
+    (void)remove(DIR "/m.safetensors.index.fp16.json");
     close_ctx();
 }
 

@@ -572,6 +572,11 @@ static const refusal refusals[] = {
     {U, "\"freq_shift\": 2", NO, "\"freq_shift\": 2"},
     {U, "\"downsample_padding\": 2", NO, "\"downsample_padding\": 2"},
     {U, "\"flip_sin_to_cos\": 1", NO, "true or false"},
+    {U, "\"sample_size\": \"\"", NO, "\"sample_size\": \"\""},
+    {U, "\"sample_size\": {}", NO, "\"sample_size\": {..}"},
+    {U, "\"sample_size\": 0.5", NO, "\"sample_size\": 0.5"},
+    {U, "\"sample_size\": 1e19", NO, "\"sample_size\": 1e+19"},
+    {U, "\"sample_size\": [8, 8, 8]", NO, "a side or [height, width]"},
     {V, "\"act_fn\": \"relu\"", NO, "\"act_fn\": \"relu\""},
     {V, "\"latents_mean\": [0.1, 0.2]", NO, "\"latents_mean\": [0.1,0.2]"},
     {V, "\"shift_factor\": 0.1", NO, "\"shift_factor\": 0.1"},
@@ -585,6 +590,7 @@ static const refusal refusals[] = {
     {T, "\"model_type\": \"t5\"", NO, "\"model_type\": \"t5\""},
     {T, "\"num_attention_heads\": 3", NO, "does not divide \"hidden_size\": 8"},
     {T, "\"vocab_size\": 1e9", NO, "\"vocab_size\": 1e+09"},
+    {T, "\"use_attention_mask\": true", NO, "\"use_attention_mask\": true"},
 };
 #undef U
 #undef V
@@ -645,6 +651,207 @@ static void test_refused_config(int tier) {
         sdq_clear_error(ctx);
     }
     sdq_ctx_free(ctx);
+}
+
+/* What diffusers takes as the same, and the sizes it draws. */
+static void test_accepted_config(int tier) {
+    static const struct { sdq_part part; const char *add; size_t h, w; } cases[] = {
+        {SDQ_PART_UNET, "\"act_fn\": \"swish\"", 0, 0},
+        {SDQ_PART_UNET, "\"act_fn\": \"SiLU\"", 0, 0},
+        {SDQ_PART_VAE, "\"act_fn\": \"Swish\"", 32, 0},
+        {SDQ_PART_VAE, "\"shift_factor\": 0.0", 32, 0},
+        {SDQ_PART_TEXT, "\"use_attention_mask\": false", 0, 0},
+        {SDQ_PART_UNET, "\"sample_size\": null", 0, 0},
+        {SDQ_PART_UNET, "\"sample_size\": [8, 12]", 8, 12},
+        {SDQ_PART_UNET, "\"sample_size\": 32, \"_diffusers_version\": \"0.8.1\"", 64, 64},
+        {SDQ_PART_UNET, "\"sample_size\": 96, \"_diffusers_version\": \"0.6.0\"", 96, 96},
+        {SDQ_PART_UNET, "\"sample_size\": 32, \"_diffusers_version\": \"0.9.0\"", 32, 32},
+        {SDQ_PART_UNET, "\"sample_size\": [8, 12], \"_diffusers_version\": \"0.6.0\"", 8, 12}};
+    sdq_ctx *ctx;
+    char text[2048];
+    size_t i;
+    (void)tier;
+    SDQT_CHECK(sdq_ctx_create(NULL, &ctx) == SDQ_OK);
+    for (i = 0; i < SDQ__COUNT(cases); i++) {
+        sdq_model *m = NULL;
+        sdq_model_info info;
+        build_config(text, sizeof text, cases[i].add, good[cases[i].part]);
+        if (!SDQT_THAT(sdq__md_create(ctx, "c.json", text, strlen(text), cases[i].part, NULL, &m)
+                       == SDQ_OK, "%s: %s", cases[i].add, sdq_error_text(ctx))) continue;
+        info = sdq_model_get_info(m);
+        SDQT_THAT(info.sample_size == cases[i].h && info.sample_width == cases[i].w,
+                  "%s: %zu x %zu", cases[i].add, info.sample_size, info.sample_width);
+        sdq_model_free(ctx, m);
+    }
+    sdq_ctx_free(ctx);
+}
+
+/* Networks of one folder that do not fit together are refused by the names of both keys. */
+static void test_fitting(int tier) {
+    static const struct { sdq_part part; const char *add, *says[2]; size_t length; } cases[] = {
+        {SDQ_PART_UNET, "\"cross_attention_dim\": 8", {"", ""}, 4},
+        {SDQ_PART_UNET, "\"cross_attention_dim\": 4", {"cross_attention_dim", "hidden_size"}, 4},
+        {SDQ_PART_UNET, "\"in_channels\": 9", {"\"in_channels\" is 9", "out_channels"}, 4},
+        {SDQ_PART_UNET, "\"out_channels\": 8", {"in_channels", "\"out_channels\" 8"}, 4},
+        {SDQ_PART_VAE, "\"latent_channels\": 8", {"in_channels", "latent_channels"}, 4},
+        {SDQ_PART_TEXT, "\"max_position_embeddings\": 4",
+         {"model_max_length", "max_position_embeddings"}, 5}};
+    static char folder[] = "somewhere";
+    sdq_ctx *ctx;
+    char text[2048], base[2048];
+    size_t i;
+    int k;
+    (void)tier;
+    SDQT_CHECK(sdq_ctx_create(NULL, &ctx) == SDQ_OK);
+    for (i = 0; i < SDQ__COUNT(cases); i++) {
+        sdq_model *m[SDQ_PART_COUNT] = {NULL, NULL, NULL, NULL};
+        sdq_tokenizer_desc td;
+        sdq_pipeline p;
+        sdq_status st;
+        memset(&p, 0, sizeof p);
+        memset(&td, 0, sizeof td);
+        td.max_length = cases[i].length;
+        SDQT_CHECK(sdq_tokenizer_create(ctx, "", 0, &td, &p.tokenizer) == SDQ_OK);
+        for (k = SDQ_PART_TEXT; k < SDQ_PART_COUNT; k++) {
+            build_config(base, sizeof base, k == SDQ_PART_UNET ? "\"cross_attention_dim\": 8"
+                                                               : "\"layers_per_block\": 1", good[k]);
+            build_config(text, sizeof text, cases[i].part == (sdq_part)k ? cases[i].add
+                                            : "\"layers_per_block\": 1", base + 1);
+            SDQT_THAT(sdq__md_create(ctx, "c.json", text, strlen(text), (sdq_part)k, NULL, &m[k])
+                      == SDQ_OK, "%s: %s", text, sdq_error_text(ctx));
+        }
+        p.text = m[SDQ_PART_TEXT];
+        p.vae = m[SDQ_PART_VAE];
+        p.folder = folder;
+        st = m[SDQ_PART_UNET] ? sdq__pl_fits(ctx, &p, m[SDQ_PART_UNET]) : SDQ_ERR_OOM;
+        SDQT_CHECK((st == SDQ_OK) == (i == 0));
+        SDQT_THAT(strstr(sdq_error_text(ctx), cases[i].says[0])
+                  && strstr(sdq_error_text(ctx), cases[i].says[1]), "%s", sdq_error_text(ctx));
+        for (k = 0; k < SDQ_PART_COUNT; k++) sdq_model_free(ctx, m[k]);
+        sdq_tokenizer_free(ctx, p.tokenizer);
+        sdq_clear_error(ctx);
+    }
+    sdq_ctx_free(ctx);
+}
+
+/* ---- the file of a quantized UNet ---- */
+
+enum { AS_IT_IS = 0, HALVES, BIT, NO_HASH, INT8_EXTRA, INT8_SHAPE, NOT_FINITE, INT8_DAMAGES };
+
+/* Write the int8 file again with one thing changed. Damages behind BIT and NO_HASH get a hash that
+ * fits: what is wrong with them must be seen all the same. */
+static void spoil_int8(sdq_ctx *ctx, const sdq_file *file, int kind) {
+    static const float nan_pair[2] = {0, NAN};
+    sdq__cv_out o;
+    uint64_t hash = 0;
+    char *flipped;
+    const sdq__json *v;
+    size_t i;
+    memset(&o, 0, sizeof o);
+    o.ctx = ctx;
+    o.entry = SDQ__PUSH_N(ctx, sdq_entry, file->count + 1);
+    o.meta = SDQ__PUSH_N(ctx, sdq_pair, 1000);
+    for (i = 0; i < file->count; i++) {
+        sdq_entry *e = &o.entry[o.n++];
+        *e = file->entries[i];
+        if (kind == HALVES && e->dtype == SDQ_F16) {        /* as F32: equal values */
+            float *f = SDQ__PUSH_N(ctx, float, sdq_entry_count(e));
+            SDQT_CHECK(sdq_entry_to_f32(ctx, e, f) == SDQ_OK);
+            e->dtype = SDQ_F32; e->data = f; e->bytes *= 2;
+        }
+        if (kind == INT8_SHAPE && !strcmp(e->name, "mid_block.attentions.0.proj_in.input_scale"))
+            e->rank = 2;
+        if (kind == BIT && e->dtype == SDQ_I8) {
+            flipped = SDQ__PUSH_N(ctx, char, e->bytes);
+            memcpy(flipped, e->data, e->bytes);
+            flipped[e->bytes / 2] ^= 4;
+            e->data = flipped;
+        }
+        if (kind == NOT_FINITE && !strcmp(e->name, "conv_norm_out.bias")) {
+            e->dtype = SDQ_F32; e->data = nan_pair; e->bytes = 8; e->dim[0] = 2;
+        }
+    }
+    if (kind == INT8_EXTRA) {
+        o.entry[o.n] = o.entry[0];
+        o.entry[o.n++].name = "odd.weight";
+    }
+    for (v = sdq__js_get(file->header, "__metadata__")->child; v; v = v->next)
+        if (strcmp(v->key, "sdq.hash") != 0) sdq__cv_meta(&o, v->key, v->str);
+        else if (kind == BIT) sdq__cv_meta(&o, v->key, v->str);
+    SDQT_CHECK(sdq__cv_hash_out(&o, &hash) == SDQ_OK);
+    if (kind != BIT && kind != NO_HASH) sdq__cv_meta_hash(&o, "sdq.hash", hash);
+    SDQT_CHECK(sdq_file_write(ctx, SCRATCH "/spoilt.safetensors", o.entry, o.n, o.meta, o.metas)
+               == SDQ_OK);
+}
+
+static void test_int8_file(int tier) {
+    static const sdq_status want[INT8_DAMAGES] = {SDQ_OK, SDQ_OK, SDQ_ERR_FORMAT, SDQ_ERR_FORMAT,
+                                                  SDQ_ERR_FORMAT, SDQ_ERR_SHAPE, SDQ_ERR_SHAPE};
+    static const char *const says[INT8_DAMAGES] = {"", "", "its hash is", "quantize the network",
+        "odd.weight has no place", "proj_in.input_scale is F32 [1,1], expected F32 [1]",
+        "conv_norm_out.bias is F32 [2], expected F32 [8]"};
+    const sdq_recipe recipe = sdq_recipe_default();
+    fixture f;
+    sdq_model *m = NULL;
+    sdq_file *file = NULL;
+    float *bias;
+    int kind;
+    MAKE_FOLDER(SCRATCH);
+    if (open_fixture(&f, "sd1-a", tier, 0)) {
+        sdq_model *u = f.part[SDQ_PART_UNET];
+        const uint64_t source = u->source;
+        SDQT_CHECK(source != 0 && sdq_recipe_apply(f.ctx, u, &recipe, NULL) == SDQ_OK);
+        SDQT_CHECK(sdq_model_convert(f.ctx, u) == SDQ_OK);
+        SDQT_CHECK(sdq_model_save_int8(f.ctx, u, SCRATCH "/q", NULL, "test") == SDQ_OK);
+        SDQT_CHECK(sdq_file_open(f.ctx, SCRATCH "/q", &file) == SDQ_OK);
+        for (kind = 0; file && kind < INT8_DAMAGES; kind++) {
+            sdq_status st;
+            spoil_int8(f.ctx, file, kind);
+            st = sdq_model_load_int8(f.ctx, GOLDEN "models/sd1-a", SCRATCH "/spoilt.safetensors",
+                                     &m, NULL);
+            SDQT_THAT(st == want[kind] && !m == (st != SDQ_OK), "damage %d: status %d", kind,
+                      (int)st);
+            SDQT_THAT(strstr(sdq_error_text(f.ctx), says[kind]) != NULL, "%s",
+                      sdq_error_text(f.ctx));
+            if (m) SDQT_CHECK(m->source == source);
+            sdq_model_free(f.ctx, m);
+            sdq_clear_error(f.ctx);
+        }
+        sdq_file_close(f.ctx, file);
+        bias = sdq_f32(sdq_layer_bias(u->unet->conv_in));       /* a training that went wrong */
+        bias[0] = NAN;
+        SDQT_CHECK(sdq_model_save_int8(f.ctx, u, SCRATCH "/q", NULL, NULL) == SDQ_OK);
+        SDQT_CHECK(sdq_model_load_int8(f.ctx, GOLDEN "models/sd1-a", SCRATCH "/q", &m, NULL)
+                   == SDQ_ERR_NUMERIC && strstr(sdq_error_text(f.ctx), "conv_in.bias"));
+    }
+    close_fixture(&f);
+    (void)remove(SCRATCH "/q");
+    (void)remove(SCRATCH "/spoilt.safetensors");
+    drop_scratch();
+}
+
+/* Halves in the file or floats: the same weights, the same hash; one other bit, another. */
+static void test_source_hash(int tier) {
+    fixture f;
+    sdq_model *m[3] = {NULL, NULL, NULL};
+    uint64_t h;
+    int i;
+    (void)tier;
+    MAKE_FOLDER(SCRATCH);
+    if (open_fixture(&f, "sd2-a", tier, 0)) {       /* its UNet is stored as F16 */
+        sdq_tensor *t = sdq_model_param(f.part[SDQ_PART_UNET], 5, NULL);
+        h = f.part[SDQ_PART_UNET]->source;
+        for (i = 0; i < 3; i++) {
+            if (i == 2) sdq_f32(t)[0] = sdq__u_float(sdq__u_bits(sdq_f32(t)[0]) ^ 1u);
+            SDQT_CHECK(sdq_model_save(f.ctx, f.part[SDQ_PART_UNET], SCRATCH,
+                                      i ? SDQ_F32 : SDQ_F16) == SDQ_OK);
+            SDQT_CHECK(sdq_model_load(f.ctx, SCRATCH, SDQ_PART_UNET, &m[i]) == SDQ_OK);
+            SDQT_CHECK(m[i] && (m[i]->source == h) == (i < 2));
+            sdq_model_free(f.ctx, m[i]);
+        }
+    }
+    close_fixture(&f);
+    drop_scratch();
 }
 
 enum { MISSING = 0, EXTRA, SHAPE, DTYPE, FILE_DAMAGES };
@@ -853,6 +1060,10 @@ static const sdqt_case cases[] = {
     {"init", test_init, 0},
     {"info", test_info, 0},
     {"refused_config", test_refused_config, 0},
+    {"accepted_config", test_accepted_config, 0},
+    {"fitting", test_fitting, 0},
+    {"int8_file", test_int8_file, 0},
+    {"source_hash", test_source_hash, 0},
     {"refused_file", test_refused_file, 0},
     {"refused_input", test_refused_input, 0},
     {"out_of_memory", test_out_of_memory, 0},

@@ -416,6 +416,35 @@ static void scheduler_refused(int tier) {
     sdq_ctx_free(ctx);
 }
 
+/* What StableDiffusionPipeline makes of a configuration, by the rules of diffusers 0.39. */
+static void scheduler_adopted(int tier) {
+    static const struct {
+        const char *text;
+        sdq_scheduler_kind kind;
+        int offset, clip, changed;      /* offset -1: none */
+    } cases[] = {
+        {"{\"_class_name\":\"DDIMScheduler\",\"steps_offset\":1,\"clip_sample\":false}", SDQ_DDIM, 1, 0, 0},
+        {"{\"_class_name\":\"DDIMScheduler\"}", SDQ_DDIM, 1, 0, 1},
+        {"{\"_class_name\":\"DDIMScheduler\",\"steps_offset\":3,\"clip_sample\":true}", SDQ_DDIM, 1, 0, 1},
+        {"{\"_class_name\":\"PNDMScheduler\"}", SDQ_DDIM, -1, 1, 0},    /* DDIM's own defaults */
+        {"{\"_class_name\":\"PNDMScheduler\",\"steps_offset\":0,\"clip_sample\":true}", SDQ_DDIM, 1, 0, 1},
+        {"{\"_class_name\":\"UniPCMultistepScheduler\"}", SDQ_LCM, -1, 0, 0}};
+    sdq_scheduler_desc d;
+    sdq_ctx *ctx;
+    size_t i;
+    (void)tier;
+    SDQT_CHECK(sdq_ctx_create(NULL, &ctx) == SDQ_OK);
+    for (i = 0; i < SDQ__COUNT(cases); i++) {
+        int changed = -1;
+        SDQT_CHECK(sdq__sch_from_json(ctx, cases[i].text, strlen(cases[i].text), "s.json",
+                                      cases[i].kind, &changed, &d) == SDQ_OK);
+        SDQT_THAT(d.steps_offset == cases[i].offset && d.clip_sample == cases[i].clip
+                  && changed == cases[i].changed, "case %zu: offset %d clip %d changed %d", i,
+                  d.steps_offset, d.clip_sample, changed);
+    }
+    sdq_ctx_free(ctx);
+}
+
 static int refused(sdq_ctx *ctx, const sdq_scheduler_desc *d) {
     sdq_scheduler *s;
     const sdq_status st = sdq_scheduler_create(ctx, d, &s);
@@ -430,6 +459,7 @@ static void scheduler_arguments(int tier) {
     sdq_scheduler_desc d;
     sdq_scheduler *s;
     sdq_ctx *ctx;
+    int overruns = 0;
     memset(x, 0, sizeof x);
     SDQT_CHECK(sdq_ctx_create(NULL, &ctx) == SDQ_OK);
     memset(&d, 0, sizeof d); d.steps = 1001; SDQT_CHECK(refused(ctx, &d));
@@ -441,7 +471,10 @@ static void scheduler_arguments(int tier) {
     memset(&d, 0, sizeof d); d.train_steps = 1; SDQT_CHECK(refused(ctx, &d));
     memset(&d, 0, sizeof d); d.eta = (double)NAN; SDQT_CHECK(refused(ctx, &d));
     memset(&d, 0, sizeof d); d.kind = SDQ_DDIM; d.spacing = SDQ_SPACING_TRAILING;
-    d.steps = 61; SDQT_CHECK(!refused(ctx, &d));         /* numpy makes 62 of it, ending at -1 */
+    for (d.steps = 1; d.steps <= 1000; d.steps++) overruns += refused(ctx, &d);
+    SDQT_CHECK(overruns == 62);                 /* where numpy makes one too many, ending at -1 */
+    d.steps = 61; SDQT_CHECK(refused(ctx, &d));
+    d.kind = SDQ_LCM; d.steps = 4; SDQT_CHECK(!refused(ctx, &d));
     memset(&d, 0, sizeof d); d.kind = SDQ_EULER_A; d.steps = 3;
     SDQT_CHECK(sdq_scheduler_create(ctx, &d, &s) == SDQ_OK);
     SDQT_CHECK(sdq_scheduler_step(ctx, s, 0, x, x, y, 1, 5, 3, 4, NULL) == SDQ_ERR_ARGUMENT);
@@ -470,6 +503,7 @@ static const sdqt_case cases[] = {
     {"scheduler_training", scheduler_training, 0},
     {"scheduler_json", scheduler_json, 0},
     {"scheduler_refused", scheduler_refused, 0},
+    {"scheduler_adopted", scheduler_adopted, 0},
     {"scheduler_arguments", scheduler_arguments, 0},
 };
 int main(int argc, char **argv) { return SDQT_MAIN(argc, argv, cases); }

@@ -110,6 +110,67 @@ static void test_folder(int tier) {
     close_ctx();
 }
 
+static void copy_to(const char *from, const char *to) {
+    char *text = NULL;
+    size_t bytes = 0;
+    SDQT_CHECK(sdq__io_read(ctx, from, 1 << 24, &text, &bytes) == SDQ_OK);
+    SDQT_CHECK(text && sdq__io_write(ctx, to, text, bytes) == SDQ_OK);
+    sdq__free(ctx, text);
+}
+
+static void put(const char *name, const char *text) {
+    char path[64];
+    (void)snprintf(path, sizeof path, DIR "/%s", name);
+    SDQT_CHECK(sdq__io_write(ctx, path, text, strlen(text)) == SDQ_OK);
+}
+
+/* added_tokens.json counts unless the configuration lists its tokens, as in transformers; the
+ * length is a whole number or says nothing. */
+static void test_older_files(int tier) {
+    static const char *const names[] = {"vocab.json", "merges.txt", "added_tokens.json",
+                                        "tokenizer_config.json"};
+    static const char *const lengths[][2] = {{"{\"model_max_length\": 1e30}", NULL},
+        {"{\"model_max_length\": 0}", "model_max_length"},
+        {"{\"model_max_length\": 100000}", "model_max_length"},
+        {"{\"model_max_length\": \"77\"}", "model_max_length"}};
+    sdq_tokenizer *t = NULL;
+    int32_t ids[77] = {0};
+    size_t i, n = 0;
+    (void)tier;
+    open_ctx();
+    copy_to(EMOJI "/vocab.json", DIR "/vocab.json");
+    copy_to(EMOJI "/merges.txt", DIR "/merges.txt");
+    put("added_tokens.json", "{\"<cat-toy>\": 30000}");
+    SDQT_CHECK(sdq_tokenizer_load(ctx, DIR, &t) == SDQ_OK);
+    SDQT_CHECK(t && sdq_tokenizer_encode(ctx, t, "<Cat-toy> face", ids, 77, &n) == SDQ_OK);
+    SDQT_CHECK(ids[1] == 30000 && n >= 4 && t && sdq_tokenizer_vocab(t) == 30001);
+    sdq_tokenizer_free(ctx, t);
+    put("tokenizer_config.json", "{\"added_tokens_decoder\": {}}");
+    SDQT_CHECK(sdq_tokenizer_load(ctx, DIR, &t) == SDQ_OK);
+    SDQT_CHECK(t && sdq_tokenizer_encode(ctx, t, "<cat-toy>", ids, 77, &n) == SDQ_OK);
+    SDQT_CHECK(ids[1] != 30000);
+    sdq_tokenizer_free(ctx, t);
+    put("tokenizer_config.json", "{}");
+    put("added_tokens.json", "{\"<cat-toy>\": -1}");
+    failed(sdq_tokenizer_load(ctx, DIR, &t), SDQ_ERR_FORMAT, "added_tokens.json");
+    (void)remove(DIR "/added_tokens.json");
+    for (i = 0; i < sizeof lengths / sizeof *lengths; i++) {
+        put("tokenizer_config.json", lengths[i][0]);
+        if (lengths[i][1]) {
+            failed(sdq_tokenizer_load(ctx, DIR, &t), SDQ_ERR_UNSUPPORTED, lengths[i][1]);
+            continue;
+        }
+        SDQT_CHECK(sdq_tokenizer_load(ctx, DIR, &t) == SDQ_OK && sdq_tokenizer_length(t) == 77);
+        sdq_tokenizer_free(ctx, t);
+    }
+    for (i = 0; i < 4; i++) {
+        char path[64];
+        (void)snprintf(path, sizeof path, DIR "/%s", names[i]);
+        (void)remove(path);
+    }
+    close_ctx();
+}
+
 static void ids_are(const sdq_tokenizer *t, const char *text, const int32_t *want, size_t n) {
     int32_t ids[77];
     size_t count = 0;
@@ -387,6 +448,7 @@ static void test_oom(int tier) {
 static const sdqt_case cases[] = {
     {"clip_packed", test_clip_packed, 0},
     {"folder", test_folder, 0},
+    {"older_files", test_older_files, 0},
     {"known_ids", test_known_ids, 0},
     {"nfc", test_nfc, 0},
     {"lengths", test_lengths, 0},

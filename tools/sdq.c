@@ -13,6 +13,7 @@
 
 #include <ctype.h>
 #include <errno.h>
+#include <float.h>
 #include <limits.h>
 #include <math.h>
 #include <signal.h>
@@ -52,6 +53,7 @@ static const flag common_flags[] = {
     {"threads,t", "N", "0", NULL},
     {"tier", "scalar|avx2|avx512|avx512vnni", "auto", NULL},
     {"quiet,q", NULL, NULL, NULL},
+    {"verbose,v", NULL, NULL, NULL},
     {"help,h", NULL, NULL, NULL},
 };
 
@@ -209,14 +211,16 @@ static void *own(job *j, size_t bytes) {
 }
 
 static char *format_text(job *j, const char *format, ...) {
-    char buf[4096];
     char *s;
     va_list a;
+    int n;
     va_start(a, format);
-    (void)vsnprintf(buf, sizeof buf, format, a);
+    n = vsnprintf(NULL, 0, format, a);
     va_end(a);
-    s = (char *)own(j, strlen(buf) + 1);
-    strcpy(s, buf);
+    s = (char *)own(j, (size_t)(n < 0 ? 0 : n) + 1);
+    va_start(a, format);
+    (void)vsnprintf(s, (size_t)(n < 0 ? 0 : n) + 1, format, a);
+    va_end(a);
     return s;
 }
 
@@ -257,23 +261,27 @@ static sdq_status arg_size(job *j, const char *name, size_t *out) {
 static sdq_status arg_float(job *j, const char *name, float *out) {
     double v = (double)*out;
     TRY(arg_real(j, name, &v));
+    if (!(fabs(v) <= (double)FLT_MAX))
+        return bad_value(j, name, arg_text(&j->a, name), "a number below 3.4e38");
     *out = (float)v;
     return SDQ_OK;
 }
-/* -1: from the clock. */
+/* -1: from the clock. Other negative numbers count down from 2^64, as in torch. */
 static sdq_status arg_seed(job *j, const char *name, uint64_t *out) {
     const char *v = arg_text(&j->a, name);
+    const int minus = v && v[0] == '-';
+    unsigned long long n;
     char *end;
-    long long n;
     if (!v) return SDQ_OK;
-    n = strtoll(v, &end, 10);
-    if (end == v || *end) return bad_value(j, name, v, "a whole number");
-    if (n < 0) {
+    errno = 0;
+    n = strtoull(v + minus, &end, 10);
+    if (!isdigit((unsigned char)v[minus]) || *end || errno || (minus && n > 1ull << 63))
+        return bad_value(j, name, v, "a whole number from -2^63 to 2^64 - 1");
+    *out = minus ? 0 - (uint64_t)n : (uint64_t)n;
+    if (minus && n == 1) {
         struct timespec t;
         clock_gettime(CLOCK_REALTIME, &t);
         *out = ((uint64_t)t.tv_sec * 1000003u + (uint64_t)t.tv_nsec / 1000u) & 0x7fffffffu;
-    } else {
-        *out = (uint64_t)n;
     }
     return SDQ_OK;
 }
@@ -336,6 +344,20 @@ static sdq_status write_text(job *j, const char *path, const char *text, size_t 
 static int exists(const char *path) {
     struct stat s;
     return stat(path, &s) == 0;
+}
+/* That a file can be written: said before the work, not after it. */
+static sdq_status check_output(job *j, const char *path) {
+    const char *tmp = format_text(j, "%s.tmp", path);   /* what sdq.h writes before it renames */
+    const int there = exists(tmp);
+    struct stat s;
+    FILE *f;
+    if (stat(path, &s) == 0 && S_ISDIR(s.st_mode))
+        return fail(j, "%s: is a folder; name a file in it", path);
+    f = fopen(tmp, "ab");
+    if (!f) return fail(j, "%s: cannot be written: %s", path, strerror(errno));
+    (void)fclose(f);
+    if (!there) (void)remove(tmp);
+    return SDQ_OK;
 }
 static size_t file_bytes(const char *path) {
     struct stat s;
@@ -416,8 +438,6 @@ static const char *const weight_word[] = {"current", "moving", "fixed"};
 static sdq_status load_scheduler_desc(job *j, const char *folder, sdq_scheduler_desc *out) {
     char *path = format_text(j, "%s/scheduler/scheduler_config.json", folder), *text;
     size_t len;
-    memset(out, 0, sizeof *out);
-    if (!exists(path)) return SDQ_OK;
     TRY(read_text(j, path, &text, &len));
     return sdq_scheduler_desc_from_json(j->ctx, text, len, path, SDQ_SCHEDULER_DEFAULT, out);
 }
@@ -465,7 +485,7 @@ static sdq_status copy_pipeline(job *j, const char *from, const char *to) {
     static const char *const name[] = {
         "model_index.json", "scheduler/scheduler_config.json", "tokenizer/vocab.json",
         "tokenizer/merges.txt", "tokenizer/tokenizer_config.json",
-        "tokenizer/special_tokens_map.json"};
+        "tokenizer/special_tokens_map.json", "tokenizer/added_tokens.json"};
     size_t i;
     if (strcmp(from, to) == 0) return SDQ_OK;
     TRY(make_folder(j, format_text(j, "%s/scheduler", to)));
@@ -652,12 +672,15 @@ static sdq_status diffusion_task(job *j, const sdq_scheduler_desc *desc, const s
 
 /* Pictures as latents, for recipes that calibrate on them or whose loss needs noise. */
 static sdq_status quantizer_data(job *j, quantizer *q) {
+    sdq_scheduler_desc desc;
     if (!j->samples) {
         TRY(load_samples(j, j->pipe->vae, j->pipe->tokenizer));
         TRY(encode_samples(j, j->pipe->vae));
     }
-    if (!j->scheduler)
-        TRY(diffusion_task(j, &j->pipe->scheduler, j->pipe->vae, q->batch, &q->data));
+    if (!j->scheduler) {
+        TRY(sdq_pipeline_scheduler(j->ctx, j->pipe, NULL, &desc));
+        TRY(diffusion_task(j, &desc, j->pipe->vae, q->batch, &q->data));
+    }
     q->data.unet = j->unet;
     q->data.text = j->pipe->text;
     return SDQ_OK;
@@ -746,6 +769,7 @@ static sdq_status cmd_quantize(job *j) {
     TRY(need(j, "model", &model));
     TRY(need(j, "out", &out));
     TRY(quantizer_read_flags(j, &q, model));
+    TRY(check_output(j, out));
     TRY(quantizer_prepare(j, &q));
     return quantizer_save(j, &q, out, 0, 0.0f);
 }
@@ -1067,6 +1091,7 @@ static sdq_status train_qat(job *j, trainer *t) {
     q.batch = t->p.batch;
     q.seed = t->fit.seed;
     TRY(arg_float(j, "scale-lr", &scale_lr));
+    TRY(check_output(j, t->out));
     TRY(quantizer_prepare(j, &q));
     if (!j->optim) TRY(sdq_optim_create(j->ctx, &t->optim, &j->optim));
     TRY(sdq_optim_add_student(j->ctx, j->optim, j->unet, &q.recipe, scale_lr));
@@ -1120,12 +1145,17 @@ static sdq_status find_entry(job *j, const sdq_file *f, const char *path, const 
     return SDQ_OK;
 }
 
-/* A float array as a tensor; 4 dimensions: NCHW to NHWC. */
+/* A float array as a tensor; 4 dimensions: NCHW to NHWC. channels: 0 or how many it must have. */
 static sdq_status read_tensor(job *j, const sdq_file *f, const char *path, const char *part,
-                              const char *name, int rank, sdq_tensor **out) {
+                              const char *name, int rank, size_t channels, sdq_tensor **out) {
+    const int at = rank == 4 ? 1 : rank - 1;
     const sdq_entry *e;
     sdq_tensor *raw;
     TRY(find_entry(j, f, path, part, name, rank, &e));
+    if (sdq_entry_count(e) == 0) return fail(j, "%s: %s is empty: a dimension is 0", path, name);
+    if (channels && e->dim[at] != channels)
+        return fail(j, "%s: dimension %d of %s is %zu, the model has %zu channels there", path, at,
+                    name, e->dim[at], channels);
     raw = sdq_tensor_new(j->ctx, SDQ_F32, rank, e->dim);
     if (!raw) return sdq_last_error(j->ctx);
     TRY(sdq_entry_to_f32(j->ctx, e, sdq_f32(raw)));
@@ -1183,23 +1213,33 @@ static sdq_status forward_text(job *j, const sdq_file *f, const char *path, cons
     const sdq_entry *e;
     sdq_tensor *ids;
     float *value;
-    size_t i;
+    size_t i, vocab;
     TRY(find_entry(j, f, path, prefix, "input_ids", 2, &e));
+    if (sdq_entry_count(e) == 0) return fail(j, "%s: input_ids is empty: a dimension is 0", path);
     TRY(sdq_model_load(j->ctx, j->a.word[0], SDQ_PART_TEXT, &j->text));
+    vocab = sdq_model_get_info(j->text).vocab;
     ids = sdq_tensor_new(j->ctx, SDQ_I32, 2, e->dim);
     if (!ids) return sdq_last_error(j->ctx);
     value = (float *)own(j, sdq_entry_count(e) * sizeof *value);
     TRY(sdq_entry_to_f32(j->ctx, e, value));        /* exact: ids are below 2^24 */
-    for (i = 0; i < sdq_entry_count(e); i++) ((int32_t *)ids->data)[i] = (int32_t)value[i];
+    for (i = 0; i < sdq_entry_count(e); i++) {
+        if (!(value[i] >= 0.0f && value[i] < (float)vocab && value[i] == floorf(value[i])))
+            return fail(j, "%s: input_ids holds %g; the model has whole numbers from 0 to %zu",
+                        path, (double)value[i], vocab - 1);
+        ((int32_t *)ids->data)[i] = (int32_t)value[i];
+    }
     return set_entry(j, out, "last_hidden_state", sdq_text_forward(j->ctx, j->text, ids), 0, 0);
 }
 
 static sdq_status forward_vae(job *j, const sdq_file *f, const char *path, const char *prefix,
                               int encode, sdq_entry *out, size_t *n) {
     sdq_tensor *x = NULL, *y;
+    sdq_model_info info;
     size_t i, c;
-    TRY(read_tensor(j, f, path, prefix, encode ? "image" : "latent", 4, &x));
     TRY(sdq_model_load(j->ctx, j->a.word[0], SDQ_PART_VAE, &j->vae));
+    info = sdq_model_get_info(j->vae);
+    TRY(read_tensor(j, f, path, prefix, encode ? "image" : "latent", 4,
+                    encode ? info.in : info.latent, &x));
     y = encode ? sdq_vae_encode(j->ctx, j->vae, x, SDQ_FLOAT)
                : sdq_vae_decode(j->ctx, j->vae, x, SDQ_FLOAT);
     if (!y) return sdq_last_error(j->ctx);
@@ -1280,18 +1320,25 @@ static sdq_status forward_unet(job *j, const sdq_file *f, const char *path, cons
     const char *grad = arg_text(&j->a, "grad");
     sdq_tensor *noise = NULL, *y;
     sdq_unet_input in;
+    sdq_model_info info;
     float *times = NULL;
     int mode = 0;
     memset(&in, 0, sizeof in);
     TRY(arg_choice(j, "precision", words, 3, &mode));
     if (grad && (strcmp(grad, "noise") || mode == SDQ_INT8))
         return bad_value(j, "grad", grad, "noise, with --precision fp32 or fake");
-    TRY(read_tensor(j, f, path, prefix, "sample", 4, &in.sample));
-    TRY(read_tensor(j, f, path, prefix, "encoder_hidden_states", 3, &in.context));
-    TRY(read_timesteps(j, f, path, prefix, in.sample->dim[0], &times));
-    if (grad) TRY(read_tensor(j, f, path, prefix, "noise", 4, &noise));
-    in.timesteps = times;
     TRY(forward_load_unet(j, mode));
+    info = sdq_model_get_info(j->unet);
+    TRY(read_tensor(j, f, path, prefix, "sample", 4, info.in, &in.sample));
+    TRY(read_tensor(j, f, path, prefix, "encoder_hidden_states", 3, info.context, &in.context));
+    if (in.context->dim[0] != in.sample->dim[0])
+        return fail(j, "%s: %zu samples, but %zu entries of encoder_hidden_states", path,
+                    in.sample->dim[0], in.context->dim[0]);
+    TRY(read_timesteps(j, f, path, prefix, in.sample->dim[0], &times));
+    if (grad) TRY(read_tensor(j, f, path, prefix, "noise", 4, info.out, &noise));
+    if (noise && memcmp(noise->dim, in.sample->dim, 3 * sizeof noise->dim[0]) != 0)
+        return fail(j, "%s: noise and sample differ in number, height or width", path);
+    in.timesteps = times;
     if (grad) return unet_gradients(j, &in, (sdq_mode)mode, noise, out, n);
     y = sdq_unet_forward(j->ctx, j->unet, &in, (sdq_mode)mode);
     return set_entry(j, *out, "out", y, 0, y ? y->dim[3] : 0);
@@ -1325,18 +1372,19 @@ static sdq_status cmd_forward(job *j) {
  * ======================================================================== */
 
 #define SAMPLER_FLAGS \
-    {"steps", "N", "50", "denoising steps"}, \
+    {"steps,num-inference-steps,sample-steps", "N", "50", "denoising steps"}, \
     {"guidance-scale,cfg-scale,cfg,guidance", "X", "7.5", "classifier-free guidance; 1: none"}, \
     {"scheduler,sampling-method,sampler", "NAME", NULL, \
      "pndm ddim euler euler_a dpm++2m lcm [the model's]"}, \
     {"karras", NULL, NULL, "Karras sigmas (euler, dpm++2m)"}
 
 static const flag txt2img_flags[] = {
-    {"model,m", "FOLDER", NULL, "the pipeline, in diffusers' layout"},
-    {"prompt,p", "TEXT", "", "what to draw"},
+    {"model,m,pretrained-model-name-or-path", "FOLDER", NULL,
+     "the pipeline, in diffusers' layout"},
+    {"prompt,p", "TEXT", NULL, "what to draw"},
     {"negative-prompt,n", "TEXT", "", "what not to draw"},
     SAMPLER_FLAGS,
-    {"seed,s", "N", "42", "-1: from the clock"},
+    {"seed,s,manual-seed", "N", "42", "-1: from the clock"},
     {"width,W", "N", NULL, "pixels [the model's own]"},
     {"height,H", "N", NULL, NULL},
     {"batch-count,b,num-images-per-prompt", "N", "1", "pictures, each with the next seed"},
@@ -1351,7 +1399,7 @@ static const flag txt2img_flags[] = {
     {"float-evals", "LIST", NULL, "float evaluations, such as 0,1,45-50 or -1 for the last"},
     {"int8-only", NULL, NULL, "do not load the float UNet; float evaluations use int8 weights"},
     {"save-latents", "FILE", NULL, "write `latents` (NCHW), as diffusers' output_type=\"latent\""},
-    {"init-latents", "FILE", NULL, "begin with `latents` of a file, diffusers' latents= argument"},
+    {"init-latents,latents", "FILE", NULL, "begin with `latents` of a file, diffusers' latents="},
 };
 
 /* "DPM++ 2M Karras", "DPMSolverMultistepScheduler", "euler-a", ..: letters and digits, + as p. */
@@ -1375,13 +1423,16 @@ static sdq_scheduler_kind scheduler_of(const char *name, int *karras) {
     return SDQ_SCHEDULER_COUNT;
 }
 
+/* In the library 0 stands for the default; this number works as 0. */
+#define NO_GUIDANCE FLT_MIN
+
 static sdq_status sampler_from_args(job *j, sdq_txt2img_desc *d) {
     const char *name = arg_text(&j->a, "scheduler");
     memset(d, 0, sizeof *d);
     TRY(arg_size(j, "steps", &d->steps));
     if (d->steps == 0) return bad_value(j, "steps", "0", "1 or more");
     TRY(arg_float(j, "guidance-scale", &d->guidance));
-    if (d->guidance <= 0.0f) d->guidance = 1.0f;
+    if (d->guidance == 0.0f) d->guidance = NO_GUIDANCE;
     TRY(arg_seed(j, "seed", &d->seed));
     d->karras = arg_on(&j->a, "karras");
     if (!name) return SDQ_OK;
@@ -1394,14 +1445,12 @@ static sdq_status sampler_from_args(job *j, sdq_txt2img_desc *d) {
 /* The evaluations of a run. */
 static sdq_status evaluations(job *j, const sdq_pipeline *p, const sdq_txt2img_desc *d, size_t *n,
                               sdq_scheduler_kind *kind) {
-    sdq_scheduler_desc sd = p->scheduler;
+    sdq_scheduler_desc desc;
     sdq_scheduler *s;
-    if (d->scheduler != SDQ_SCHEDULER_DEFAULT) sd.kind = d->scheduler;
-    sd.steps = d->steps;
-    sd.karras |= d->karras;
-    TRY(sdq_scheduler_create(j->ctx, &sd, &s));
+    TRY(sdq_pipeline_scheduler(j->ctx, p, d, &desc));
+    TRY(sdq_scheduler_create(j->ctx, &desc, &s));
     *n = sdq_scheduler_count(s);
-    if (kind) *kind = sdq_scheduler_get_desc(s)->kind;
+    if (kind) *kind = desc.kind;
     sdq_scheduler_free(j->ctx, s);
     return SDQ_OK;
 }
@@ -1462,16 +1511,14 @@ static sdq_status read_latents(job *j, sdq_txt2img_desc *d) {
     sdq_status st;
     if (!path) return SDQ_OK;
     TRY(sdq_file_open(j->ctx, path, &f));
-    st = read_tensor(j, f, path, "init", "latents", 4, &t);
+    st = read_tensor(j, f, path, "init", "latents", 4, sdq_model_get_info(j->pipe->vae).latent,
+                     &t);
     sdq_file_close(j->ctx, f);
     TRY(st);
-    if (t->dim[3] != sdq_model_get_info(j->pipe->vae).latent)
-        return fail(j, "%s: latents with %zu channels, the model has %zu", path, t->dim[3],
-                    sdq_model_get_info(j->pipe->vae).latent);
     if ((d->width && d->width != t->dim[2] * factor)
         || (d->height && d->height != t->dim[1] * factor))
-        return fail(j, "%s: latents of a picture of %zu x %zu, not of %zu x %zu", path,
-                    t->dim[2] * factor, t->dim[1] * factor, d->width, d->height);
+        return fail(j, "%s: latents of a picture %zu wide and %zu high, not as --width and "
+                    "--height say; leave these out", path, t->dim[2] * factor, t->dim[1] * factor);
     d->init_latents = sdq_f32(t);
     d->count = t->dim[0];
     d->width = t->dim[2] * factor;
@@ -1486,15 +1533,16 @@ static const char *scheduler_title(sdq_scheduler_kind k) {
 
 /* The PNG text that AUTOMATIC1111 and others read. */
 static const char *parameters_text(job *j, const sdq_txt2img_desc *d, const sdq_image *im,
-                                   size_t floats, size_t evals, sdq_scheduler_kind kind) {
+                                   size_t floats, size_t evals, const sdq_scheduler_desc *sd) {
     const char *model = arg_text(&j->a, "model"), *base = strrchr(model, '/');
     return format_text(
         j,
         "%s\nNegative prompt: %s\n"
         "Steps: %zu, Sampler: %s%s, CFG scale: %g, Seed: %llu, "
         "Size: %zux%zu, Model: %s, RNG: %s, Float evaluations: %zu of %zu, Version: sdq %d.%d.%d",
-        d->prompt, d->negative, d->steps, scheduler_title(kind), d->karras ? " Karras" : "",
-        (double)d->guidance, (unsigned long long)d->seed, im->w, im->h,
+        d->prompt, d->negative, d->steps, scheduler_title(sd->kind), sd->karras ? " Karras" : "",
+        d->guidance == NO_GUIDANCE ? 0.0 : (double)d->guidance, (unsigned long long)d->seed, im->w,
+        im->h,
         base && base[1] ? base + 1 : model, d->rng == SDQ_RNG_TORCH ? "CPU" : "GPU", floats, evals,
         SDQ_VERSION_MAJOR, SDQ_VERSION_MINOR, SDQ_VERSION_PATCH);
 }
@@ -1517,41 +1565,71 @@ static double peak_megabytes(void) {
 #endif
 }
 
-static sdq_status draw(job *j, const sdq_txt2img_desc *d, const char *out, const char *save,
-                       size_t *at) {
-    const sdq_mark mark = sdq_arena_mark(j->ctx);
-    const size_t count = d->count ? d->count : 1;
-    sdq_image *im = (sdq_image *)own(j, count * sizeof *im);
-    const char *notice = "", *name = save;
-    size_t floats = 0, evals, i;
-    sdq_scheduler_kind kind;
-    sdq_tensor *x;
+/* What a drawing writes: pictures, latents or both. */
+typedef struct output {
+    const char *picture, *latents;
+    size_t runs, pictures;      /* drawings in all; pictures written so far */
+    sdq_tensor all;             /* latents of all drawings, and how many numbers there are so far */
+    size_t kept;
+} output;
+
+static void keep_latents(job *j, output *o, const sdq_tensor *x) {
+    const size_t size = sdq_tensor_count(x);
+    if (!o->all.data) {
+        o->all = *x;
+        o->all.dim[0] *= o->runs;
+        o->all.data = own(j, o->runs * size * sizeof(float));
+    }
+    memcpy(sdq_f32(&o->all) + o->kept, x->data, size * sizeof(float));
+    o->kept += size;
+}
+
+static sdq_status save_latents(job *j, const output *o) {
     sdq_entry e;
+    TRY(set_entry(j, &e, "latents", &o->all, 0, o->all.dim[3]));
+    return sdq_file_write(j->ctx, o->latents, &e, 1, NULL, 0);
+}
+
+static sdq_status write_pictures(job *j, const sdq_txt2img_desc *d, output *o, sdq_tensor *x,
+                                 const sdq_scheduler_desc *sd, size_t floats, size_t evals) {
+    const size_t count = x->dim[0];
+    sdq_image *im = (sdq_image *)own(j, count * sizeof *im);
+    sdq_status st = sdq_decode_latents(j->ctx, j->pipe, x, im);
     sdq_pair text;
+    size_t i;
+    text.key = "parameters";
+    for (i = 0; i < count && st == SDQ_OK; i++) {
+        text.value = parameters_text(j, d, &im[i], floats, evals, sd);
+        st = sdq_image_write(j->ctx, picture_name(j, o->picture, o->pictures++), &im[i], &text, 1);
+    }
+    for (i = 0; i < count; i++) sdq_image_free(j->ctx, &im[i]);
+    return st;
+}
+
+static sdq_status draw(job *j, const sdq_txt2img_desc *d, output *o) {
+    const sdq_mark mark = sdq_arena_mark(j->ctx);
+    const char *notice = "", *name = o->latents;
+    size_t floats = 0, evals;
+    sdq_scheduler_desc sd;
+    sdq_tensor *x;
     double t;
-    TRY(evaluations(j, j->pipe, d, &evals, &kind));
+    TRY(sdq_pipeline_scheduler(j->ctx, j->pipe, d, &sd));
+    TRY(evaluations(j, j->pipe, d, &evals, NULL));
     progress_begin(j);
     t = now();
     x = sdq_txt2img_latents(j->ctx, j->pipe, d, &floats, &notice);
     if (!x) return sdq_last_error(j->ctx);
     t = now() - t;
     if (*notice) note(j, "%s", notice);
-    if (save) {
-        TRY(set_entry(j, &e, "latents", x, 0, x->dim[3]));
-        TRY(sdq_file_write(j->ctx, save, &e, 1, NULL, 0));
-    }
-    if (out) TRY(sdq_decode_latents(j->ctx, j->pipe, x, im));
-    for (i = 0; out && i < count; i++) {
-        text.key = "parameters";
-        text.value = parameters_text(j, d, &im[i], floats, evals, kind);
-        name = picture_name(j, out, (*at)++);
-        TRY(sdq_image_write(j->ctx, name, &im[i], &text, 1));
-        sdq_image_free(j->ctx, &im[i]);
+    if (o->latents) keep_latents(j, o, x);
+    if (o->picture) {
+        TRY(write_pictures(j, d, o, x, &sd, floats, evals));
+        name = picture_name(j, o->picture, o->pictures - 1);
     }
     printf(
         "seed %llu  %s, %zu evaluations, %zu float  %.3g s/it  %.3g s  peak memory %.0f MB  %s\n",
-        (unsigned long long)d->seed, scheduler_title(kind), evals, floats, t / (double)evals, t,
-        peak_megabytes(), name ? name : "");
+        (unsigned long long)d->seed, scheduler_title(sd.kind), evals, floats, t / (double)evals, t,
+        peak_megabytes(), name);
     fflush(stdout);
     sdq_arena_release(j->ctx, mark);
     return SDQ_OK;
@@ -1566,24 +1644,62 @@ static sdq_status check_length(job *j, const char *prompt) {
     return SDQ_OK;
 }
 
+/* The texts go into the picture's file: try that on a picture of one pixel. */
+static sdq_status check_text(job *j, const char *name, const char *value) {
+    unsigned char px[1] = {0}, *png;
+    sdq_image one;
+    sdq_pair text;
+    size_t bytes;
+    one.w = one.h = one.c = 1;
+    one.px = px;
+    text.key = "parameters";
+    text.value = value;
+    if (sdq_image_png_encode(j->ctx, &one, &text, 1, &png, &bytes) != SDQ_OK) {
+        sdq_clear_error(j->ctx);
+        return bad_value(j, name, value, "text in UTF-8");
+    }
+    sdq_bytes_free(j->ctx, png);
+    return SDQ_OK;
+}
+
+static sdq_status output_from_args(job *j, output *o) {
+    static const char *const endings[] = {".png", ".PNG", ".ppm", ".pgm"};
+    const char *dot;
+    memset(o, 0, sizeof *o);
+    o->picture = arg_text(&j->a, "out");
+    o->latents = arg_text(&j->a, "save-latents");
+    if (!o->picture && !o->latents) o->picture = "out.png";
+    TRY(arg_size(j, "batch-count", &o->runs));
+    if (o->runs == 0) return bad_value(j, "batch-count", "0", "1 or more");
+    if (o->latents) TRY(check_output(j, o->latents));
+    if (!o->picture) return SDQ_OK;
+    dot = strrchr(o->picture, '.');
+    if (dot && !strchr(dot, '/') && index_of(endings, COUNT(endings), dot) < 0)
+        return bad_value(j, "out", o->picture, "a name ending in .png, .ppm or .pgm");
+    return check_output(j, o->picture);
+}
+
 static sdq_status cmd_txt2img(job *j) {
-    static const char *const rngs[] = {"cpu,torch,std_default", "cuda,philox,gpu"};
-    const char *model, *out = arg_text(&j->a, "out"), *save = arg_text(&j->a, "save-latents");
+    static const char *const rngs[] = {"cpu,torch,std-default", "cuda,philox,gpu"};
+    const char *model;
     sdq_pipeline_desc pd;
     sdq_txt2img_desc d;
-    size_t i, n = 1, at = 0;
+    output o;
+    size_t i;
     int rng = 0;
     memset(&pd, 0, sizeof pd);
     TRY(need(j, "model", &model));
     TRY(sampler_from_args(j, &d));
     TRY(arg_size(j, "width", &d.width));
     TRY(arg_size(j, "height", &d.height));
-    TRY(arg_size(j, "batch-count", &n));
     TRY(arg_choice(j, "rng", rngs, 2, &rng));
-    if (!out && !save) out = "out.png";
     d.rng = (sdq_rng_kind)rng;
-    d.prompt = arg_text(&j->a, "prompt");
+    TRY(need(j, "prompt", &d.prompt));
     d.negative = arg_text(&j->a, "negative-prompt");
+    TRY(check_text(j, "prompt", d.prompt));
+    TRY(check_text(j, "negative-prompt", d.negative));
+    TRY(check_text(j, "model", model));
+    TRY(output_from_args(j, &o));
     pd.unet_int8 = arg_text(&j->a, "unet");
     pd.int8_only = arg_on(&j->a, "int8-only");
     TRY(sdq_pipeline_load(j->ctx, model, &pd, &j->pipe));
@@ -1592,8 +1708,8 @@ static sdq_status cmd_txt2img(job *j) {
     TRY(read_latents(j, &d));
     d.progress = progress;
     d.user = j;
-    for (i = 0; i < n; i++, d.seed++) TRY(draw(j, &d, out, i ? NULL : save, &at));
-    return SDQ_OK;
+    for (i = 0; i < o.runs; i++, d.seed++) TRY(draw(j, &d, &o));
+    return o.latents ? save_latents(j, &o) : SDQ_OK;
 }
 
 /* ===========================================================================
@@ -1683,7 +1799,8 @@ static const flag info_flags[] = {
 };
 
 static sdq_status info_file(job *j, const char *path, int all) {
-    static const char *const keys[] = {"sdq.recipe", "sdq.schedule", "format", "step"};
+    static const char *const keys[] = {"sdq.recipe", "sdq.schedule", "sdq.source",
+                                        "sdq.hash", "format", "step"};
     size_t i, k, count[SDQ_DTYPE_COUNT + 1] = {0}, bytes[SDQ_DTYPE_COUNT + 1] = {0};
     sdq_file *f;
     TRY(sdq_file_open(j->ctx, path, &f));
@@ -1781,22 +1898,24 @@ static void info_part(const sdq_model *m, int all) {
         printf(", %zu channels, %zu x smaller, scaling %g\n", i.latent, i.factor,
                (double)i.scaling_factor);
     if (i.part == SDQ_PART_UNET)
-        printf(", %zu -> %zu channels, text of %zu, %zu x %zu\n", i.in, i.out, i.context,
-               i.sample_size, i.sample_size);
+        printf(", %zu -> %zu channels, text of %zu, %zu high, %zu wide\n", i.in, i.out, i.context,
+               i.sample_size, i.sample_width);
     for (k = 0; all && k < sdq_model_layer_count(m); k++)
         if (sdq_model_layer(m, k, &name)) printf("  %s\n", name);
 }
 
 static sdq_status info_folder(job *j, const char *path, int all) {
+    sdq_scheduler_desc desc;
     TRY(sdq_pipeline_load(j->ctx, path, NULL, &j->pipe));
     info_part(j->pipe->text, all);
     info_part(j->pipe->unet, all);
     info_part(j->pipe->vae, all);
     printf("tokenizer     %zu entries, %zu ids per prompt\n",
            sdq_tokenizer_vocab(j->pipe->tokenizer), sdq_tokenizer_length(j->pipe->tokenizer));
-    printf("scheduler     %s, predicts %s\n", scheduler_title(j->pipe->scheduler.kind),
-           j->pipe->scheduler.prediction == SDQ_PREDICT_V ? "velocity"
-           : j->pipe->scheduler.prediction == SDQ_PREDICT_SAMPLE ? "the sample" : "noise");
+    TRY(sdq_pipeline_scheduler(j->ctx, j->pipe, NULL, &desc));
+    printf("scheduler     %s, predicts %s\n", scheduler_title(desc.kind),
+           desc.prediction == SDQ_PREDICT_V ? "velocity"
+           : desc.prediction == SDQ_PREDICT_SAMPLE ? "the sample" : "noise");
     return SDQ_OK;
 }
 
@@ -1928,6 +2047,7 @@ static sdq_status job_context(job *j) {
     int tier = 0;
     memset(&desc, 0, sizeof desc);
     TRY(arg_size(j, "threads", &threads));
+    if (threads > 1024) return bad_value(j, "threads", arg_text(&j->a, "threads"), "0..1024");
     TRY(arg_choice(j, "tier", tiers, COUNT(tiers), &tier));
     desc.tier = (sdq_tier)tier;
     desc.threads = (int)threads;
@@ -1935,7 +2055,11 @@ static sdq_status job_context(job *j) {
     j->terminal = isatty(2);
     if (desc.tier != SDQ_TIER_AUTO && !sdq_tier_available(desc.tier))
         return fail(j, "this processor has no %s", tiers[tier]);
-    return sdq_ctx_create(&desc, &j->ctx);
+    TRY(sdq_ctx_create(&desc, &j->ctx));
+    if (arg_on(&j->a, "verbose"))
+        note(j, "sdq %d.%d.%d, %s, %d thread(s)", SDQ_VERSION_MAJOR, SDQ_VERSION_MINOR,
+             SDQ_VERSION_PATCH, sdq_tier_name(sdq_ctx_tier(j->ctx)), sdq_ctx_threads(j->ctx));
+    return SDQ_OK;
 }
 
 static int run(const command *c, int argc, char **argv) {
@@ -1950,6 +2074,12 @@ static int run(const command *c, int argc, char **argv) {
     code = args_parse(&j->a, c->name, argc, argv);
     if (code || arg_on(&j->a, "help")) {
         if (!code) help_command(c, &j->a);
+        free(j);
+        return code;
+    }
+    if (j->a.words && !*c->words) {
+        code = usage_error("%s: %s is no flag (a text with spaces needs quotes; see sdq %s --help)",
+                           c->name, j->a.word[0], c->name);
         free(j);
         return code;
     }
