@@ -919,8 +919,8 @@ typedef struct sdq_optim sdq_optim;
 SDQ_API sdq_status sdq_optim_create(sdq_ctx *ctx, const sdq_optim_desc *desc, sdq_optim **out);
 SDQ_API void sdq_optim_free(sdq_ctx *ctx, sdq_optim *optim);
 /* Train a leaf: it gets a gradient on the heap and needs_grad. The tensor must outlive the
- * optimizer. name: in state files, unique; copied. lr_scale: 0 = 1. decay: 0 takes the tensor out of
- * weight decay. floor > 0: the values are scales, positive and of very different sizes: AdamW
+ * optimizer. name: in state files, unique; copied. lr_scale: 0 = 1. decay: 0 takes the tensor out
+ * of weight decay. floor > 0: the values are scales, positive and of very different sizes: AdamW
  * moves their logarithm (a step of 0.01 is one per cent), and they are kept >= floor. */
 SDQ_API sdq_status sdq_optim_add(sdq_ctx *ctx, sdq_optim *optim, sdq_tensor *leaf, const char *name,
                                  float lr_scale, float floor, int decay);

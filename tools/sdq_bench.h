@@ -373,11 +373,23 @@ static sdq_status bench_load(job *j, const char *folder, sdq_model **out) {
 }
 
 typedef struct bench_net {
-    sdq_model *m;
+    const char *name;
     sdq_mode mode;
+    sdq_range conv, linear;     /* of an int8 network */
+    sdq_model *m;
     sdq_prompt_cache *prompt;
     sdq_time_table *times;
 } bench_net;
+
+static const bench_net bench_nets[] = {
+    {"float", SDQ_FLOAT, SDQ_RANGE_DEFAULT, SDQ_RANGE_DEFAULT, NULL, NULL, NULL},
+    {"int8, static ranges for 3x3", SDQ_INT8, SDQ_RANGE_STATIC, SDQ_RANGE_POSITION, NULL, NULL,
+     NULL},
+    {"int8, a range per picture", SDQ_INT8, SDQ_RANGE_PICTURE, SDQ_RANGE_POSITION, NULL, NULL, NULL},
+    {"int8, a range per position", SDQ_INT8, SDQ_RANGE_POSITION, SDQ_RANGE_POSITION, NULL, NULL,
+     NULL},
+    {"int8, a range per block", SDQ_INT8, SDQ_RANGE_BLOCK, SDQ_RANGE_BLOCK, NULL, NULL, NULL},
+};
 
 static sdq_status bench_net_make(job *j, bench_net *b, const char *folder, sdq_unet_input *in,
                                  size_t batch) {
@@ -385,6 +397,8 @@ static sdq_status bench_net_make(job *j, bench_net *b, const char *folder, sdq_u
     TRY(bench_load(j, folder, &b->m));
     if (b->mode == SDQ_INT8) {
         TRY(recipe_from_args(j, &r));
+        r.range_conv = b->conv;
+        r.range_linear = b->linear;
         TRY(sdq_recipe_apply(j->ctx, b->m, &r, keep_float(j)));
         sdq_model_observe(b->m, 1);
         if (!sdq_unet_forward(j->ctx, b->m, in, SDQ_FLOAT)) return sdq_last_error(j->ctx);
@@ -407,49 +421,56 @@ static double bench_net_run(job *j, const bench_net *b, const sdq_unet_input *in
     return now() - t;
 }
 
-static sdq_status bench_unet(job *j, const char *folder, size_t batch, size_t runs, FILE *json) {
-    bench_net net[2];
-    sdq_unet_input in;
-    sdq_model_info info;
-    double *t[2], m[2];
+/* Random latents and context for a UNet of the folder. */
+static sdq_status bench_input(job *j, const char *folder, size_t batch, sdq_unet_input *in) {
     float *times = (float *)own(j, batch * sizeof *times);
-    sdq_status st;
-    sdq_rng rng;
+    sdq_model_info info;
     size_t i, side, tokens = 77;
-    int k;
-    memset(net, 0, sizeof net);
-    memset(&in, 0, sizeof in);
-    net[1].mode = SDQ_INT8;
+    sdq_rng rng;
     TRY(bench_load(j, folder, &j->unet));
     info = sdq_model_get_info(j->unet);
     side = info.sample_size ? info.sample_size : 64;
     sdq_rng_init(&rng, SDQ_RNG_PHILOX, 5);
-    in.sample = random_tensor(j->ctx, &rng, batch, side, side, info.in);
+    memset(in, 0, sizeof *in);
+    in->sample = random_tensor(j->ctx, &rng, batch, side, side, info.in);
     if (load_tokenizer(j, folder) == SDQ_OK) tokens = sdq_tokenizer_length(j->tokenizer);
     sdq_clear_error(j->ctx);
-    in.context = sdq_tensor_3d(j->ctx, batch, tokens, info.context);
-    if (!in.sample || !in.context) return sdq_last_error(j->ctx);
-    sdq_rng_normal(&rng, sdq_f32(in.context), sdq_tensor_count(in.context));
+    in->context = sdq_tensor_3d(j->ctx, batch, tokens, info.context);
+    if (!in->sample || !in->context) return sdq_last_error(j->ctx);
+    sdq_rng_normal(&rng, sdq_f32(in->context), sdq_tensor_count(in->context));
     for (i = 0; i < batch; i++) times[i] = 981.0f - 20.0f * (float)(i % 50);
-    in.timesteps = times;
-    st = bench_net_make(j, &net[0], folder, &in, batch);
-    if (st == SDQ_OK) st = bench_net_make(j, &net[1], folder, &in, batch);
-    for (k = 0; k < 2; k++) t[k] = (double *)own(j, (runs + 1) * sizeof(double));
-    for (i = 0; st == SDQ_OK && i <= runs; i++)
-        for (k = 0; k < 2; k++) t[k][i ? i - 1 : 0] = bench_net_run(j, &net[k], &in);
-    for (k = 0; k < 2; k++) {
+    in->timesteps = times;
+    return SDQ_OK;
+}
+
+static sdq_status bench_unet(job *j, const char *folder, size_t batch, size_t runs, FILE *json) {
+    enum { NETS = COUNT(bench_nets) };
+    bench_net net[NETS];
+    double *t[NETS], m[NETS];
+    sdq_unet_input in;
+    sdq_status st;
+    size_t i, k;
+    memcpy(net, bench_nets, sizeof net);
+    st = bench_input(j, folder, batch, &in);
+    for (k = 0; k < NETS && st == SDQ_OK; k++) st = bench_net_make(j, &net[k], folder, &in, batch);
+    for (k = 0; k < NETS; k++) t[k] = (double *)own(j, (runs + 1) * sizeof(double));
+    for (i = 0; st == SDQ_OK && i <= runs; i++)         /* the first run warms up */
+        for (k = 0; k < NETS; k++) t[k][i ? i - 1 : 0] = bench_net_run(j, &net[k], &in);
+    for (k = 0; k < NETS; k++) {
         m[k] = median(j, t[k], runs);
         sdq_prompt_cache_free(j->ctx, net[k].prompt);
         sdq_time_table_free(j->ctx, net[k].times);
         sdq_model_free(j->ctx, net[k].m);
     }
     if (st != SDQ_OK) return st;
-    printf("UNet of %s, %zu samples of %zu x %zu: float %.2f ms, int8 %.2f ms, %.2fx\n", folder,
-           batch, side, side, m[0] * 1e3, m[1] * 1e3, m[0] / m[1]);
-    if (json)
-        fprintf(json,
-                "  {\"unet\": \"%s\", \"batch\": %zu, \"fp32_ms\": %.4f, \"int8_ms\": %.4f},\n",
-                folder, batch, m[0] * 1e3, m[1] * 1e3);
+    printf("\nUNet of %s, %zu samples of %zu x %zu, an evaluation:\n", folder, batch,
+           in.sample->dim[1], in.sample->dim[2]);
+    for (k = 0; k < NETS; k++) {
+        printf("  %-30s %8.2f ms  %5.2fx\n", net[k].name, m[k] * 1e3, m[0] / m[k]);
+        if (json)
+            fprintf(json, "  {\"unet\": \"%s\", \"batch\": %zu, \"net\": \"%s\", \"ms\": %.4f},\n",
+                    folder, batch, net[k].name, m[k] * 1e3);
+    }
     return SDQ_OK;
 }
 

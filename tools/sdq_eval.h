@@ -350,6 +350,7 @@ static int eval_step(void *user, const sdq_step_info *info) {
     memcpy(in.sample->data, info->input->data, sdq_tensor_count(in.sample) * sizeof(float));
     memcpy(in.context->data, info->context->data, sdq_tensor_count(in.context) * sizeof(float));
     in.timesteps = times;
+    in.guidance = info->guidance;
     y = sdq_unet_forward(w->j->ctx, w->j->pipe->unet_int8, &in, SDQ_INT8);
     if (!y) return 1;
     for (i = 0; i < n; i++) {
