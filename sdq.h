@@ -9879,9 +9879,11 @@ static void sdq__tx_build(sdq__builder *b) {
     const float eps = sdq__md_float(b, "layer_norm_eps", 0, 1);
     const double factor = (double)sdq__md_float(b, "initializer_factor", 1e-6, 1e6);
     const sdq__json *act = sdq__md_get(b, "hidden_act");
+    const sdq__json *named = sdq__js_get(b->root, "architectures");
+    const int unnamed = named && named->kind == SDQ__JS_NULL;   /* a configuration saved alone */
     sdq__text *t = b->model->text = SDQ__NEW(b->ctx, sdq__text);
     size_t i, at;
-    sdq__md_fixed(b, fixed, SDQ__COUNT(fixed));
+    sdq__md_fixed(b, fixed + unnamed, SDQ__COUNT(fixed) - (size_t)unnamed);
     info->context = c;
     info->vocab = sdq__md_size(b, "vocab_size", (size_t)1 << 24);
     info->tokens = sdq__md_size(b, "max_position_embeddings", (size_t)1 << 16);

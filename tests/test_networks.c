@@ -661,6 +661,7 @@ static void test_accepted_config(int tier) {
         {SDQ_PART_VAE, "\"act_fn\": \"Swish\"", 32, 0},
         {SDQ_PART_VAE, "\"shift_factor\": 0.0", 32, 0},
         {SDQ_PART_TEXT, "\"use_attention_mask\": false", 0, 0},
+        {SDQ_PART_TEXT, "\"architectures\": null", 0, 0},
         {SDQ_PART_UNET, "\"sample_size\": null", 0, 0},
         {SDQ_PART_UNET, "\"sample_size\": [8, 12]", 8, 12},
         {SDQ_PART_UNET, "\"sample_size\": 32, \"_diffusers_version\": \"0.8.1\"", 64, 64},
