@@ -308,6 +308,8 @@ SDQ_API sdq_tensor *sdq_attention(sdq_ctx *ctx, sdq_tensor *q, sdq_tensor *k, sd
 SDQ_API sdq_tensor *sdq_upsample(sdq_ctx *ctx, sdq_tensor *x, size_t h, size_t w); /* nearest */
 SDQ_API sdq_tensor *sdq_concat(sdq_ctx *ctx, sdq_tensor *a, sdq_tensor *b);        /* channels */
 SDQ_API sdq_tensor *sdq_slice(sdq_ctx *ctx, sdq_tensor *x, size_t first, size_t count);
+/* Entries of a batch, weighted and added up: x [n,..], weight [n] -> [1,..]. weight is copied. */
+SDQ_API sdq_tensor *sdq_combine(sdq_ctx *ctx, sdq_tensor *x, const float *weight);
 /* ids: I32 [n,t]; table [rows,c] -> [n,t,c]. An id outside the table is SDQ_ERR_ARGUMENT. */
 SDQ_API sdq_tensor *sdq_embedding(sdq_ctx *ctx, sdq_tensor *ids, sdq_tensor *table);
 /* Same data, another shape. */
@@ -1143,6 +1145,7 @@ typedef struct sdq_recipe {
     int calibrate_on_data;      /* noised pictures in FAKE mode; else the sampler's trajectories */
     float noise_loss;           /* weight of MSE(student, noise); needs pictures */
     float teacher_loss;         /* weight of MSE(student, teacher) */
+    int coherent;               /* see sdq_distill_task */
 } sdq_recipe;
 SDQ_API sdq_recipe sdq_recipe_default(void);
 SDQ_API sdq_recipe sdq_recipe_reference(void);
@@ -1190,6 +1193,8 @@ typedef struct sdq_distill_task {
     const sdq_states *states;       /* data free; NULL: batches of `data` */
     const sdq_diffusion_task *data; /* samples, text encoder, scheduler; its unet is not used */
     size_t batch;
+    int coherent;                   /* states: the batch is a run of consecutive evaluations, and
+                                     * the loss that of the sum of their errors after guidance */
     float teacher_loss, noise_loss;
     const sdq_distill_map *map;
     size_t maps;
@@ -3959,6 +3964,35 @@ SDQ_API sdq_tensor *sdq_mse(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *t, const fl
         memcpy(w, weight, x->dim[0] * sizeof(float));
         n->p[0] = w;
     }
+    return y;
+}
+
+/* ---- y = sum over entries e of weight[e] x[e];  dx[e] += weight[e] dy ---- */
+static void sdq__op_combine_back(sdq_ctx *ctx, sdq__node *n) {
+    const size_t size = sdq_tensor_count(n->y);
+    const float *weight = (const float *)n->p[0];
+    float *dx = sdq__tape_grad(ctx, n->x[0]);
+    size_t e;
+    for (e = 0; dx && e < n->x[0]->dim[0]; e++)
+        sdq__op_scaled(ctx, ctx->k->axpy, dx + e * size, n->y->grad, size, weight[e]);
+}
+SDQ_API sdq_tensor *sdq_combine(sdq_ctx *ctx, sdq_tensor *x, const float *weight) {
+    size_t dim[4], e, size;
+    sdq_tensor *y;
+    sdq__node *n;
+    float *w;
+    if (!x || !weight) return NULL;
+    memcpy(dim, x->dim, sizeof dim);
+    dim[0] = 1;
+    y = sdq_tensor_new(ctx, SDQ_F32, x->rank, dim);
+    w = SDQ__PUSH_N(ctx, float, x->dim[0]);
+    if (!y || !w) return NULL;
+    memcpy(w, weight, x->dim[0] * sizeof(float));
+    size = sdq_tensor_count(y);
+    for (e = 0; e < x->dim[0]; e++)
+        sdq__op_scaled(ctx, ctx->k->axpy, sdq_f32(y), sdq_f32(x) + e * size, size, w[e]);
+    n = sdq__tape_push(ctx, sdq__op_combine_back, y, x, NULL, NULL, NULL);
+    if (n) n->p[0] = w;
     return y;
 }
 
@@ -13224,11 +13258,11 @@ SDQ_API void sdq_recipe_to_str(const sdq_recipe *r, char *buf, size_t size) {
         "range_linear=%s range_conv=%s quantize_outputs=%d quantize_edges=%d "
         "quantize_time=%d quantize_context=%d split_skip=%d bias_correction=%d "
         "learn_scales=%d train_set=%s moving=%g weight_scale=%d calibrate_on_data=%d "
-        "noise_loss=%g teacher_loss=%g",
+        "noise_loss=%g teacher_loss=%g coherent=%d",
         sdq__rc_range[r->range_linear], sdq__rc_range[r->range_conv], r->quantize_outputs,
         r->quantize_edges, r->quantize_time, r->quantize_context, r->split_skip, r->bias_correction,
         r->learn_scales, sdq__rc_train_set[r->train_set], (double)r->moving, (int)r->weight_scale,
-        r->calibrate_on_data, (double)r->noise_loss, (double)r->teacher_loss);
+        r->calibrate_on_data, (double)r->noise_loss, (double)r->teacher_loss, r->coherent);
 }
 
 static int sdq__rc_starts(const char *s, const char *with) {
@@ -13281,7 +13315,8 @@ SDQ_API void sdq_model_observe(sdq_model *m, int on) {
 struct sdq_states {
     size_t count, cap, size, context_size, contexts, context_cap;
     size_t h, w, c, t, d;
-    float guidance;             /* what networks that take a guidance scale were told */
+    size_t branches, evals;     /* states are [prompt][evaluation][branch] */
+    float guidance;
     int guided;
     float *x, *eps;             /* [count][size]: what the network saw and said */
     float *time;
@@ -13313,6 +13348,8 @@ static int sdq__cal_keep(void *user, const sdq_step_info *info) {
     sdq_states *s = w->s;
     const size_t branches = info->input->dim[0];
     size_t b;
+    s->branches = branches;
+    s->evals = info->count;
     for (b = 0; b < branches; b++, s->count++) {
         memcpy(s->x + s->count * s->size, sdq_f32(info->input) + b * s->size,
                s->size * sizeof(float));
@@ -13507,6 +13544,46 @@ static sdq_tensor *sdq__ds_add(sdq_ctx *ctx, sdq_tensor *sum, sdq_tensor *loss, 
     return sum ? sdq_add(ctx, sum, loss) : loss;
 }
 
+/* Consecutive evaluations of one trajectory, from a random one on. */
+static sdq_status sdq__ds_window(sdq_ctx *ctx, const sdq_distill_task *t, sdq_rng *rng,
+                                 size_t *idx) {
+    const sdq_states *s = t->states;
+    const size_t w = t->batch / s->branches, runs = s->count / s->branches / s->evals;
+    size_t i, first;
+    if (t->batch % s->branches || w > s->evals || w == 0)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "distillation: a batch of %zu is not a window of "
+                         "1..%zu evaluations with %zu branches each", t->batch, s->evals,
+                         s->branches);
+    first = (size_t)sdq_rng_below(rng, runs) * s->evals;
+    first += (size_t)sdq_rng_below(rng, s->evals - w + 1);
+    for (i = 0; i < t->batch; i++) idx[i] = first * s->branches + i;
+    return SDQ_OK;
+}
+
+/* What a run is off by is the sum of its errors, and those of neighbouring evaluations that point
+ * the same way add up, while rounding averages out. With d_i the error of evaluation i after
+ * guidance: loss = mean (sum d_i)^2 / sum mean d_i^2, the denominator taken as constant. It is 1
+ * for errors that have nothing to do with each other, and the same early and late in a run. */
+static sdq_tensor *sdq__ds_coherent(sdq_ctx *ctx, const sdq_states *s, sdq_tensor *y,
+                                    sdq_tensor *teacher) {
+    const size_t n = y->dim[0], size = sdq_tensor_count(y) / n, step = s->branches;
+    float weight[64];
+    double sum = 0.0;
+    size_t e, i;
+    for (e = 0; e < n; e++)
+        weight[e] = step < 2 ? 1.0f : e % step ? s->guidance : 1.0f - s->guidance;
+    for (e = 0; e < n; e += step)
+        for (i = e * size; i < (e + 1) * size; i++) {
+            double d = (double)(weight[e] * (sdq_f32(y)[i] - sdq_f32(teacher)[i]));
+            if (step > 1)
+                d += (double)(weight[e + 1] * (sdq_f32(y)[i + size] - sdq_f32(teacher)[i + size]));
+            sum += d * d;
+        }
+    sum = sqrt(sum / (double)size) + 1e-30;
+    for (e = 0; e < n; e++) weight[e] = (float)((double)weight[e] / sum);
+    return sdq_mse(ctx, sdq_combine(ctx, y, weight), sdq_combine(ctx, teacher, weight), NULL);
+}
+
 static sdq_status sdq__ds_batch(sdq_ctx *ctx, const sdq_distill_task *t, sdq_rng *rng,
                                 sdq_unet_input *in, sdq_tensor **noise, sdq_tensor **teacher) {
     size_t i, idx[64];
@@ -13515,6 +13592,7 @@ static sdq_status sdq__ds_batch(sdq_ctx *ctx, const sdq_distill_task *t, sdq_rng
                          t->batch);
     if (t->states) {
         for (i = 0; i < t->batch; i++) idx[i] = (size_t)sdq_rng_below(rng, t->states->count);
+        if (t->coherent) SDQ__TRY(sdq__ds_window(ctx, t, rng, idx));
         return sdq__cal_batch(ctx, t->states, idx, t->batch, in, teacher);
     } else {
         sdq_diffusion_task d = *t->data;
@@ -13548,7 +13626,10 @@ SDQ_API sdq_tensor *sdq_distill_task_loss(sdq_ctx *ctx, void *arg, sdq_rng *rng,
     if (t->teacher && (!teacher || t->maps)) teacher = sdq__ds_teacher(ctx, t, &in, tap[0]);
     in.checkpoint = t->checkpoint;
     y = sdq__ds_forward(ctx, t->student, &in, SDQ_FAKE, t, tap[1]);
-    if (t->teacher_loss != 0.0f)
+    if (!y) return NULL;
+    if (t->teacher_loss != 0.0f && t->states && t->coherent)
+        sum = sdq__ds_add(ctx, sum, sdq__ds_coherent(ctx, t->states, y, teacher), t->teacher_loss);
+    else if (t->teacher_loss != 0.0f)
         sum = sdq__ds_add(ctx, sum, sdq_mse(ctx, y, teacher, NULL), t->teacher_loss);
     if (t->noise_loss != 0.0f && noise)
         sum = sdq__ds_add(ctx, sum, sdq_mse(ctx, y, noise, NULL), t->noise_loss);

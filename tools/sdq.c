@@ -555,6 +555,7 @@ static const flag recipe_flags[] = {
     {"calibrate-on-data", "0|1", NULL, NULL},
     {"noise-loss", "X", NULL, NULL},
     {"teacher-loss", "X", NULL, NULL},
+    {"coherent", "0|1", NULL, NULL},
     {"keep-float", "LAYER,PREFIX.,..", NULL, NULL},
 };
 
@@ -569,10 +570,10 @@ static int index_of(const char *const *word, size_t n, const char *s) {
 static int recipe_set(sdq_recipe *r, const char *name, const char *value) {
     static const char *const number[] = {"quantize-outputs", "quantize-edges", "quantize-time",
         "quantize-context", "split-skip", "bias-correction", "learn-scales",
-        "calibrate-on-data"};
+        "calibrate-on-data", "coherent"};
     int *const into[] = {&r->quantize_outputs, &r->quantize_edges, &r->quantize_time,
         &r->quantize_context, &r->split_skip, &r->bias_correction, &r->learn_scales,
-        &r->calibrate_on_data};
+        &r->calibrate_on_data, &r->coherent};
     static const char *const set_word[] = {"all", "small", "scales", "ranges"};
     static const char *const real[] = {"moving", "noise-loss", "teacher-loss"};
     float *const to[] = {&r->moving, &r->noise_loss, &r->teacher_loss};
@@ -727,6 +728,7 @@ static sdq_status quantizer_task(job *j, quantizer *q, size_t batch, sdq_distill
     task->data = task->states ? NULL : &q->data;
     task->batch = batch;
     task->teacher_loss = q->recipe.teacher_loss;
+    task->coherent = q->recipe.coherent;
     task->noise_loss = q->recipe.noise_loss;
     task->checkpoint = arg_on(&j->a, "checkpoint");
     return SDQ_OK;
