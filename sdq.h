@@ -94,6 +94,16 @@
  *     sdq_diffusion_task_loss, sdq_distill_task_loss. With a state file a run that was killed goes
  *     on from its last save and ends in the same bytes.
  *
+ * Training a quantized network
+ *     The float network teaches the FAKE one on states of its own trajectories, from prompts alone.
+ *     At 8 bits with dynamic ranges calibration leaves little to repair, and training all weights
+ *     does more harm than good: Adam moves every weight by the rate, however small its gradient,
+ *     and the network drifts. What is safe is to train few parameters (train_set SMALL: biases,
+ *     norms and scales, which move in relative steps). A low error of single evaluations does not
+ *     make the same picture: rounding averages out over a run, errors that point the same way add
+ *     up. The coherent loss is that of the sum of neighbouring evaluations. What was tried and what
+ *     it brought is told in examples/emoji/README.md.
+ *
  * Numerics and determinism
  *     The same input gives the same bits on every instruction set, with any number of threads, and
  *     whether a picture is drawn alone or in a batch. int8 sums are exact. Every float sum has a

@@ -74,6 +74,7 @@ RUN_FN(add, in[0] && in[1] && in[1]->rank < in[0]->rank ? sdq_add_vector(ctx, in
 RUN_FN(add_rows, sdq_add_rows(ctx, in[0], in[1]))
 RUN_FN(scale, sdq_scale(ctx, in[0], p[0]))
 RUN_FN(embedding, sdq_embedding(ctx, in[1], in[0]))
+RUN_FN(combine, sdq_combine(ctx, in[0], p))
 RUN_FN(mse, sdq_mse(ctx, in[0], in[1], NULL))
 RUN_FN(mse_weighted, sdq_mse(ctx, in[0], in[1], p))
 RUN_FN(l1, sdq_l1(ctx, in[0], in[1]))
@@ -291,6 +292,7 @@ static const random_case random_cases[] = {
     {"add_vector", run_add, {{4, {2, 6, 5, 71}}, {2, {2, 71}}, {0, {0}}}, {0}, BATCH, 3, 0},
     {"add_rows", run_add_rows, {{3, {2, 13, 19}}, {2, {20, 19}}, {0, {0}}}, {0}, BATCH, 1, 0},
     {"embedding", run_embedding, {{2, {23, 37}}, {2, {2, 31}}, {0, {0}}}, {0}, BATCH | IDS, 2, 2},
+    {"combine", run_combine, ONE_IN(3, 3, 130, 131, 0), {0.5f, -2, 1.25f}, 0, 0, 0},
     {"mse", run_mse, {{4, {2, 65, 40, 7}}, {4, {2, 65, 40, 7}}, {0, {0}}}, {0}, 0, 0, 0},
     {"mse_weighted", run_mse_weighted, {{2, {3, 50}}, {2, {3, 50}}, {0, {0}}}, {0.5f, 2, 1.25f}, 0,
      0, 0},
@@ -545,6 +547,36 @@ static void test_finite_differences(int tier) {
             if (v.count[j] && !(c->no_grad >> j & 1)) fd_input(ctx, c, &v, j);
         values_free(&v);
     }
+    sdq_ctx_free(ctx);
+}
+
+/* ---- a weighted sum of entries, with numbers that can be checked by eye ---- */
+
+static void test_combine(int tier) {
+    static const float x[3][2][2] = {{{1, 2}, {3, 4}}, {{10, 20}, {30, 40}}, {{-1, 0}, {1, 8}}};
+    static const float want[4] = {0.5f - 20 - 4, 1 - 40, 1.5f - 60 + 4, 2 - 80 + 32};
+    static const float dy[4] = {1, 10, 100, 1000};
+    float weight[3] = {0.5f, -2, 4};
+    sdq_ctx *ctx = new_ctx(tier, 1);
+    sdq_tensor *in = sdq_tensor_3d(ctx, 3, 2, 2), *y;
+    const size_t dim[3] = {1, 2, 2};
+    size_t e, i;
+    memcpy(in->data, x, sizeof x);
+    sdq_tape_begin(ctx);
+    in->needs_grad = 1;
+    y = sdq_combine(ctx, in, weight);
+    SDQT_CHECK(y && y->rank == 3 && memcmp(y->dim, dim, sizeof dim) == 0 && y->needs_grad);
+    SDQT_BYTES(y->data, want, sizeof want);
+    weight[0] = weight[1] = weight[2] = 99;         /* they were copied */
+    backward_of(ctx, y, dy);
+    for (e = 0; in->grad && e < 3; e++)
+        for (i = 0; i < 4; i++)
+            SDQT_CHECK(in->grad[e * 4 + i] == (e == 0 ? 0.5f : e == 1 ? -2.0f : 4.0f) * dy[i]);
+    SDQT_CHECK(in->grad != NULL);
+    sdq_tape_end(ctx);
+    y = sdq_combine(ctx, in, weight);               /* not recorded: no gradient asked for */
+    SDQT_CHECK(y && !y->needs_grad && sdq_f32(y)[1] == 99 * 22.0f);
+    SDQT_CHECK(!sdq_combine(ctx, in, NULL) && sdq_last_error(ctx) == SDQ_OK);
     sdq_ctx_free(ctx);
 }
 
@@ -1008,6 +1040,7 @@ static const sdqt_case cases[] = {
     {"equal_bits", test_equal_bits, 1},
     {"batch", test_batch, 1},
     {"finite_differences", test_finite_differences, 0},
+    {"combine", test_combine, 1},
     {"checkpoint", test_checkpoint, 1},
     {"checkpoint_corners", test_checkpoint_corners, 0},
     {"null", test_null, 0},

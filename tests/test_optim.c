@@ -203,7 +203,7 @@ static void test_schedule(int tier) {
     sdq_ctx_free(ctx);
 }
 
-/* The first step of Adam moves a weight by the rate; lr_scale, floor and decay are per leaf. */
+/* The first step of Adam moves a weight by the rate; lr_scale and decay are per leaf. */
 static void test_leaf_settings(int tier) {
     sdq_ctx *ctx = new_ctx(tier, 1);
     sdq_optim_desc d;
@@ -219,10 +219,75 @@ static void test_leaf_settings(int tier) {
     SDQT_CHECK(one_step(ctx, &s, 2) == SDQ_OK);
     SDQT_NEAR(sdq_f32(&s.t)[0], -0.3 * (1 - 0.005) - 0.01, 1e-6);
     one_free(ctx, &s);
-    one_new(ctx, &s, &d, 7, 0, 0.05f, 0);
-    SDQT_CHECK(one_step(ctx, &s, 2) == SDQ_OK);
-    SDQT_CHECK(sdq_f32(&s.t)[0] == 0.05f && sdq_f32(&s.t)[3] == 0.05f);
-    SDQT_NEAR(sdq_f32(&s.t)[6], 0.29, 1e-6);
+    sdq_ctx_free(ctx);
+}
+
+/* Leaves with a floor are scales: AdamW on their logarithms u, w' = w (1 + du), in double. */
+static void scale_step(double *w, double *m, double *v, double g, int t, double lr, double floor) {
+    const double du = g * *w;
+    *m += 0.1 * (du - *m);
+    *v += 0.001 * (du * du - *v);
+    *w *= 1 - lr * (*m / (1 - pow(0.9, t))) / (sqrt(*v / (1 - pow(0.999, t))) + 1e-12);
+    if (*w < floor) *w = floor;
+}
+
+static void test_scales(int tier) {
+    static const float size[] = {1e-6f, 3e-4f, 0.05f, 1, 17, 4e4f, 0.0011f};
+    static const float slope[] = {3e-6f, -1e-3f, 2, -1e-5f, 500, -0.1f, 4e-4f};     /* of log w */
+    sdq_ctx *ctx = new_ctx(tier, 1);
+    sdq_optim_desc d;
+    one s;
+    double w[7], m[7], v[7];
+    float *x;
+    size_t i;
+    int t;
+    memset(&d, 0, sizeof d);
+    d.lr = 0.02f;
+    d.weight_decay = 0.5f;              /* does not touch them */
+    one_new(ctx, &s, &d, 7, 3, 1e-7f, 0);
+    x = sdq_f32(&s.t);
+    memcpy(x, size, sizeof size);
+    for (i = 0; i < 7; i++) s.t.grad[i] = slope[i] / size[i];
+    SDQT_CHECK(sdq_optim_step(ctx, s.o) == SDQ_OK);
+    for (i = 0; i < 7; i++)             /* by 6 per cent, whatever the size of w and g */
+        SDQT_NEAR(x[i] / size[i], i % 2 ? 1.06 : 0.94, 1e-6);
+    SDQT_CHECK(s.t.grad[0] == 0 && s.t.grad[6] == 0);
+    one_free(ctx, &s);
+
+    one_new(ctx, &s, &d, 7, 0, 1e-3f, 0);       /* several steps, gradients that change */
+    x = sdq_f32(&s.t);
+    for (i = 0; i < 7; i++) {
+        x[i] = size[i] > 1e-3f ? size[i] : 1e-3f;
+        w[i] = (double)x[i];
+        m[i] = v[i] = 0;
+    }
+    for (t = 1; t <= 12; t++) {
+        for (i = 0; i < 7; i++) {
+            const float g = (float)(i + 1) * 1e-4f * (t % 5 == 4 ? -0.5f : 1.0f);
+            s.t.grad[i] = g;
+            scale_step(&w[i], &m[i], &v[i], (double)g, t, 0.02, 1e-3);
+        }
+        SDQT_CHECK(sdq_optim_step(ctx, s.o) == SDQ_OK);
+        for (i = 0; i < 7; i++) {
+            SDQT_NEAR(x[i], w[i], 2e-6 * w[i]);
+            SDQT_CHECK(x[i] >= 1e-3f);
+        }
+    }
+    SDQT_CHECK(x[0] == 1e-3f && x[6] == 1e-3f && x[3] < 0.9f);      /* two are at the floor */
+    one_free(ctx, &s);
+
+    one_new(ctx, &s, &d, 7, 100, 0.25f, 0);     /* a step of more than all of it */
+    x = sdq_f32(&s.t);
+    for (i = 0; i < 7; i++) x[i] = 2;
+    SDQT_CHECK(one_step(ctx, &s, 1) == SDQ_OK && x[0] == 0.25f && x[6] == 0.25f);
+    SDQT_CHECK(one_step(ctx, &s, 0) == SDQ_OK && x[3] == 0.25f);
+    one_free(ctx, &s);
+
+    one_new(ctx, &s, &d, 7, 0, 1e-3f, 0);       /* a gradient that is no number changes nothing */
+    x = sdq_f32(&s.t);
+    for (i = 0; i < 7; i++) x[i] = 2;
+    SDQT_CHECK(one_step(ctx, &s, (float)NAN) == SDQ_ERR_NUMERIC && x[0] == 2 && x[6] == 2);
+    SDQT_CHECK(s.o->leaf[0].m[0] == 0 && s.o->leaf[0].v[0] == 0);
     one_free(ctx, &s);
     sdq_ctx_free(ctx);
 }
@@ -824,6 +889,7 @@ static const sdqt_case cases[] = {
     {"golden", test_golden, 1},
     {"schedule", test_schedule, 0},
     {"leaf_settings", test_leaf_settings, 0},
+    {"scales", test_scales, 1},
     {"ema", test_ema, 1},
     {"refusals", test_refusals, 1},
     {"resume", test_resume, 1},
