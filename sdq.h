@@ -4305,6 +4305,7 @@ SDQ_API sdq_status sdq_layer_set_quant(sdq_ctx *ctx, sdq_layer *l, const sdq_qua
         return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: range %d", l->name, (int)quant->range);
     l->quant = *quant;
     l->out_seen = 0;
+    memset(l->sw.data, 0, l->out * sizeof(float));      /* fixed scales are made anew */
     sdq__free(ctx, l->w_mn);
     sdq__free(ctx, l->w_mx);
     l->w_mn = l->w_mx = NULL;
@@ -4633,7 +4634,7 @@ static void sdq__ly_state(void *user, float *v, int load) {
     }
     for (i = 0; load && i < 2; i++) {           /* the scales follow from the ranges */
         const sdq__qparam q = sdq__q_from_range(l->part[i].mn, l->part[i].mx);
-        if (!l->part[i].seen) continue;
+        if (!l->part[i].seen || l->part[i].s.needs_grad) continue;      /* learned: a leaf */
         sdq_f32(&l->part[i].s)[0] = q.s;
         l->part[i].z = q.z;
     }
@@ -9028,13 +9029,12 @@ static double sdq__opt_norm(sdq_ctx *ctx, const sdq_optim *o) {
 
 /* AdamW on u = log w: du = dw w, w' = w (1 + step) to first order. Such gradients are small (LSQ
  * divides them by the root of the number of elements), so is their eps. */
-static sdq_status sdq__opt_scale_step(sdq_ctx *ctx, sdq__leaf *l, const sdq__adamw_step *step) {
-    const sdq_mark mark = sdq_arena_mark(ctx);
+static void sdq__opt_scale_step(sdq_ctx *ctx, sdq__leaf *l, const sdq__adamw_step *step,
+                                float *u) {
     const size_t n = sdq_tensor_count(l->t);
-    float *w = sdq_f32(l->t), *u = SDQ__PUSH_N(ctx, float, n);
+    float *w = sdq_f32(l->t);
     sdq__adamw_step s = *step;
     size_t j;
-    if (!u) return ctx->status;
     s.eps *= 1e-4f;
     memset(u, 0, n * sizeof(float));
     for (j = 0; j < n; j++) l->t->grad[j] *= w[j];
@@ -9043,17 +9043,25 @@ static sdq_status sdq__opt_scale_step(sdq_ctx *ctx, sdq__leaf *l, const sdq__ada
         const float v = w[j] * (1.0f + u[j]);
         w[j] = v > l->floor ? v : l->floor;
     }
-    sdq_arena_release(ctx, mark);
-    return SDQ_OK;
+}
+/* Scratch for the largest of them. */
+static float *sdq__opt_scratch(sdq_ctx *ctx, const sdq_optim *o) {
+    size_t n = 1, i;
+    for (i = 0; i < o->count; i++)
+        if (o->leaf[i].floor > 0.0f) n = sdq__u_max(n, sdq_tensor_count(o->leaf[i].t));
+    return SDQ__PUSH_N(ctx, float, n);
 }
 
 SDQ_API sdq_status sdq_optim_step(sdq_ctx *ctx, sdq_optim *o) {
     const sdq_optim_desc *d = &o->desc;
     const double t = (double)(o->step + 1);
     double decay = (1.0 + t) / (10.0 + t);
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    float *scratch = sdq__opt_scratch(ctx, o);
     sdq__adamw_step s;
     size_t i;
     if (ctx->status != SDQ_OK) return ctx->status;
+    sdq_arena_release(ctx, mark);       /* nothing else is pushed before the end */
     o->norm = sdq__opt_norm(ctx, o);
     if (!(o->norm < 1e30))
         return sdq__fail(ctx, SDQ_ERR_NUMERIC,
@@ -9075,7 +9083,7 @@ SDQ_API sdq_status sdq_optim_step(sdq_ctx *ctx, sdq_optim *o) {
         if (l->state) continue;
         s.lr = (float)(o->rate * (double)l->lr_scale);
         s.decay = l->decay ? s.lr * d->weight_decay : 0.0f;
-        if (l->floor > 0.0f) SDQ__TRY(sdq__opt_scale_step(ctx, l, &s));
+        if (l->floor > 0.0f) sdq__opt_scale_step(ctx, l, &s, scratch);
         else ctx->k->adamw(w, l->m, l->v, l->t->grad, n, &s);
         if (l->ema) ctx->k->lerp(l->ema, w, n, (float)(1.0 - decay));
     }
@@ -13080,36 +13088,52 @@ static size_t sdq__task_draw(const sdq_samples *s, sdq_rng *rng) {
     return lo;
 }
 
+/* The moments of picture i, as it is and mirrored; the first one makes room for all. */
+static sdq_status sdq__task_encode(sdq_ctx *ctx, sdq_samples *s, const sdq_model *vae, size_t i,
+                                   double sum[3]) {
+    sdq_tensor *x = sdq_tensor_4d(ctx, 2, s->size, s->size, 3), *m;
+    size_t size, j;
+    if (!x) return ctx->status;
+    sdq__task_pixels(s, i, 0, sdq_f32(x));
+    sdq__task_pixels(s, i, 1, sdq_f32(x) + s->size * s->size * 3);
+    m = sdq_vae_encode(ctx, vae, x, SDQ_FLOAT);
+    if (!m) return ctx->status;
+    size = sdq_tensor_count(m);
+    if (!s->moments) {
+        s->lh = m->dim[1]; s->lw = m->dim[2]; s->lc = m->dim[3] / 2;
+        s->moments = (float *)sdq__alloc(ctx, s->count, size * sizeof(float));
+        if (!s->moments) return ctx->status;
+    }
+    memcpy(s->moments + i * size, m->data, size * sizeof(float));
+    for (j = 0; j < size; j++) {
+        const double v = (double)sdq_f32(m)[j];
+        if (j % (2 * s->lc) >= s->lc) continue;     /* means only */
+        sum[0] += v; sum[1] += v * v; sum[2] += 1.0;
+    }
+    return SDQ_OK;
+}
+
 SDQ_API sdq_status sdq_samples_encode(sdq_ctx *ctx, sdq_samples *s, const sdq_model *vae,
                                       sdq_progress_fn progress, void *user) {
-    double sum = 0.0, sum2 = 0.0, n = 0.0;
-    size_t i, j, size = 0;
-    for (i = 0; i < s->count; i++) {
-        const sdq_mark mark = sdq_arena_mark(ctx);
-        sdq_tensor *x = sdq_tensor_4d(ctx, 2, s->size, s->size, 3), *m;
-        if (!x) return ctx->status;
-        sdq__task_pixels(s, i, 0, sdq_f32(x));
-        sdq__task_pixels(s, i, 1, sdq_f32(x) + s->size * s->size * 3);
-        m = sdq_vae_encode(ctx, vae, x, SDQ_FLOAT);
-        if (!m) return ctx->status;
-        if (!s->moments) {
-            s->lh = m->dim[1]; s->lw = m->dim[2]; s->lc = m->dim[3] / 2;
-            size = sdq_tensor_count(m);
-            s->moments = (float *)sdq__alloc(ctx, s->count, size * sizeof(float));
-            if (!s->moments) return ctx->status;
-        }
-        size = sdq_tensor_count(m);
-        memcpy(s->moments + i * size, m->data, size * sizeof(float));
-        for (j = 0; j < size; j++) {
-            const double v = (double)sdq_f32(m)[j];
-            if (j % (2 * s->lc) >= s->lc) continue;     /* means only */
-            sum += v; sum2 += v * v; n += 1.0;
-        }
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    double sum[3] = {0.0, 0.0, 0.0};
+    sdq_status st = SDQ_OK;
+    size_t i;
+    sdq__free(ctx, s->moments);
+    s->moments = NULL;
+    for (i = 0; i < s->count && st == SDQ_OK; i++) {
+        st = sdq__task_encode(ctx, s, vae, i, sum);
         sdq_arena_release(ctx, mark);
-        if (progress && progress(user, "encode", i + 1, s->count, 0.0))
-            return sdq__fail(ctx, SDQ_ERR_CANCELLED, "encoding: cancelled");
+        if (st == SDQ_OK && progress && progress(user, "encode", i + 1, s->count, 0.0))
+            st = sdq__fail(ctx, SDQ_ERR_CANCELLED, "encoding: cancelled");
     }
-    s->scaling = (float)(1.0 / sqrt(sum2 / n - (sum / n) * (sum / n)));
+    if (st != SDQ_OK) {         /* all of them or none */
+        sdq__free(ctx, s->moments);
+        s->moments = NULL;
+        return st;
+    }
+    sum[0] /= sum[2];
+    s->scaling = (float)(1.0 / sqrt(sum[1] / sum[2] - sum[0] * sum[0]));
     return SDQ_OK;
 }
 
@@ -13385,6 +13409,10 @@ SDQ_API sdq_status sdq_states_collect(sdq_ctx *ctx, const sdq_pipeline *p,
     size_t i;
     *out = NULL;
     if (!s) return ctx->status;
+    if (n == 0) {
+        sdq__free(ctx, s);
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "states: no prompts given");
+    }
     sdq__pl_latent_size(p, desc, &s->h, &s->w);
     s->c = unet.in;
     s->guidance = g;
@@ -13500,21 +13528,21 @@ SDQ_API sdq_status sdq_calibrate_states(sdq_ctx *ctx, sdq_model *unet, const sdq
 
 SDQ_API sdq_status sdq_calibrate_data(sdq_ctx *ctx, const sdq_diffusion_task *task, size_t batches,
                                       uint64_t seed, sdq_progress_fn progress, void *user) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
     sdq_diffusion_task t = *task;
     size_t i;
     t.mode = SDQ_FAKE;
     sdq_model_observe(t.unet, 1);
-    for (i = 0; i < batches; i++) {
-        const sdq_mark mark = sdq_arena_mark(ctx);
+    for (i = 0; i < batches && ctx->status == SDQ_OK; i++) {
         sdq_rng rng;
         sdq__opt_rng(&rng, seed, i, 0);
-        if (!sdq_diffusion_task_loss(ctx, &t, &rng, i)) return ctx->status;
+        (void)sdq_diffusion_task_loss(ctx, &t, &rng, i);
         sdq_arena_release(ctx, mark);
-        if (progress && progress(user, "calibrate", i + 1, batches, 0.0))
-            return sdq__fail(ctx, SDQ_ERR_CANCELLED, "calibration: cancelled");
+        if (ctx->status == SDQ_OK && progress && progress(user, "calibrate", i + 1, batches, 0.0))
+            sdq__fail(ctx, SDQ_ERR_CANCELLED, "calibration: cancelled");
     }
     sdq_model_observe(t.unet, 0);
-    return SDQ_OK;
+    return ctx->status;
 }
 
 /* ===========================================================================
@@ -13597,9 +13625,9 @@ static sdq_tensor *sdq__ds_coherent(sdq_ctx *ctx, const sdq_states *s, sdq_tenso
 static sdq_status sdq__ds_batch(sdq_ctx *ctx, const sdq_distill_task *t, sdq_rng *rng,
                                 sdq_unet_input *in, sdq_tensor **noise, sdq_tensor **teacher) {
     size_t i, idx[64];
-    if (t->batch > 64)
-        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "distillation: a batch of %zu, at most 64",
-                         t->batch);
+    if (t->batch == 0 || t->batch > 64 || (t->states && t->states->count == 0))
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "distillation: a batch of %zu, 1..64 are possible;"
+                         " %zu states", t->batch, t->states ? t->states->count : (size_t)0);
     if (t->states) {
         for (i = 0; i < t->batch; i++) idx[i] = (size_t)sdq_rng_below(rng, t->states->count);
         if (t->coherent) SDQ__TRY(sdq__ds_window(ctx, t, rng, idx));
@@ -13636,7 +13664,10 @@ SDQ_API sdq_tensor *sdq_distill_task_loss(sdq_ctx *ctx, void *arg, sdq_rng *rng,
     if (t->teacher && (!teacher || t->maps)) teacher = sdq__ds_teacher(ctx, t, &in, tap[0]);
     in.checkpoint = t->checkpoint;
     y = sdq__ds_forward(ctx, t->student, &in, SDQ_FAKE, t, tap[1]);
-    if (!y) return NULL;
+    if (y && t->teacher_loss != 0.0f && !teacher && ctx->status == SDQ_OK)
+        sdq__fail(ctx, SDQ_ERR_ARGUMENT, "distillation: teacher_loss %g without teacher or states",
+                  (double)t->teacher_loss);
+    if (!y || ctx->status != SDQ_OK) return NULL;
     if (t->teacher_loss != 0.0f && t->states && t->coherent)
         sum = sdq__ds_add(ctx, sum, sdq__ds_coherent(ctx, t->states, y, teacher), t->teacher_loss);
     else if (t->teacher_loss != 0.0f)
@@ -13683,7 +13714,8 @@ SDQ_API sdq_status sdq_optim_add_student(sdq_ctx *ctx, sdq_optim *o, sdq_model *
             SDQ__TRY(sdq_optim_add(ctx, o, &l->part[p].s, name, scale_lr, 1e-7f, 0));
         }
     }
-    if (o->count == 0)
+    for (i = 0; i < o->count && o->leaf[i].state; i++) {}
+    if (i == o->count)
         return sdq__fail(ctx, SDQ_ERR_ARGUMENT,
                          "training: nothing to train: train_set=%s, but no input range is static or"
                          " learn_scales is 0; choose static ranges or another set",
@@ -14340,7 +14372,7 @@ SDQ_API sdq_status sdq_schedule_search(sdq_ctx *ctx, const sdq_pipeline *p,
     sdq__se_rank(s, sch, order);
     policy->scheduler = sdq_scheduler_get_desc(sch)->kind;
     policy->steps = desc->steps ? desc->steps : 50;
-    policy->guidance = desc->guidance;
+    policy->guidance = desc->guidance == 0.0f ? 7.5f : desc->guidance;
     policy->count = s->count;
     for (i = 0; i < s->count; i++) {
         policy->timestep[i] = s->time[i];
