@@ -286,11 +286,11 @@ static void test_refusals(int tier) {
     t.states = s;
     t.teacher_loss = 1;
     t.coherent = 1;
-    refused(&f, &t, 0, "window");
+    refused(&f, &t, 0, "a batch of 0");
     refused(&f, &t, 1, "window");
     refused(&f, &t, 3, "a batch of 3 is not a window of 1..4 evaluations with 2 branches");
     refused(&f, &t, 2 * EVALS + 2, "window");
-    refused(&f, &t, 65, "at most 64");
+    refused(&f, &t, 65, "a batch of 65, 1..64 are possible");
     t.states = NULL;
     refused(&f, &t, 2, "states or data");
     sdq_states_free(f.ctx, s);
