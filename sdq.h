@@ -315,6 +315,10 @@ SDQ_API sdq_tensor *sdq_layer_norm(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *gamm
  * causal: position i sees keys 0..i (tq == tk). */
 SDQ_API sdq_tensor *sdq_attention(sdq_ctx *ctx, sdq_tensor *q, sdq_tensor *k, sdq_tensor *v,
                                   int heads, int causal);
+/* The same with int8 products, forward; backward is that of sdq_attention (straight through).
+ * Not causal. Heads of more than 640 channels are computed in float. */
+SDQ_API sdq_tensor *sdq_attention_int8(sdq_ctx *ctx, sdq_tensor *q, sdq_tensor *k, sdq_tensor *v,
+                                       int heads);
 SDQ_API sdq_tensor *sdq_upsample(sdq_ctx *ctx, sdq_tensor *x, size_t h, size_t w); /* nearest */
 SDQ_API sdq_tensor *sdq_concat(sdq_ctx *ctx, sdq_tensor *a, sdq_tensor *b);        /* channels */
 SDQ_API sdq_tensor *sdq_slice(sdq_ctx *ctx, sdq_tensor *x, size_t first, size_t count);
@@ -1147,6 +1151,7 @@ typedef struct sdq_recipe {
     int quantize_time;          /* time embedding and its projections in int8 */
     int quantize_context;       /* keys and values of cross-attention in int8 */
     int quantize_shortcuts;     /* shortcuts of the last up block in int8 */
+    int quantize_attention;     /* products of self-attention in int8: faster, see README */
     int split_skip;             /* halves of concat(hidden, skip) get their own ranges */
     int bias_correction;
     int learn_scales;           /* LSQ: weight scales and static input scales are trained */
@@ -1850,6 +1855,12 @@ typedef struct sdq__adamw_step {
     X(void, softmax_tile, \
       (float *s, size_t lds, size_t rows, size_t n, float scale, float *m, float *l, \
        float *alpha), EXACT) \
+    /* the same with bytes for the product that follows: t = (max s)*scale; \
+       p = rint(255 exp(s*scale - t)), exp to 1.1 in 10^4, NaN gives 0; m' = max(m, t); \
+       alpha = exp(m - m'); beta = exp(t - m'); l = fma(l, alpha, beta * sum p); m = m' */ \
+    X(void, softmax_tile_u8, \
+      (uint8_t *p, size_t ldp, const float *s, size_t lds, size_t rows, size_t n, float scale, \
+       float *m, float *l, float *alpha, float *beta), EXACT) \
     /* backward of a tile row: p = exp(s*scale - lse); s = p; dp = (p*(dp - delta))*scale */ \
     X(void, softmax_tile_bwd, \
       (float *s, float *dp, size_t n, float scale, float lse, float delta), EXACT) \
@@ -2848,14 +2859,15 @@ static void sdq__qgemm_pack(sdq__qweight *w, const int8_t *q, size_t ldq, size_t
 /* ===========================================================================
  * >>attention   softmax(q k^T / sqrt(d)) v without a score matrix
  *
- * Tiles of 48 queries and 64 keys with a running maximum and sum per query (Dao et al.,
+ * Tiles of 48 queries and 256 keys with a running maximum and sum per query (Dao et al.,
  * "FlashAttention", arXiv 2205.14135; Milakov and Gimelshein, arXiv 1805.02867). The tile sizes
  * are part of the definition: they fix where the running maximum is taken. Backward computes
  * the scores again from the stored log-sum-exp.
  * ======================================================================== */
 
 #define SDQ__ATT_Q 48
-#define SDQ__ATT_K 64
+#define SDQ__ATT_K 256
+#define SDQ__ATT_BK 64          /* keys of a tile of the backward pass */
 
 typedef struct sdq__att {
     const struct sdq__kernels *k;
@@ -2879,16 +2891,16 @@ static void sdq__att_pack_task(void *arg, size_t task, int thread) {
     sdq__gemm_pack(w->vp + task * w->vp_size, w->v + at, c, w->d, w->tk);
 }
 
-/* Scores of queries i0.. against keys j0..: s[i][0..nk), -inf where causality hides a key. */
+/* Scores of queries i0.. against keys j0..: s[i*lds + 0..nk), -inf where causality hides a key. */
 static void sdq__att_scores(const sdq__att *w, const float *q, const float *kp, size_t i0,
-                            size_t nq, size_t j0, size_t nk, float *s) {
+                            size_t nq, size_t j0, size_t nk, float *s, size_t lds) {
     const size_t c = w->heads * w->d;
     size_t i, j;
-    sdq__gemm_small(w->k, q + i0 * c, c, 1, kp + j0 * w->d, w->d, s, SDQ__ATT_K, nq, nk, w->d, 0);
+    sdq__gemm_small(w->k, q + i0 * c, c, 1, kp + j0 * w->d, w->d, s, lds, nq, nk, w->d, 0);
     if (!w->causal || j0 + nk <= i0 + 1) return;
     for (i = 0; i < nq; i++)
         for (j = 0; j < nk; j++)
-            if (j0 + j > i0 + i) s[i * SDQ__ATT_K + j] = -INFINITY;
+            if (j0 + j > i0 + i) s[i * lds + j] = -INFINITY;
 }
 
 static void sdq__att_task(void *arg, size_t task, int thread) {
@@ -2904,9 +2916,11 @@ static void sdq__att_task(void *arg, size_t task, int thread) {
     for (i = 0; i < nq; i++) { m[i] = -INFINITY; l[i] = 0.0f; }
     for (j = 0; j < tk; j += SDQ__ATT_K) {
         const size_t nk = sdq__u_min(SDQ__ATT_K, tk - j);
-        sdq__att_scores(w, w->q + at, w->kp + head * w->kp_size, i0, nq, j, nk, s);
+        sdq__att_scores(w, w->q + at, w->kp + head * w->kp_size, i0, nq, j, nk, s,
+                        SDQ__ATT_K);
         w->k->softmax_tile(s, SDQ__ATT_K, nq, nk, w->scale, m, l, alpha);
-        for (i = 0; j > 0 && i < nq; i++) w->k->scale(y + i * c, y + i * c, w->d, alpha[i]);
+        for (i = 0; j > 0 && i < nq; i++)
+            if (alpha[i] != 1.0f) w->k->scale(y + i * c, y + i * c, w->d, alpha[i]);
         sdq__gemm_small(w->k, s, SDQ__ATT_K, 1, w->vp + head * w->vp_size + j * SDQ__NR, w->tk,
                         y, c, nq, w->d, nk, j > 0);
     }
@@ -2937,6 +2951,224 @@ static void sdq__att_forward(sdq_ctx *ctx, sdq__att *w) {
     sdq_arena_release(ctx, mark);
 }
 
+/* ---- the same with int8 products --------------------------------------------------------------
+ * As SageAttention does (Zhang et al., arXiv 2410.02367). Softmax does not see what is added to
+ * all keys, and the weights of the values add up to one: so keys and values are centered per
+ * channel by the middle of their range, and the values' middle is added to the result.
+ *   queries   u8, a range per token           keys     s8, a scale per token
+ *   weights   u8, 255 for the largest score of the tile of 256 keys, so that one large score does
+ *             not round those of other tiles to zero; their sum is that of the rounded ones
+ *   values    s8, a scale per channel */
+
+typedef struct sdq__qatt {
+    const sdq__att *f;          /* sizes, sources and destinations */
+    int8_t *kb, *vb;            /* [head][panel][quad][32][4] */
+    float *ks, *vs, *vmid;      /* scales of keys [head][panel][32], of channels; middles */
+    int32_t *ksum, *none;       /* sums of keys; zeros */
+    struct sdq__qatt_block *block;
+    size_t kquads, vquads, kpanels, vpanels;
+} sdq__qatt;
+
+#define SDQ__QATT_D 640         /* largest head */
+
+/* Scratch of a thread: packing a block of tokens, or a block of queries. */
+typedef struct sdq__qatt_block {
+    float s[SDQ__ATT_Q * SDQ__ATT_K];
+    uint8_t p[SDQ__ATT_Q * SDQ__ATT_K], q[SDQ__ATT_Q * SDQ__QATT_D];
+    float qs[SDQ__ATT_Q], m[SDQ__ATT_Q], l[SDQ__ATT_Q], alpha[SDQ__ATT_Q], beta[SDQ__ATT_Q];
+    int32_t qz[SDQ__ATT_Q], none[SDQ__ATT_Q];
+    float a[2][SDQ__QATT_D], b[2][SDQ__QATT_D];
+    float x[4 * SDQ__QATT_D];
+    int8_t xq[4 * SDQ__QATT_D];
+} sdq__qatt_block;
+
+static float sdq__qatt_scale(float largest) {
+    return largest > 0.0f && largest <= FLT_MAX ? largest / 127.0f : 1.0f;
+}
+
+/* Per channel a and b so that fma(x, a, b) is centered; with scales, between -127 and 127. */
+static void sdq__qatt_center(const sdq__att *f, const float *x, float *a, float *b, float *scale,
+                             float *middle) {
+    size_t j;
+    for (j = 0; j < f->d; j++) { a[j] = INFINITY; b[j] = -INFINITY; }
+    f->k->minmax_cols(x, f->tk, f->heads * f->d, f->d, a, b);
+    for (j = 0; j < f->d; j++) {
+        const float mid = 0.5f * a[j] + 0.5f * b[j], s = sdq__qatt_scale(b[j] - mid);
+        a[j] = scale ? 1.0f / s : 1.0f;
+        b[j] = -mid * a[j];
+        if (scale) { scale[j] = s; middle[j] = mid; }
+    }
+}
+
+/* Key j of a head, centered: its column of the panels. */
+static void sdq__qatt_key(const sdq__qatt *w, size_t head, size_t j, const float *x, int8_t *q) {
+    const size_t d = w->f->d, at = head * w->kpanels * SDQ__NR + j;
+    int8_t *to = w->kb + (at / SDQ__NR * w->kquads * SDQ__NR + j % SDQ__NR) * 4;
+    float mn = 0.0f, mx = 0.0f;
+    size_t i;
+    w->f->k->minmax(x, d, &mn, &mx);
+    w->ks[at] = sdq__qatt_scale(mx > -mn ? mx : -mn);
+    w->f->k->quantize_s8(q, x, d, 1.0f / w->ks[at]);
+    memset(q + d, 0, 4 * w->kquads - d);
+    for (i = 0; i < d; i++) w->ksum[at] += q[i];
+    for (i = 0; i < w->kquads; i++) memcpy(to + i * SDQ__NR * 4, q + 4 * i, 4);
+}
+
+/* n <= 4 values of a head from j on, centered and scaled: a quad of every panel. */
+static void sdq__qatt_value(const sdq__qatt *w, size_t head, size_t j, size_t n, const float *x,
+                            int8_t *q) {
+    const size_t d = w->f->d;
+    int8_t *to = w->vb + (head * w->vpanels * w->vquads + j / 4) * SDQ__NR * 4;
+    size_t p, c, l;
+    for (l = 0; l < 4; l++) {
+        if (l < n) w->f->k->quantize_s8(q + l * d, x + l * d, d, 1.0f);
+        else memset(q + l * d, 0, d);
+    }
+    for (p = 0; p < d; p += SDQ__NR, to += w->vquads * SDQ__NR * 4)
+        for (c = 0; c < SDQ__NR && p + c < d; c++)
+            for (l = 0; l < 4; l++) to[4 * c + l] = q[l * d + p + c];
+}
+
+static void sdq__qatt_pack_task(void *arg, size_t head, int thread) {
+    const sdq__qatt *w = (const sdq__qatt *)arg;
+    const sdq__att *f = w->f;
+    const size_t d = f->d, c = f->heads * d;
+    const size_t at = head / f->heads * f->tk * c + head % f->heads * d;
+    sdq__qatt_block *s = w->block + thread;
+    size_t j, i;
+    sdq__qatt_center(f, f->key + at, s->a[0], s->b[0], NULL, NULL);
+    sdq__qatt_center(f, f->v + at, s->a[1], s->b[1], w->vs + head * w->vpanels * SDQ__NR,
+                     w->vmid + head * d);
+    for (j = 0; j < f->tk; j += 4) {
+        const size_t n = sdq__u_min(4, f->tk - j);
+        for (i = 0; i < n; i++) {
+            f->k->affine(s->x, f->key + at + (j + i) * c, s->a[0], s->b[0], d);
+            sdq__qatt_key(w, head, j + i, s->x, s->xq);
+        }
+        for (i = 0; i < n; i++)
+            f->k->affine(s->x + i * d, f->v + at + (j + i) * c, s->a[1], s->b[1], d);
+        sdq__qatt_value(w, head, j, n, s->x, s->xq);
+    }
+}
+
+/* y[m][n] (+)= (scale of row) (scale of column) a b. In t are b, quads, wsum, sw, y, ldy, more;
+ * a has rows of lda bytes; panel: bytes from one panel of b to the next. */
+static void sdq__qatt_product(const sdq__att *f, sdq__qtile t, const uint8_t *a, size_t lda,
+                              size_t panel, const float *s, const int32_t *z, size_t m, size_t n) {
+    const uint8_t *row[SDQ__MR];
+    float *y = t.y;
+    size_t p, i, r;
+    t.taps = 1;
+    t.seg = t.quads;
+    t.a = row;
+    for (p = 0; p < n; p += SDQ__NR, t.b += panel, t.sw += SDQ__NR, t.wsum += SDQ__NR) {
+        t.nr = sdq__u_min(SDQ__NR, n - p);
+        for (i = 0; i < m; i += SDQ__MR) {
+            t.mr = sdq__u_min(SDQ__MR, m - i);
+            for (r = 0; r < t.mr; r++) row[r] = a + (i + r) * lda;
+            t.s = s + i;
+            t.z = z + i;
+            t.y = y + i * t.ldy + p;
+            f->k->gemm_u8s8(&t);
+        }
+    }
+}
+
+/* Scores of a block of nq queries against nk keys from j on, to b->s. */
+static void sdq__qatt_scores(const sdq__qatt *w, sdq__qatt_block *b, size_t head, size_t nq,
+                             size_t j, size_t nk) {
+    const size_t at = head * w->kpanels * SDQ__NR + j;
+    sdq__qtile t;
+    memset(&t, 0, sizeof t);
+    t.quads = w->kquads;
+    t.b = w->kb + at * w->kquads * 4;
+    t.sw = w->ks + at;
+    t.wsum = w->ksum + at;
+    t.y = b->s;
+    t.ldy = SDQ__ATT_K;
+    sdq__qatt_product(w->f, t, b->q, 4 * w->kquads, w->kquads * SDQ__NR * 4, b->qs, b->qz, nq, nk);
+}
+
+/* y += the weights b->p of nk keys from j on, times b->beta, times their values. */
+static void sdq__qatt_sum(const sdq__qatt *w, sdq__qatt_block *b, size_t head, float *y, size_t nq,
+                          size_t j, size_t nk) {
+    const size_t pad = sdq__u_round_up(nk, 4) - nk;
+    size_t i;
+    sdq__qtile t;
+    for (i = 0; pad && i < nq; i++) memset(b->p + i * SDQ__ATT_K + nk, 0, pad);
+    memset(&t, 0, sizeof t);
+    t.quads = (nk + pad) / 4;
+    t.b = w->vb + (head * w->vpanels * w->vquads + j / 4) * SDQ__NR * 4;
+    t.sw = w->vs + head * w->vpanels * SDQ__NR;
+    t.wsum = w->none;
+    t.y = y;
+    t.ldy = w->f->heads * w->f->d;
+    t.more = j > 0;
+    sdq__qatt_product(w->f, t, b->p, SDQ__ATT_K, w->vquads * SDQ__NR * 4, b->beta, b->none, nq,
+                      w->f->d);
+}
+
+static void sdq__qatt_task(void *arg, size_t task, int thread) {
+    const sdq__qatt *w = (const sdq__qatt *)arg;
+    const sdq__att *f = w->f;
+    const struct sdq__kernels *k = f->k;
+    const size_t d = f->d, c = f->heads * d, blocks = sdq__u_div_up(f->tq, SDQ__ATT_Q);
+    const size_t head = task / blocks, i0 = task % blocks * SDQ__ATT_Q;
+    const size_t nq = sdq__u_min(SDQ__ATT_Q, f->tq - i0), ld = 4 * w->kquads;
+    const size_t at = (head / f->heads * f->tq + i0) * c + head % f->heads * d;
+    sdq__qatt_block *b = w->block + thread;
+    float *y = f->y + at;
+    size_t i, j;
+    for (i = 0; i < nq; i++) { b->m[i] = -INFINITY; b->l[i] = 0.0f; }
+    memset(b->q, 0, nq * ld);
+    memset(b->none, 0, sizeof b->none);
+    k->quantize_rows(b->q, ld, f->q + at, c, nq, d, b->qs, b->qz, 1);
+    for (j = 0; j < f->tk; j += SDQ__ATT_K) {
+        const size_t nk = sdq__u_min(SDQ__ATT_K, f->tk - j);
+        sdq__qatt_scores(w, b, head, nq, j, nk);
+        k->softmax_tile_u8(b->p, SDQ__ATT_K, b->s, SDQ__ATT_K, nq, nk, f->scale, b->m, b->l,
+                           b->alpha, b->beta);
+        for (i = 0; j > 0 && i < nq; i++)
+            if (b->alpha[i] != 1.0f) k->scale(y + i * c, y + i * c, d, b->alpha[i]);
+        sdq__qatt_sum(w, b, head, y, nq, j, nk);
+    }
+    for (i = 0; i < nq; i++) {
+        k->scale(y + i * c, y + i * c, d, 1.0f / b->l[i]);
+        k->add(y + i * c, y + i * c, w->vmid + head * d, d);
+        if (f->lse)
+            f->lse[head * f->tq + i0 + i] = b->m[i] + (float)log((double)b->l[i] / 255.0);
+    }
+}
+
+static void sdq__qatt_forward(sdq_ctx *ctx, sdq__att *f) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    const size_t heads = f->n * f->heads;
+    sdq__qatt w;
+    memset(&w, 0, sizeof w);
+    w.f = f;
+    f->k = ctx->k;
+    f->scale = 1.0f / sqrtf((float)f->d);
+    w.kquads = sdq__u_div_up(f->d, 4);
+    w.vquads = sdq__u_div_up(f->tk, 4);
+    w.kpanels = sdq__gemm_panels(f->tk);
+    w.vpanels = sdq__gemm_panels(f->d);
+    w.kb = SDQ__PUSH_N(ctx, int8_t, heads * w.kpanels * w.kquads * SDQ__NR * 4);
+    w.vb = SDQ__PUSH_N(ctx, int8_t, heads * w.vpanels * w.vquads * SDQ__NR * 4);
+    w.ks = SDQ__PUSH_N(ctx, float, heads * w.kpanels * SDQ__NR);
+    w.vs = SDQ__PUSH_N(ctx, float, heads * w.vpanels * SDQ__NR);
+    w.vmid = SDQ__PUSH_N(ctx, float, heads * f->d);
+    w.ksum = SDQ__PUSH_N(ctx, int32_t, heads * w.kpanels * SDQ__NR);
+    w.none = SDQ__PUSH_N(ctx, int32_t, w.vpanels * SDQ__NR);
+    w.block = SDQ__PUSH_N(ctx, sdq__qatt_block, (size_t)ctx->threads);
+    if (ctx->status == SDQ_OK) {
+        memset(w.ksum, 0, heads * w.kpanels * SDQ__NR * sizeof *w.ksum);
+        memset(w.none, 0, w.vpanels * SDQ__NR * sizeof *w.none);
+        sdq__par_for(ctx, heads, sdq__qatt_pack_task, &w);
+        sdq__par_for(ctx, heads * sdq__u_div_up(f->tq, SDQ__ATT_Q), sdq__qatt_task, &w);
+    }
+    sdq_arena_release(ctx, mark);
+}
+
 /* Backward of one head, with P = exp(S scale - lse), D_i = sum(dy_i y_i), dP = dy V^T:
  *   dV = P^T dy,  dS = P (dP - D) scale,  dQ = dS K,  dK = dS^T Q.
  * Scratch: Q, dy, K as row panels, V as column panels (K's are packed), two tiles. */
@@ -2947,7 +3179,7 @@ static void sdq__att_bwd_task(void *arg, size_t head, int thread) {
     const size_t ak = head / w->heads * w->tk * c + head % w->heads * d;
     const size_t qn = sdq__gemm_packed_count(d, w->tq);
     float *qp = w->scratch + (size_t)thread * w->scratch_size, *dyp = qp + qn, *kr = dyp + qn;
-    float *vt = kr + w->vp_size, *s = vt + w->kp_size, *dp = s + SDQ__ATT_Q * SDQ__ATT_K;
+    float *vt = kr + w->vp_size, *s = vt + w->kp_size, *dp = s + SDQ__ATT_Q * SDQ__ATT_BK;
     const float *lse = w->lse + head * w->tq;
     const float *kp = w->kp + head * w->kp_size;
     size_t i0, j0, i;
@@ -2955,25 +3187,25 @@ static void sdq__att_bwd_task(void *arg, size_t head, int thread) {
     sdq__gemm_pack(dyp, w->dy + aq, c, d, w->tq);
     sdq__gemm_pack(kr, w->key + ak, c, d, w->tk);
     sdq__gemm_pack_t(vt, w->v + ak, c, w->tk, d);
-    for (j0 = 0; j0 < w->tk; j0 += SDQ__ATT_K) {
-        const size_t nk = sdq__u_min(SDQ__ATT_K, w->tk - j0);
+    for (j0 = 0; j0 < w->tk; j0 += SDQ__ATT_BK) {
+        const size_t nk = sdq__u_min(SDQ__ATT_BK, w->tk - j0);
         for (i0 = 0; i0 < w->tq; i0 += SDQ__ATT_Q) {
             const size_t nq = sdq__u_min(SDQ__ATT_Q, w->tq - i0);
             if (w->causal && j0 > i0 + nq - 1) continue;
-            sdq__att_scores(w, w->q + aq, kp, i0, nq, j0, nk, s);
-            sdq__gemm_small(w->k, w->dy + aq + i0 * c, c, 1, vt + j0 * d, d, dp, SDQ__ATT_K,
+            sdq__att_scores(w, w->q + aq, kp, i0, nq, j0, nk, s, SDQ__ATT_BK);
+            sdq__gemm_small(w->k, w->dy + aq + i0 * c, c, 1, vt + j0 * d, d, dp, SDQ__ATT_BK,
                             nq, nk, d, 0);
             for (i = 0; i < nq; i++)
-                w->k->softmax_tile_bwd(s + i * SDQ__ATT_K, dp + i * SDQ__ATT_K, nk, w->scale,
+                w->k->softmax_tile_bwd(s + i * SDQ__ATT_BK, dp + i * SDQ__ATT_BK, nk, w->scale,
                                        lse[i0 + i], w->delta[head * w->tq + i0 + i]);
             if (w->dv)
-                sdq__gemm_small(w->k, s, 1, SDQ__ATT_K, dyp + i0 * SDQ__NR, w->tq,
+                sdq__gemm_small(w->k, s, 1, SDQ__ATT_BK, dyp + i0 * SDQ__NR, w->tq,
                                 w->dv + ak + j0 * c, c, nk, d, nq, 1);
             if (w->dk)
-                sdq__gemm_small(w->k, dp, 1, SDQ__ATT_K, qp + i0 * SDQ__NR, w->tq,
+                sdq__gemm_small(w->k, dp, 1, SDQ__ATT_BK, qp + i0 * SDQ__NR, w->tq,
                                 w->dk + ak + j0 * c, c, nk, d, nq, 1);
             if (w->dq)
-                sdq__gemm_small(w->k, dp, SDQ__ATT_K, 1, kr + j0 * SDQ__NR, w->tk,
+                sdq__gemm_small(w->k, dp, SDQ__ATT_BK, 1, kr + j0 * SDQ__NR, w->tk,
                                 w->dq + aq + i0 * c, c, nq, d, nk, 1);
         }
     }
@@ -2984,7 +3216,7 @@ static void sdq__att_backward(sdq_ctx *ctx, sdq__att *w) {
     const size_t c = w->heads * w->d;
     size_t e, h, i;
     w->scratch_size = 2 * sdq__gemm_packed_count(w->d, w->tq) + sdq__gemm_packed_count(w->d, w->tk)
-                    + sdq__gemm_packed_count(w->tk, w->d) + 2 * SDQ__ATT_Q * SDQ__ATT_K;
+                    + sdq__gemm_packed_count(w->tk, w->d) + 2 * SDQ__ATT_Q * SDQ__ATT_BK;
     w->delta = SDQ__PUSH_N(ctx, float, w->n * w->heads * w->tq);
     if (w->delta && sdq__att_sizes(ctx, w)) {
         for (e = 0; e < w->n; e++)
@@ -3725,8 +3957,8 @@ static void sdq__op_att_back(sdq_ctx *ctx, sdq__node *n) {
     w.dv = sdq__tape_grad(ctx, n->x[2]);
     sdq__att_backward(ctx, &w);
 }
-SDQ_API sdq_tensor *sdq_attention(sdq_ctx *ctx, sdq_tensor *q, sdq_tensor *k, sdq_tensor *v,
-                                  int heads, int causal) {
+static sdq_tensor *sdq__op_attention(sdq_ctx *ctx, sdq_tensor *q, sdq_tensor *k, sdq_tensor *v,
+                                     int heads, int causal, int int8) {
     sdq_tensor *y;
     sdq__node *n;
     sdq__att w;
@@ -3750,8 +3982,18 @@ SDQ_API sdq_tensor *sdq_attention(sdq_ctx *ctx, sdq_tensor *q, sdq_tensor *k, sd
         n->p[0] = w.lse = SDQ__PUSH_N(ctx, float, w.n * w.heads * w.tq);
         if (!w.lse) return NULL;
     }
-    sdq__att_forward(ctx, &w);
-    return y;
+    if (int8) sdq__qatt_forward(ctx, &w);
+    else sdq__att_forward(ctx, &w);
+    return ctx->status == SDQ_OK ? y : NULL;
+}
+SDQ_API sdq_tensor *sdq_attention(sdq_ctx *ctx, sdq_tensor *q, sdq_tensor *k, sdq_tensor *v,
+                                  int heads, int causal) {
+    return sdq__op_attention(ctx, q, k, v, heads, causal, 0);
+}
+SDQ_API sdq_tensor *sdq_attention_int8(sdq_ctx *ctx, sdq_tensor *q, sdq_tensor *k, sdq_tensor *v,
+                                       int heads) {
+    const int large = q && heads > 0 && q->dim[2] / (size_t)heads > SDQ__QATT_D;
+    return sdq__op_attention(ctx, q, k, v, heads, 0, !large);
 }
 
 /* ---- nearest upsampling: y[i][j] = x[i h/H][j w/W];  dx[..] += dy ---- */
@@ -9755,6 +9997,7 @@ static sdq_tensor *sdq__bk_resnet(sdq_ctx *ctx, const sdq__resnet *r, sdq_tensor
 typedef struct sdq__attn {
     sdq_layer *q, *k, *v, *out;
     int heads;
+    int int8;               /* products in int8 where the layers are */
 } sdq__attn;
 
 static void sdq__bk_attn_build(sdq__builder *b, sdq__attn *a, size_t c, size_t context,
@@ -9770,8 +10013,9 @@ static void sdq__bk_attn_build(sdq__builder *b, sdq__attn *a, size_t c, size_t c
 static sdq_tensor *sdq__bk_attend(sdq_ctx *ctx, const sdq__attn *a, sdq_tensor *x, sdq_tensor *k,
                                   sdq_tensor *v, sdq_tensor *residual, sdq_mode mode) {
     sdq_tensor *q = sdq_layer_forward(ctx, a->q, x, NULL, mode);
-    return sdq_layer_forward(ctx, a->out, sdq_attention(ctx, q, k, v, a->heads, 0), residual,
-                             mode);
+    sdq_tensor *y = a->int8 && mode != SDQ_FLOAT ? sdq_attention_int8(ctx, q, k, v, a->heads)
+                                                 : sdq_attention(ctx, q, k, v, a->heads, 0);
+    return sdq_layer_forward(ctx, a->out, y, residual, mode);
 }
 static sdq_tensor *sdq__bk_self(sdq_ctx *ctx, const sdq__attn *a, sdq_tensor *x,
                                 sdq_tensor *residual, sdq_mode mode) {
@@ -10256,6 +10500,12 @@ static void sdq__un_build(sdq__builder *b) {
     for (i = 0; i < p.levels && b->ctx->status == SDQ_OK; i++) c = sdq__un_up_build(b, &p, i, c);
     u->norm_out = sdq__md_norm(b, "conv_norm_out", c, p.groups, p.eps);
     u->conv_out = sdq__md_conv3(b, "conv_out", c, info->out, 1, 1);
+}
+
+/* Self-attention with int8 products, or in float. */
+static void sdq__un_attention_int8(sdq__unet *u, int on) {
+    size_t i;
+    for (i = 0; i < u->blocks; i++) u->block[i]->self.int8 = on;
 }
 
 static void sdq__un_free(sdq_ctx *ctx, sdq__unet *u) {
@@ -13295,14 +13545,14 @@ SDQ_API void sdq_recipe_to_str(const sdq_recipe *r, char *buf, size_t size) {
     (void)snprintf(
         buf, size,
         "range_linear=%s range_conv=%s quantize_outputs=%d quantize_edges=%d "
-        "quantize_time=%d quantize_context=%d quantize_shortcuts=%d split_skip=%d "
-        "bias_correction=%d learn_scales=%d train_set=%s moving=%g weight_scale=%d "
-        "calibrate_on_data=%d noise_loss=%g teacher_loss=%g coherent=%d",
+        "quantize_time=%d quantize_context=%d quantize_shortcuts=%d "
+        "quantize_attention=%d split_skip=%d bias_correction=%d learn_scales=%d train_set=%s "
+        "moving=%g weight_scale=%d calibrate_on_data=%d noise_loss=%g teacher_loss=%g coherent=%d",
         sdq__rc_range[r->range_linear], sdq__rc_range[r->range_conv], r->quantize_outputs,
         r->quantize_edges, r->quantize_time, r->quantize_context, r->quantize_shortcuts,
-        r->split_skip, r->bias_correction, r->learn_scales, sdq__rc_train_set[r->train_set],
-        (double)r->moving, (int)r->weight_scale, r->calibrate_on_data, (double)r->noise_loss,
-        (double)r->teacher_loss, r->coherent);
+        r->quantize_attention, r->split_skip, r->bias_correction, r->learn_scales,
+        sdq__rc_train_set[r->train_set], (double)r->moving, (int)r->weight_scale,
+        r->calibrate_on_data, (double)r->noise_loss, (double)r->teacher_loss, r->coherent);
 }
 
 static int sdq__rc_starts(const char *s, const char *with) {
@@ -13351,6 +13601,7 @@ SDQ_API sdq_status sdq_recipe_apply(sdq_ctx *ctx, sdq_model *unet, const sdq_rec
         q.learn_scales = r->learn_scales;
         SDQ__TRY(sdq_layer_set_quant(ctx, l, &q));
     }
+    if (unet->unet) sdq__un_attention_int8(unet->unet, r->quantize_attention);
     return SDQ_OK;
 }
 
@@ -13749,7 +14000,8 @@ SDQ_API sdq_status sdq_optim_add_student(sdq_ctx *ctx, sdq_optim *o, sdq_model *
  *   NAME.output_range  F32 [2], the published recipe only
  * Everything else is stored under its diffusers name and shape, F16 where that is exact, else F32.
  * The metadata: sdq.config (config.json of the UNet), sdq.layer.NAME (range and split),
- * sdq.recipe, sdq.schedule, sdq.source (hash of the float UNet's weights), sdq.hash (of all else).
+ * sdq.recipe, sdq.schedule, sdq.attention ("int8", or missing), sdq.source (hash of the float
+ * UNet's weights), sdq.hash (of all else).
  * ======================================================================== */
 
 SDQ_API sdq_status sdq_model_convert(sdq_ctx *ctx, sdq_model *m) {
@@ -13974,11 +14226,12 @@ SDQ_API sdq_status sdq_model_save_int8(sdq_ctx *ctx, const sdq_model *m, const c
     memset(&o, 0, sizeof o);
     o.ctx = ctx;
     o.entry = SDQ__PUSH_N(ctx, sdq_entry, m->params + 4 * m->layers);
-    o.meta = SDQ__PUSH_N(ctx, sdq_pair, m->layers + 5);
+    o.meta = SDQ__PUSH_N(ctx, sdq_pair, m->layers + 6);
     if (!o.entry || !o.meta) return ctx->status;
     sdq__cv_meta(&o, "sdq.config", m->config);
     sdq__cv_meta(&o, "sdq.recipe", recipe);
     sdq__cv_meta_hash(&o, "sdq.source", m->source);
+    if (m->unet->blocks && m->unet->block[0]->self.int8) sdq__cv_meta(&o, "sdq.attention", "int8");
     if (policy && policy->count)
         sdq__cv_meta(&o, "sdq.schedule", sdq__cv_policy_text(ctx, policy));
     for (i = 0; i < m->params; i++) sdq__cv_param(&o, &m->param[i]);
@@ -14129,6 +14382,16 @@ static sdq_status sdq__cv_read_policy(sdq_ctx *ctx, const sdq_file *f, const cha
     return SDQ_OK;
 }
 
+static sdq_status sdq__cv_read_attention(sdq_ctx *ctx, const sdq_file *f, const char *path,
+                                         sdq_model *m) {
+    const char *text = sdq_file_meta(f, "sdq.attention");
+    if (text && strcmp(text, "int8") != 0)
+        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: sdq.attention is \"%.40s\", expected \"int8\"",
+                         path, text);
+    sdq__un_attention_int8(m->unet, text != NULL);
+    return SDQ_OK;
+}
+
 /* A parameter under its own name: float, F16 or F32. */
 static sdq_status sdq__cv_read_float(sdq_ctx *ctx, const sdq_file *f, const char *path,
                                      const sdq__param *p) {
@@ -14221,6 +14484,7 @@ SDQ_API sdq_status sdq_model_load_int8(sdq_ctx *ctx, const char *folder, const c
     SDQ__TRY_DONE(sdq__md_open(ctx, dir, SDQ_PART_UNET, NULL, &m));
     SDQ__TRY_DONE(sdq__cv_check(ctx, f, path, folder, m));
     for (i = 0; i < m->layers; i++) m->layer[i]->quant.enabled = 0;
+    SDQ__TRY_DONE(sdq__cv_read_attention(ctx, f, path, m));
     SDQ__TRY_DONE(sdq__cv_read_params(ctx, f, path, m));
     SDQ__TRY_DONE(sdq__cv_read_policy(ctx, f, path, policy ? policy : &unused));
     SDQ__TRY_DONE(sdq_model_freeze(ctx, m));
@@ -15671,6 +15935,57 @@ SDQ__KERNEL void SDQ__K(softmax_tile)(float *s, size_t lds, size_t rows, size_t 
             acc = SDQ__N(add)(acc, SDQ__N(first_n)(e, n - i, none));
         }
         l[r] = fmaf(l[r], alpha[r], SDQ__N(sum)(acc));
+    }
+}
+/* 255 * 2^x, x <= 0, to 1.1 in 10^4, which is enough for bytes; NaN is as small as can be. */
+SDQ__WORD SDQ__V SDQ__N(byte_exp2)(SDQ__V x) {
+    const SDQ__V y = SDQ__N(max)(x, SDQ__N(set1)(-30.0f)), n = SDQ__N(rint)(y);
+    const SDQ__V r = SDQ__N(sub)(y, n);
+    SDQ__V q = SDQ__N(set1)(0.0549809409f);
+    q = SDQ__N(fma)(q, r, SDQ__N(set1)(0.242214225f));
+    q = SDQ__N(fma)(q, r, SDQ__N(set1)(0.693287098f));
+    q = SDQ__N(fma)(q, r, SDQ__N(set1)(1.0f));
+    return SDQ__N(mul)(SDQ__N(scale2)(q, n), SDQ__N(set1)(255.0f));
+}
+SDQ__KERNEL void SDQ__K(softmax_tile_u8)(uint8_t *p, size_t ldp, const float *s, size_t lds,
+                                         size_t rows, size_t n, float scale, float *m, float *l,
+                                         float *alpha, float *beta) {
+    const SDQ__V none = SDQ__N(set1)(0.0f), vs = SDQ__N(set1)(scale * 1.44269504f);
+    const size_t whole = n / 16 * 16;
+    size_t r, i;
+    for (r = 0; r < rows; r++) {        /* beta: the maximum of the tile; alpha: the sum */
+        const float *row = s + r * lds;
+        SDQ__V top = SDQ__N(set1)(-INFINITY), acc = none, shift, q;
+        for (i = 0; i < whole; i += 16) top = SDQ__N(max)(SDQ__N(load)(row + i, 16), top);
+        if (i < n) {
+            q = SDQ__N(load)(row + i, n - i);
+            top = SDQ__N(max)(SDQ__N(first_n)(q, n - i, top), top);
+        }
+        beta[r] = SDQ__N(highest)(top) * scale;
+        shift = SDQ__N(set1)(beta[r] * -1.44269504f);
+        for (i = 0; i < whole; i += 16) {
+            q = SDQ__N(fma)(SDQ__N(load)(row + i, 16), vs, shift);
+            q = SDQ__N(rint)(SDQ__N(byte_exp2)(q));
+            SDQ__N(store_u8)(p + r * ldp + i, q, 16);
+            acc = SDQ__N(add)(acc, q);
+        }
+        if (i < n) {
+            q = SDQ__N(fma)(SDQ__N(load)(row + i, n - i), vs, shift);
+            q = SDQ__N(first_n)(SDQ__N(rint)(SDQ__N(byte_exp2)(q)), n - i, none);
+            SDQ__N(store_u8)(p + r * ldp + i, q, n - i);
+            acc = SDQ__N(add)(acc, q);
+        }
+        alpha[r] = SDQ__N(sum)(acc);
+    }
+    for (r = 0; r < rows; r += 16) {
+        const SDQ__V old = SDQ__N(load)(m + r, rows - r), t = SDQ__N(load)(beta + r, rows - r);
+        const SDQ__V peak = SDQ__N(max)(t, old), sum = SDQ__N(load)(alpha + r, rows - r);
+        const SDQ__V a = SDQ__N(exp)(SDQ__N(sub)(old, peak)), b = SDQ__N(exp)(SDQ__N(sub)(t, peak));
+        const SDQ__V vl = SDQ__N(load)(l + r, rows - r);
+        SDQ__N(store)(m + r, peak, rows - r);
+        SDQ__N(store)(alpha + r, a, rows - r);
+        SDQ__N(store)(beta + r, b, rows - r);
+        SDQ__N(store)(l + r, SDQ__N(fma)(vl, a, SDQ__N(mul)(b, sum)), rows - r);
     }
 }
 SDQ__KERNEL void SDQ__K(softmax_tile_bwd)(float *s, float *dp, size_t n, float scale, float lse,

@@ -663,9 +663,12 @@ static void trains(int tier, sdq_recipe r, int coherent, float lr, double below)
 }
 
 static void test_training(int tier) {
+    sdq_recipe r = sdq_recipe_default();
     trains(tier, sdq_recipe_default(), 0, 5e-3f, 0.6);
     trains(tier, sdq_recipe_default(), 1, 5e-3f, 0.95);
     trains(tier, static_recipe(), 0, 5e-3f, 0.6);
+    r.quantize_attention = 1;
+    trains(tier, r, 0, 5e-3f, 0.6);
 }
 
 /* ---- the schedule ---- */

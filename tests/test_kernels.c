@@ -671,6 +671,60 @@ static void test_quantize_rows(int tier) {
     guard_free(&gq);
 }
 
+/* softmax_tile_u8 against its definition, and the same bits as on the scalar tier; nothing is
+ * written between and behind the rows. 255 exp(x) may fall to either side of an edge. */
+static void softmax_u8_once(const sdq__kernels *k, guarded *gs, guarded *gp, size_t rows, size_t n) {
+    enum { LDS = 300, LDP = 272, MOST = 20 };
+    const sdq__kernels *plain = sdq__k_table(SDQ_TIER_SCALAR);
+    float *s = (float *)guard_place(gs, 4 * ((rows - 1) * LDS + n), 1);
+    uint8_t *p = (uint8_t *)guard_place(gp, (rows - 1) * LDP + n, 1), bytes[MOST * LDP];
+    float m[2][MOST], l[2][MOST], alpha[2][MOST], beta[2][MOST];
+    size_t r, i;
+    for (r = 0; r < rows; r++) {
+        m[0][r] = m[1][r] = sdqt_below(3) ? sdqt_normal() : -INFINITY;
+        l[0][r] = l[1][r] = m[0][r] > -1e30f ? 255 + fabsf(sdqt_normal()) : 0;
+        for (i = 0; i < n; i++) s[r * LDS + i] = 4 * sdqt_normal();
+        if (n > 3 && sdqt_below(4) == 0) s[r * LDS + sdqt_below(n)] = NAN;
+        if (n > 3 && sdqt_below(4) == 0) s[r * LDS + sdqt_below(n)] = -INFINITY;
+    }
+    plain->softmax_tile_u8(bytes, LDP, s, LDS, rows, n, 0.7f, m[1], l[1], alpha[1], beta[1]);
+    for (r = 0; r < rows; r++) {
+        const double old = (double)m[0][r];
+        double top = -1e30, sum = 0, all;
+        for (i = 0; i < n; i++) top = fmax(top, (double)s[r * LDS + i]);
+        top *= (double)0.7f;
+        all = fmax(top, old);
+        for (i = 0; i < n; i++) {
+            const double v = (double)s[r * LDS + i];
+            const double e = isnan(v) ? 0 : 255 * exp(v * (double)0.7f - top);
+            SDQT_THAT(fabs(bytes[r * LDP + i] - e) < 0.5 + 1.3e-4 * e, "byte %d for %g",
+                      bytes[r * LDP + i], e);
+            sum += bytes[r * LDP + i];
+        }
+        SDQT_NEAR(m[1][r], all, 1e-6 * fabs(all));
+        SDQT_NEAR(alpha[1][r], exp(old - all), 2e-6 * (1 + fabs(all)));
+        SDQT_NEAR(beta[1][r], exp(top - all), 2e-6 * (1 + fabs(all)));
+        SDQT_NEAR(l[1][r], l[0][r] * exp(old - all) + sum * exp(top - all), 3e-6 * (300 + sum) * 20);
+    }
+    k->softmax_tile_u8(p, LDP, s, LDS, rows, n, 0.7f, m[0], l[0], alpha[0], beta[0]);
+    for (r = 0; r < rows; r++) {
+        SDQT_THAT(same(m[0][r], m[1][r]) && same(l[0][r], l[1][r]) && same(alpha[0][r], alpha[1][r])
+                  && same(beta[0][r], beta[1][r]) && !memcmp(p + r * LDP, bytes + r * LDP, n),
+                  "softmax_tile_u8: row %zu of %zu, n=%zu differs", r, rows, n);
+        for (i = n; i < LDP && r + 1 < rows; i++) SDQT_CHECK(p[r * LDP + i] == 0xa5);
+    }
+    SDQT_CHECK(guard_intact(gp, p, (rows - 1) * LDP + n));
+}
+static void test_softmax_u8(int tier) {
+    guarded gs = guard_new(4 * 300 * 20), gp = guard_new(272 * 20);
+    size_t n;
+    for (n = 1; n <= 256; n = n < 40 ? n + 1 : n + 27)
+        softmax_u8_once(sdq__k_table((sdq_tier)tier), &gs, &gp, 1 + sdqt_below(20), n);
+    softmax_u8_once(sdq__k_table((sdq_tier)tier), &gs, &gp, 20, 256);
+    guard_free(&gs);
+    guard_free(&gp);
+}
+
 /* Many rows at once give what each row gives alone (which test_rows compares with an oracle), and
  * touch nothing between and behind them. */
 static void test_softmax_rows(int tier) {
@@ -964,6 +1018,7 @@ static const sdqt_case cases[] = {
     {"functions", test_functions, 1},
     {"quantize", test_quantize, 1},
     {"quantize_rows", test_quantize_rows, 1},
+    {"softmax_u8", test_softmax_u8, 1},
     {"softmax_rows", test_softmax_rows, 1},
     {"half", test_half, 1},
     {"gemm_f32", test_gemm_f32, 1},
