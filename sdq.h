@@ -2430,8 +2430,55 @@ static void sdq__gemm_gather(const sdq__geom *g, size_t m0, size_t mr, size_t *s
 
 #define SDQ__GEMM_MB 96         /* rows of a block: 8 tiles, 240 kB at 640 channels */
 #define SDQ__GEMM_KB 1536       /* k of a piece of a panel: 192 kB */
+#define SDQ__GEMM_MB_MOST 264   /* the same where the weights are larger than the input: */
+#define SDQ__GEMM_KB_LEAST 512  /*   540 kB of rows, 64 kB of a panel */
 
-/* The work of one product, shared by its tasks. */
+/* How a product is cut into tasks: blocks of rows times groups of panels. What is larger, input or
+ * weights, is read once; the other one comes from a cache again and again. */
+typedef struct sdq__plan {
+    size_t m, rows, blocks;         /* rows of a block */
+    size_t all, panels, groups;     /* panels of a group */
+    int weights_first;              /* consecutive tasks share a group, else a block */
+} sdq__plan;
+
+/* most: rows of a block where weights are read once. Every thread gets several tasks. */
+static sdq__plan sdq__gemm_plan(const sdq_ctx *ctx, size_t m, size_t panels, size_t panel_bytes,
+                                size_t input_bytes, size_t most) {
+    const size_t tasks = 8 * (size_t)ctx->threads;
+    sdq__plan p;
+    memset(&p, 0, sizeof p);
+    p.m = m;
+    p.all = panels;
+    p.weights_first = panels * panel_bytes > input_bytes;
+    p.rows = sdq__u_min(p.weights_first ? most : SDQ__GEMM_MB, sdq__u_round_up(m, SDQ__MR));
+    p.blocks = sdq__u_div_up(m, p.rows);
+    if (p.weights_first) {
+        p.panels = sdq__u_min(8, sdq__u_max(1, panels * p.blocks / tasks));
+    } else {
+        const size_t want = sdq__u_div_up(tasks / 2, p.blocks);
+        p.panels = sdq__u_div_up(panels, sdq__u_min(panels, want));
+    }
+    p.groups = sdq__u_div_up(panels, p.panels);
+    return p;
+}
+
+/* Rows m0..m1 and panels p0..p1 of a task. */
+typedef struct sdq__part { size_t m0, m1, p0, p1; } sdq__part;
+
+static sdq__part sdq__gemm_part(const sdq__plan *p, size_t task) {
+    const size_t block = p->weights_first ? task % p->blocks : task / p->groups;
+    const size_t group = p->weights_first ? task / p->blocks : task % p->groups;
+    sdq__part t;
+    t.m0 = block * p->rows;
+    t.m1 = sdq__u_min(t.m0 + p->rows, p->m);
+    t.p0 = group * p->panels;
+    t.p1 = sdq__u_min(t.p0 + p->panels, p->all);
+    return t;
+}
+
+/* The work of one product, shared by its tasks. With geglu, panels p and p + plan.all are the
+ * two halves of the result, and y receives h gelu(g): half as wide, and the product itself, the
+ * largest tensor of a transformer, never leaves the caches. */
 typedef struct sdq__gemm {
     const struct sdq__kernels *k;
     sdq__geom g;
@@ -2439,8 +2486,10 @@ typedef struct sdq__gemm {
     const float *b;             /* packed panels */
     const float *bias, *res;
     float *y;
-    size_t *rows;               /* source rows of a block, SDQ__GEMM_MB * taps per thread */
-    size_t m, n, kc, ldx, ldr, ldy, groups, panels_per_group;
+    size_t *rows;               /* source rows of a block, plan.rows * taps per thread */
+    float *pair;                /* geglu: [plan.rows][64] per thread, else NULL */
+    size_t m, n, kc, ldx, ldr, ldy;
+    sdq__plan plan;
     int more;
 } sdq__gemm;
 
@@ -2479,19 +2528,19 @@ static void sdq__gemm_pack(float *dst, const float *b, size_t ldb, size_t n, siz
     }
 }
 
-/* One piece (taps t0.., channels c0..) of a block of rows, for the panels of a group. src: source
- * rows of the block's tiles, [tile][tap][row]. */
-static void sdq__gemm_piece(const sdq__gemm *w, const size_t *src, size_t m0, size_t m1, size_t p0,
-                            size_t p1, size_t t0, size_t taps, size_t c0, size_t cn, int first,
-                            int last) {
+/* One piece (taps t0.., channels c0..) of a block of rows, for the panels of a group, to y. src:
+ * source rows of the block's tiles, [tile][tap][row]. */
+static void sdq__gemm_piece(const sdq__gemm *w, const sdq__part *at, const size_t *src, float *y,
+                            size_t ldy, size_t t0, size_t taps, size_t c0, size_t cn) {
     const size_t all = w->g.kh * w->g.kw;
+    const int first = t0 == 0 && c0 == 0, last = t0 + taps == all && c0 + cn == w->kc;
     size_t p, m, i;
-    for (p = p0; p < p1; p++) {
-        for (m = m0; m < m1; m += SDQ__MR) {
+    for (p = at->p0; p < at->p1; p++) {
+        for (m = at->m0; m < at->m1; m += SDQ__MR) {
             const float *a[SDQ__MAX_TAPS * SDQ__MR];
-            const size_t *s = src + (m - m0) / SDQ__MR * all * SDQ__MR;
+            const size_t *s = src + (m - at->m0) / SDQ__MR * all * SDQ__MR;
             sdq__ftile t;
-            t.mr = sdq__u_min(SDQ__MR, m1 - m);
+            t.mr = sdq__u_min(SDQ__MR, at->m1 - m);
             t.nr = sdq__u_min(SDQ__NR, w->n - p * SDQ__NR);
             t.taps = taps;
             t.kc = cn;
@@ -2505,51 +2554,78 @@ static void sdq__gemm_piece(const sdq__gemm *w, const size_t *src, size_t m0, si
             t.bias = last && w->bias ? w->bias + p * SDQ__NR : NULL;
             t.res = last && w->res ? w->res + m * w->ldr + p * SDQ__NR : NULL;
             t.ldr = w->ldr;
-            t.y = w->y + m * w->ldy + p * SDQ__NR;
-            t.ldy = w->ldy;
+            t.y = y + (m - at->m0) * ldy + (p - at->p0) * SDQ__NR;
+            t.ldy = ldy;
             t.more = w->more || !first;
             w->k->gemm_f32(&t);
         }
     }
 }
 
-static void sdq__gemm_task(void *arg, size_t task, int thread) {
-    const sdq__gemm *w = (const sdq__gemm *)arg;
-    const size_t m0 = task / w->groups * SDQ__GEMM_MB, m1 = sdq__u_min(m0 + SDQ__GEMM_MB, w->m);
-    const size_t p0 = task % w->groups * w->panels_per_group;
-    const size_t p1 = sdq__u_min(p0 + w->panels_per_group, sdq__gemm_panels(w->n));
+/* All pieces. */
+static void sdq__gemm_block(const sdq__gemm *w, const sdq__part *at, const size_t *src, float *y,
+                            size_t ldy) {
     const size_t taps = w->g.kh * w->g.kw;
-    size_t *src = w->rows + (size_t)thread * SDQ__GEMM_MB * taps, t, c, m;
-    for (m = m0; m < m1; m += SDQ__MR)
-        sdq__gemm_gather(&w->g, m, sdq__u_min(SDQ__MR, m1 - m), src + (m - m0) * taps);
-    if (w->kc <= SDQ__GEMM_KB) {
-        const size_t step = sdq__u_max(1, SDQ__GEMM_KB / w->kc);
+    const size_t kb = w->plan.weights_first && !w->pair ? SDQ__GEMM_KB_LEAST : SDQ__GEMM_KB;
+    size_t t, c;
+    if (w->kc <= kb) {
+        const size_t step = sdq__u_max(1, kb / w->kc);
         for (t = 0; t < taps; t += step)
-            sdq__gemm_piece(w, src, m0, m1, p0, p1, t, sdq__u_min(step, taps - t), 0, w->kc, t == 0,
-                            t + step >= taps);
+            sdq__gemm_piece(w, at, src, y, ldy, t, sdq__u_min(step, taps - t), 0, w->kc);
         return;
     }
     for (t = 0; t < taps; t++)
-        for (c = 0; c < w->kc; c += SDQ__GEMM_KB)
-            sdq__gemm_piece(w, src, m0, m1, p0, p1, t, 1, c, sdq__u_min(SDQ__GEMM_KB, w->kc - c),
-                            t == 0 && c == 0, t + 1 == taps && c + SDQ__GEMM_KB >= w->kc);
+        for (c = 0; c < w->kc; c += kb)
+            sdq__gemm_piece(w, at, src, y, ldy, t, 1, c, sdq__u_min(kb, w->kc - c));
 }
 
-/* Cut the columns into groups of panels so that every thread has work even with few rows. */
-static size_t sdq__gemm_split(sdq_ctx *ctx, size_t m, size_t n, size_t *panels_per_group) {
-    const size_t panels = sdq__gemm_panels(n), blocks = sdq__u_div_up(m, SDQ__GEMM_MB);
-    const size_t want = sdq__u_div_up(4 * (size_t)ctx->threads, blocks);
-    *panels_per_group = sdq__u_div_up(panels, sdq__u_min(panels, want));
-    return sdq__u_div_up(panels, *panels_per_group);
+/* h gelu(g) of rows of 64 products, h and g, to y. */
+static void sdq__gemm_geglu(const struct sdq__kernels *k, float *y, size_t ldy, const float *pair,
+                            size_t rows) {
+    size_t r;
+    for (r = 0; r < rows; r++, pair += 2 * SDQ__NR)
+        k->geglu(y + r * ldy, pair, pair + SDQ__NR, SDQ__NR);
 }
 
-static void sdq__gemm_run(sdq_ctx *ctx, sdq__gemm *w) {
+static void sdq__gemm_task(void *arg, size_t task, int thread) {
+    const sdq__gemm *w = (const sdq__gemm *)arg;
+    const size_t taps = w->g.kh * w->g.kw;
+    const sdq__part at = sdq__gemm_part(&w->plan, task);
+    size_t *src = w->rows + (size_t)thread * w->plan.rows * taps, m, p;
+    for (m = at.m0; m < at.m1; m += SDQ__MR)
+        sdq__gemm_gather(&w->g, m, sdq__u_min(SDQ__MR, at.m1 - m), src + (m - at.m0) * taps);
+    if (!w->pair) {
+        sdq__gemm_block(w, &at, src, w->y + at.m0 * w->ldy + at.p0 * SDQ__NR, w->ldy);
+        return;
+    }
+    for (p = at.p0; p < at.p1; p++) {
+        float *pair = w->pair + (size_t)thread * w->plan.rows * 2 * SDQ__NR;
+        size_t half;
+        for (half = 0; half < 2; half++) {
+            sdq__part one = at;
+            one.p0 = p + half * w->plan.all;
+            one.p1 = one.p0 + 1;
+            sdq__gemm_block(w, &one, src, pair + half * SDQ__NR, 2 * SDQ__NR);
+        }
+        sdq__gemm_geglu(w->k, w->y + at.m0 * w->ldy + p * SDQ__NR, w->ldy, pair, at.m1 - at.m0);
+    }
+}
+
+/* Memory of the pairs of geglu, per thread. */
+static float *sdq__gemm_pairs(sdq_ctx *ctx, size_t rows) {
+    return SDQ__PUSH_N(ctx, float, (size_t)ctx->threads * rows * 2 * SDQ__NR);
+}
+
+static void sdq__gemm_run(sdq_ctx *ctx, sdq__gemm *w, int geglu) {
     const sdq_mark mark = sdq_arena_mark(ctx);
+    const size_t taps = w->g.kh * w->g.kw, row = w->kc * sizeof(float);
     w->k = ctx->k;
-    w->rows = SDQ__PUSH_N(ctx, size_t, (size_t)ctx->threads * SDQ__GEMM_MB * w->g.kh * w->g.kw);
-    w->groups = sdq__gemm_split(ctx, w->m, w->n, &w->panels_per_group);
-    if (w->rows)
-        sdq__par_for(ctx, sdq__u_div_up(w->m, SDQ__GEMM_MB) * w->groups, sdq__gemm_task, w);
+    w->plan = sdq__gemm_plan(ctx, w->m, sdq__gemm_panels(w->n) / (geglu ? 2 : 1),
+                             taps * row * SDQ__NR, w->g.n * w->g.h * w->g.w * row,
+                             SDQ__GEMM_MB_MOST);
+    w->rows = SDQ__PUSH_N(ctx, size_t, (size_t)ctx->threads * w->plan.rows * taps);
+    w->pair = geglu ? sdq__gemm_pairs(ctx, w->plan.rows) : NULL;
+    if (ctx->status == SDQ_OK) sdq__par_for(ctx, w->plan.blocks * w->plan.groups, sdq__gemm_task, w);
     sdq_arena_release(ctx, mark);
 }
 
@@ -2697,7 +2773,9 @@ typedef struct sdq__qgemm {
     void *scratch;
     void (*fill)(void *arg, size_t first, size_t rows);     /* NULL, or makes rows of x->q */
     void *fill_arg;
-    size_t m, ldy, groups, panels_per_group;
+    float *pair;                /* as in sdq__gemm */
+    size_t m, ldy;
+    sdq__plan plan;
     int more;
 } sdq__qgemm;
 
@@ -2705,17 +2783,18 @@ typedef struct sdq__qgemm {
  * rows the row pointers [taps][mr], scales and zero points [segs][mr]. */
 typedef struct sdq__qrows { const uint8_t **a; float *s; int32_t *z; } sdq__qrows;
 
-static size_t sdq__qgemm_scratch(const sdq__qweight *w) {       /* bytes per thread */
-    return SDQ__GEMM_MB * sdq__u_round_up(w->taps * sizeof(uint8_t *) + w->segs * 8, SDQ__ALIGN);
+static size_t sdq__qgemm_scratch(const sdq__qgemm *w) {         /* bytes per thread */
+    return w->plan.rows
+         * sdq__u_round_up(w->w->taps * sizeof(uint8_t *) + w->w->segs * 8, SDQ__ALIGN);
 }
 /* Of the tile that begins `row` rows behind the block. */
 static inline sdq__qrows sdq__qgemm_tile_rows(const sdq__qgemm *w, int thread, size_t row) {
-    char *at = (char *)w->scratch + (size_t)thread * sdq__qgemm_scratch(w->w);
+    char *at = (char *)w->scratch + (size_t)thread * sdq__qgemm_scratch(w);
     sdq__qrows r;
     r.a = (const uint8_t **)(void *)at + row * w->w->taps;
-    at += SDQ__GEMM_MB * w->w->taps * sizeof(uint8_t *);
+    at += w->plan.rows * w->w->taps * sizeof(uint8_t *);
     r.s = (float *)(void *)at + row * w->w->segs;
-    at += SDQ__GEMM_MB * w->w->segs * sizeof(float);
+    at += w->plan.rows * w->w->segs * sizeof(float);
     r.z = (int32_t *)(void *)at + row * w->w->segs;
     return r;
 }
@@ -2759,49 +2838,58 @@ static void sdq__qgemm_row_rows(const sdq__qgemm *w, size_t mr, const size_t *sr
         }
 }
 
-/* The parts of a tile that do not change within a task. */
-static void sdq__qgemm_tile(const sdq__qgemm *w, sdq__qtile *t) {
-    t->taps = w->w->taps;
-    t->quads = w->w->quads;
-    t->seg = w->w->seg;
-    t->ldr = t->ldy = w->ldy;
-    t->more = w->more;
+/* Panel p of the rows m0..m1 of a task to y. */
+static void sdq__qgemm_panel(const sdq__qgemm *w, int thread, size_t m0, size_t m1, size_t p,
+                             float *y, size_t ldy) {
+    const sdq__qweight *b = w->w;
+    const size_t col = p * SDQ__NR;
+    size_t m;
+    sdq__qtile t;
+    t.taps = b->taps;
+    t.quads = b->quads;
+    t.seg = b->seg;
+    t.ldr = w->ldy;
+    t.ldy = ldy;
+    t.more = w->more;
+    t.nr = sdq__u_min(SDQ__NR, b->n - col);
+    t.b = b->b + col * b->taps * b->quads * 4;
+    t.wsum = b->sum + col * b->segs;
+    t.sw = w->sw + col;
+    t.bias = w->bias ? w->bias + col : NULL;
+    for (m = m0; m < m1; m += SDQ__MR) {
+        const sdq__qrows r = sdq__qgemm_tile_rows(w, thread, m - m0);
+        t.mr = sdq__u_min(SDQ__MR, m1 - m);
+        t.a = r.a;
+        t.s = r.s;
+        t.z = r.z;
+        t.res = w->res ? w->res + m * w->ldy + col : NULL;
+        t.y = y + (m - m0) * ldy;
+        w->k->gemm_u8s8(&t);
+    }
 }
 
 static void sdq__qgemm_task(void *arg, size_t task, int thread) {
     const sdq__qgemm *w = (const sdq__qgemm *)arg;
-    const sdq__qweight *b = w->w;
-    const size_t m0 = task / w->groups * SDQ__GEMM_MB, m1 = sdq__u_min(m0 + SDQ__GEMM_MB, w->m);
-    const size_t p0 = task % w->groups * w->panels_per_group;
-    const size_t p1 = sdq__u_min(p0 + w->panels_per_group, sdq__gemm_panels(b->n));
+    const sdq__part at = sdq__gemm_part(&w->plan, task);
     size_t p, m, src[SDQ__MAX_TAPS * SDQ__MR];
-    sdq__qtile t;
-    if (w->fill) w->fill(w->fill_arg, m0, m1 - m0);
-    for (m = m0; m < m1; m += SDQ__MR) {
-        const size_t mr = sdq__u_min(SDQ__MR, m1 - m);
-        const sdq__qrows r = sdq__qgemm_tile_rows(w, thread, m - m0);
+    if (w->fill) w->fill(w->fill_arg, at.m0, at.m1 - at.m0);
+    for (m = at.m0; m < at.m1; m += SDQ__MR) {
+        const size_t mr = sdq__u_min(SDQ__MR, at.m1 - m);
+        const sdq__qrows r = sdq__qgemm_tile_rows(w, thread, m - at.m0);
         sdq__gemm_gather(&w->g, m, mr, src);
         if (w->x->per_row) sdq__qgemm_row_rows(w, mr, src, &r);
         else sdq__qgemm_entry_rows(w, m, mr, src, &r);
     }
-    sdq__qgemm_tile(w, &t);
-    for (p = p0; p < p1; p++) {
-        const size_t col = p * SDQ__NR;
-        t.nr = sdq__u_min(SDQ__NR, b->n - col);
-        t.b = b->b + col * b->taps * b->quads * 4;
-        t.wsum = b->sum + col * b->segs;
-        t.sw = w->sw + col;
-        t.bias = w->bias ? w->bias + col : NULL;
-        for (m = m0; m < m1; m += SDQ__MR) {
-            const sdq__qrows r = sdq__qgemm_tile_rows(w, thread, m - m0);
-            t.mr = sdq__u_min(SDQ__MR, m1 - m);
-            t.a = r.a;
-            t.s = r.s;
-            t.z = r.z;
-            t.res = w->res ? w->res + m * w->ldy + col : NULL;
-            t.y = w->y + m * w->ldy + col;
-            w->k->gemm_u8s8(&t);
+    for (p = at.p0; p < at.p1; p++) {
+        float *y = w->y + at.m0 * w->ldy + p * SDQ__NR, *pair;
+        if (!w->pair) {
+            sdq__qgemm_panel(w, thread, at.m0, at.m1, p, y, w->ldy);
+            continue;
         }
+        pair = w->pair + (size_t)thread * w->plan.rows * 2 * SDQ__NR;
+        sdq__qgemm_panel(w, thread, at.m0, at.m1, p, pair, 2 * SDQ__NR);
+        sdq__qgemm_panel(w, thread, at.m0, at.m1, p + w->plan.all, pair + SDQ__NR, 2 * SDQ__NR);
+        sdq__gemm_geglu(w->k, y, w->ldy, pair, at.m1 - at.m0);
     }
 }
 
@@ -2818,17 +2906,21 @@ static void sdq__qgemm_fill(sdq_ctx *ctx, sdq__qgemm *w) {
 }
 
 /* Rows that only one task reads are quantized there, just before they are used. */
-static void sdq__qgemm_run(sdq_ctx *ctx, sdq__qgemm *w) {
+static void sdq__qgemm_run(sdq_ctx *ctx, sdq__qgemm *w, int geglu) {
     const sdq_mark mark = sdq_arena_mark(ctx);
+    const size_t row = w->w->quads * 4;
     w->k = ctx->k;
-    w->scratch = sdq__push(ctx, (size_t)ctx->threads * sdq__qgemm_scratch(w->w));
-    w->groups = sdq__gemm_split(ctx, w->m, w->w->n, &w->panels_per_group);
-    if (w->fill && (w->w->taps > 1 || w->groups > 1)) {
+    w->plan = sdq__gemm_plan(ctx, w->m, sdq__gemm_panels(w->w->n) / (geglu ? 2 : 1),
+                             w->w->taps * row * SDQ__NR, w->x->rows * row,
+                             w->w->segs > w->w->taps ? SDQ__GEMM_MB : SDQ__GEMM_MB_MOST);
+    w->scratch = sdq__push(ctx, (size_t)ctx->threads * sdq__qgemm_scratch(w));
+    w->pair = geglu ? sdq__gemm_pairs(ctx, w->plan.rows) : NULL;
+    if (w->fill && (w->w->taps > 1 || w->plan.groups > 1)) {
         sdq__qgemm_fill(ctx, w);
         w->fill = NULL;
     }
-    if (w->scratch)
-        sdq__par_for(ctx, sdq__u_div_up(w->m, SDQ__GEMM_MB) * w->groups, sdq__qgemm_task, w);
+    if (ctx->status == SDQ_OK)
+        sdq__par_for(ctx, w->plan.blocks * w->plan.groups, sdq__qgemm_task, w);
     sdq_arena_release(ctx, mark);
 }
 
@@ -2963,7 +3055,8 @@ static void sdq__att_forward(sdq_ctx *ctx, sdq__att *w) {
 typedef struct sdq__qatt {
     const sdq__att *f;          /* sizes, sources and destinations */
     int8_t *kb, *vb;            /* [head][panel][quad][32][4] */
-    float *ks, *vs, *vmid;      /* scales of keys [head][panel][32], of channels; middles */
+    float *ks, *vs;             /* scales of keys [head][panel][32] and of values' channels */
+    float *kmid, *vmid;         /* [head][channel] */
     int32_t *ksum, *none;       /* sums of keys; zeros */
     struct sdq__qatt_block *block;
     size_t kquads, vquads, kpanels, vpanels;
@@ -2996,7 +3089,8 @@ static void sdq__qatt_center(const sdq__att *f, const float *x, float *a, float 
         const float mid = 0.5f * a[j] + 0.5f * b[j], s = sdq__qatt_scale(b[j] - mid);
         a[j] = scale ? 1.0f / s : 1.0f;
         b[j] = -mid * a[j];
-        if (scale) { scale[j] = s; middle[j] = mid; }
+        if (scale) scale[j] = s;
+        middle[j] = mid;
     }
 }
 
@@ -3036,7 +3130,7 @@ static void sdq__qatt_pack_task(void *arg, size_t head, int thread) {
     const size_t at = head / f->heads * f->tk * c + head % f->heads * d;
     sdq__qatt_block *s = w->block + thread;
     size_t j, i;
-    sdq__qatt_center(f, f->key + at, s->a[0], s->b[0], NULL, NULL);
+    sdq__qatt_center(f, f->key + at, s->a[0], s->b[0], NULL, w->kmid + head * d);
     sdq__qatt_center(f, f->v + at, s->a[1], s->b[1], w->vs + head * w->vpanels * SDQ__NR,
                      w->vmid + head * d);
     for (j = 0; j < f->tk; j += 4) {
@@ -3135,9 +3229,11 @@ static void sdq__qatt_task(void *arg, size_t task, int thread) {
     for (i = 0; i < nq; i++) {
         k->scale(y + i * c, y + i * c, d, 1.0f / b->l[i]);
         k->add(y + i * c, y + i * c, w->vmid + head * d, d);
-        if (f->lse)
-            f->lse[head * f->tq + i0 + i] = b->m[i] + (float)log((double)b->l[i] / 255.0);
     }
+    for (i = 0; f->lse && i < nq; i++)      /* of the scores before the keys were centered */
+        f->lse[head * f->tq + i0 + i] =
+            fmaf(f->scale, k->dot(f->q + at + i * c, w->kmid + head * d, d), b->m[i])
+            + (float)log((double)b->l[i] / 255.0);
 }
 
 static void sdq__qatt_forward(sdq_ctx *ctx, sdq__att *f) {
@@ -3156,6 +3252,7 @@ static void sdq__qatt_forward(sdq_ctx *ctx, sdq__att *f) {
     w.vb = SDQ__PUSH_N(ctx, int8_t, heads * w.vpanels * w.vquads * SDQ__NR * 4);
     w.ks = SDQ__PUSH_N(ctx, float, heads * w.kpanels * SDQ__NR);
     w.vs = SDQ__PUSH_N(ctx, float, heads * w.vpanels * SDQ__NR);
+    w.kmid = SDQ__PUSH_N(ctx, float, heads * f->d);
     w.vmid = SDQ__PUSH_N(ctx, float, heads * f->d);
     w.ksum = SDQ__PUSH_N(ctx, int32_t, heads * w.kpanels * SDQ__NR);
     w.none = SDQ__PUSH_N(ctx, int32_t, w.vpanels * SDQ__NR);
@@ -4588,9 +4685,9 @@ static sdq__geom sdq__ly_geom_back(sdq__geom g) {
     return t;
 }
 
-/* The result tensor, or NULL when x does not fit. */
+/* The result tensor, or NULL when x does not fit. geglu: of h gelu(g), half as wide. */
 static sdq_tensor *sdq__ly_result(sdq_ctx *ctx, const sdq_layer *l, sdq_tensor *x,
-                                  sdq_tensor *res) {
+                                  sdq_tensor *res, int geglu) {
     char sx[96], sr[96];
     sdq_tensor *y;
     int fits = x->dtype == SDQ_F32 && sdq__t_chan(x) == l->in;
@@ -4608,7 +4705,7 @@ static sdq_tensor *sdq__ly_result(sdq_ctx *ctx, const sdq_layer *l, sdq_tensor *
         dim[0] = g.n; dim[1] = g.oh; dim[2] = g.ow; dim[3] = l->out;
         y = sdq__t_raw(ctx, SDQ_F32, 4, dim);
     } else {
-        y = sdq__t_chans(ctx, x, l->out);
+        y = sdq__t_chans(ctx, x, geglu ? l->out / 2 : l->out);
     }
     if (y && res && !sdq__t_same(y, res)) {
         sdq__fail(ctx, SDQ_ERR_SHAPE, "layer %s: result %s, residual %s", l->name,
@@ -4706,9 +4803,10 @@ static void sdq__ly_forward_float(sdq_ctx *ctx, const sdq_layer *l, const sdq_te
     w.res = res ? sdq_f32(res) : NULL;
     w.y = sdq_f32(y);
     w.m = sdq__t_rows(y);
-    w.n = w.ldr = w.ldy = l->out;
+    w.n = w.ldr = l->out;
+    w.ldy = sdq__t_chan(y);
     w.kc = w.ldx = l->in;
-    if (w.b && w.zero) sdq__gemm_run(ctx, &w);
+    if (w.b && w.zero) sdq__gemm_run(ctx, &w, w.ldy < l->out);
     sdq_arena_release(ctx, mark);
 }
 
@@ -4736,7 +4834,7 @@ static void sdq__ly_input_gradient(sdq_ctx *ctx, const sdq_layer *l, const sdq_t
     w.more = more;
     if (p.dst && w.zero) {
         sdq__par_for(ctx, sdq__gemm_panels(l->in), sdq__ly_pack_back_task, &p);
-        sdq__gemm_run(ctx, &w);
+        sdq__gemm_run(ctx, &w, 0);
     }
     sdq_arena_release(ctx, mark);
 }
@@ -5066,7 +5164,7 @@ static int8_t *sdq__ly_quantize_weights(sdq_ctx *ctx, const sdq_layer *l) {
 
 /* ---- INT8 and FAKE forward ---- */
 
-/* run: what quantizes the rows of `in`, NULL if they are there. */
+/* run: what quantizes the rows of `in`, NULL if they are there. y half as wide: geglu. */
 static void sdq__ly_product(sdq_ctx *ctx, const sdq_layer *l, const sdq_tensor *x, size_t part,
                             const sdq__qinput *in, sdq__qrun *run, const sdq__qweight *weight,
                             const sdq_tensor *res, sdq_tensor *y) {
@@ -5081,10 +5179,10 @@ static void sdq__ly_product(sdq_ctx *ctx, const sdq_layer *l, const sdq_tensor *
     w.bias = part == 0 && l->b.data ? sdq_f32(&l->b) : NULL;
     w.res = part == 0 && res ? sdq_f32(res) : NULL;
     w.y = sdq_f32(y);
-    w.ldy = l->out;
+    w.ldy = sdq__t_chan(y);
     w.m = sdq__t_rows(y);
     w.more = part > 0;
-    sdq__qgemm_run(ctx, &w);
+    sdq__qgemm_run(ctx, &w, w.ldy < l->out);
 }
 
 static sdq_status sdq__ly_alloc_weight(sdq_ctx *ctx, sdq__qweight *w, int heap) {
@@ -5319,11 +5417,11 @@ static sdq_tensor *sdq__ly_forward_fake(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *
 }
 
 static sdq_tensor *sdq__ly_forward(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *x, sdq_tensor *res,
-                                   sdq_mode mode) {
+                                   sdq_mode mode, int geglu) {
     sdq_tensor *y;
     sdq_mark mark;
     if (!x || ctx->status != SDQ_OK) return NULL;
-    y = sdq__ly_result(ctx, l, x, res);
+    y = sdq__ly_result(ctx, l, x, res, geglu);
     if (!y) return NULL;
     if (mode == SDQ_FLOAT || !l->quant.enabled) {
         sdq__node *n =
@@ -5359,7 +5457,7 @@ typedef struct sdq__taps { sdq__tap *tap; size_t n; } sdq__taps;
 
 SDQ_API sdq_tensor *sdq_layer_forward(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *x, sdq_tensor *res,
                                       sdq_mode mode) {
-    sdq_tensor *y = sdq__ly_forward(ctx, l, x, res, mode);
+    sdq_tensor *y = sdq__ly_forward(ctx, l, x, res, mode, 0);
     size_t i;
     for (i = 0; ctx->taps && i < ctx->taps->n; i++) {
         sdq__tap *t = &ctx->taps->tap[i];
@@ -5367,6 +5465,15 @@ SDQ_API sdq_tensor *sdq_layer_forward(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *x,
         t->y = y;
     }
     return y;
+}
+
+/* sdq_geglu(layer(x)), at once where nobody needs the product itself. */
+static sdq_tensor *sdq__ly_geglu(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *x, sdq_mode mode) {
+    const int at_once = !ctx->recording && !ctx->taps && mode != SDQ_FAKE && l->parts == 1
+                     && !l->quant.quantize_output && sdq__ly_taps(l) == 1
+                     && l->out % (2 * SDQ__NR) == 0 && l->in <= SDQ__GEMM_KB;
+    return at_once ? sdq__ly_forward(ctx, l, x, NULL, mode, 1)
+                   : sdq_geglu(ctx, sdq_layer_forward(ctx, l, x, NULL, mode));
 }
 
 /* Pack the int8 weights q [out,kh,kw,in] into the parts; all of them or none. */
@@ -10058,7 +10165,7 @@ static sdq_tensor *sdq__bk_tblock(sdq_ctx *ctx, const sdq__tblock *t, sdq_tensor
     h = sdq__md_normalize(ctx, &t->norm2, x, 0);
     x = sdq__keep(ctx, mark, sdq__bk_attend(ctx, &t->cross, h, k, v, x, mode));
     h = sdq__md_normalize(ctx, &t->norm3, x, 0);
-    h = sdq_geglu(ctx, sdq_layer_forward(ctx, t->ff_in, h, NULL, mode));
+    h = sdq__ly_geglu(ctx, t->ff_in, h, mode);
     return sdq__keep(ctx, mark, sdq_layer_forward(ctx, t->ff_out, h, x, mode));
 }
 
@@ -15909,12 +16016,15 @@ SDQ__KERNEL void SDQ__K(layernorm_bwd)(float *dx, float *dgamma, float *dbeta, c
 SDQ__KERNEL void SDQ__K(softmax_tile)(float *s, size_t lds, size_t rows, size_t n, float scale,
                                       float *m, float *l, float *alpha) {
     const SDQ__V vs = SDQ__N(set1)(scale), none = SDQ__N(set1)(0.0f);
+    const size_t whole = n / 16 * 16;
     size_t r, i;
     for (r = 0; r < rows; r++) {        /* alpha: the new maximum, for now */
         const float *row = s + r * lds;
-        SDQ__V top = SDQ__N(set1)(m[r]);
-        for (i = 0; i < n; i += 16) {
-            const SDQ__V v = SDQ__N(mul)(SDQ__N(load)(row + i, n - i), vs);
+        SDQ__V top = SDQ__N(set1)(m[r]), v;
+        for (i = 0; i < whole; i += 16)
+            top = SDQ__N(max)(SDQ__N(mul)(SDQ__N(load)(row + i, 16), vs), top);
+        if (i < n) {
+            v = SDQ__N(mul)(SDQ__N(load)(row + i, n - i), vs);
             top = SDQ__N(max)(SDQ__N(first_n)(v, n - i, top), top);
         }
         alpha[r] = SDQ__N(highest)(top);
@@ -15927,10 +16037,16 @@ SDQ__KERNEL void SDQ__K(softmax_tile)(float *s, size_t lds, size_t rows, size_t 
     for (r = 0; r < rows; r++) {
         const SDQ__V shift = SDQ__N(set1)(m[r]);
         float *row = s + r * lds;
-        SDQ__V acc = none;
-        for (i = 0; i < n; i += 16) {
-            const SDQ__V v = SDQ__N(mul)(SDQ__N(load)(row + i, n - i), vs);
-            const SDQ__V e = SDQ__N(exp)(SDQ__N(sub)(v, shift));
+        SDQ__V acc = none, e;
+        for (i = 0; i < whole; i += 16) {
+            e = SDQ__N(sub)(SDQ__N(mul)(SDQ__N(load)(row + i, 16), vs), shift);
+            e = SDQ__N(exp)(e);
+            SDQ__N(store)(row + i, e, 16);
+            acc = SDQ__N(add)(acc, e);
+        }
+        if (i < n) {
+            e = SDQ__N(sub)(SDQ__N(mul)(SDQ__N(load)(row + i, n - i), vs), shift);
+            e = SDQ__N(exp)(e);
             SDQ__N(store)(row + i, e, n - i);
             acc = SDQ__N(add)(acc, SDQ__N(first_n)(e, n - i, none));
         }
