@@ -73,7 +73,7 @@ typedef struct eval {
 } eval;
 
 static const flag eval_flags[] = {
-    {"model,m", "FOLDER", NULL, "the pipeline, in diffusers' layout"},
+    {"model,m", "FOLDER|FILE", NULL, "the pipeline: a diffusers folder or a single file"},
     {"data", "FOLDER", NULL, "training pictures with captions"},
     {"held", "FOLDER,..", NULL, "held-out pictures with captions"},
     {"rows", "NAME,..", NULL,
@@ -607,7 +607,7 @@ static sdq_status eval_times(eval *e) {
         sdq_pipeline_desc pd;
         memset(&pd, 0, sizeof pd);
         pd.unet_int8 = e->r[i].file;
-        st = sdq_pipeline_load(j->ctx, e->model, &pd, &pipe[i]);
+        st = load_pipeline(j, e->model, &pd, &pipe[i]);
     }
     progress_begin(j);
     for (k = 0; k < rounds && st == SDQ_OK; k++)
@@ -642,7 +642,7 @@ static sdq_status eval_row_run(eval *e, eval_result *r) {
     pd.unet_int8 = r->file;
     sdq_pipeline_free(j->ctx, j->pipe);
     j->pipe = NULL;
-    TRY(sdq_pipeline_load(j->ctx, e->model, &pd, &j->pipe));
+    TRY(load_pipeline(j, e->model, &pd, &j->pipe));
     key = hash_text(e->key, r->row.mode);
     if (r->file) key = hash_file(key, r->file);
     r->folder = format_text(j, "%s/pictures/%s-%08llx", e->out, r->row.name,
@@ -1130,7 +1130,7 @@ static sdq_status eval_begin(eval *e) {
     TRY(arg_size(j, "trajectories", &e->trajectories));
     TRY(arg_size(j, "strip", &e->strip));
     TRY(eval_choose(e));
-    TRY(sdq_pipeline_load(j->ctx, e->model, NULL, &j->pipe));
+    TRY(load_pipeline(j, e->model, NULL, &j->pipe));
     TRY(evaluations(j, j->pipe, &e->d, &evals, &kind));
     e->key =
         hash_text(hash_model(j, e->model),
