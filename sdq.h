@@ -11910,7 +11910,8 @@ static sdq_status sdq__md_structure(sdq_ctx *ctx, const char *path, sdq_part par
     sdq__md_place p;
     sdq_status st = sdq__md_place_open(ctx, path, part, 0, &p);
     *out = NULL;
-    if (st == SDQ_OK) st = sdq__md_create(ctx, p.file, p.config.s, p.config.len, part, NULL, out);
+    if (st == SDQ_OK)
+        st = sdq__md_create(ctx, p.file, p.config.s, p.config.len, part, p.set ? &p.src : NULL, out);
     sdq__md_place_close(ctx, &p);
     return st;
 }
