@@ -2,9 +2,9 @@
  * v0.1 - public interface may still change - MIT licence, at the end of this file
  * SPDX-License-Identifier: MIT
  *
- * It loads a Stable Diffusion model (diffusers folder), makes its UNet int8 by calibration,
- * quantization-aware training and distillation, and draws pictures with it, some evaluations of
- * the network in float and the rest in int8. No dependency but libc and libm.
+ * It loads a Stable Diffusion model (diffusers folder or single file), makes its UNet int8 by
+ * calibration, quantization-aware training and distillation, and draws pictures with it, some
+ * evaluations of the network in float and the rest in int8. No dependency but libc and libm.
  *
  * Do this in exactly ONE .c or .cpp file of your program, never in a header:
  *
@@ -76,13 +76,13 @@
  *     number.
  *
  * Drawing
- *     sdq_pipeline_load reads a diffusers folder: tokenizer/, text_encoder/, unet/, vae/,
- *     scheduler/. sdq_txt2img draws. desc.precision says which evaluations of the denoising loop
- *     are float: all, none, the first and last k, or the schedule stored with the int8 file. The
- *     same seed gives the picture that diffusers gives on a CPU (up to float rounding).
- *     Prompts become the ids of transformers' CLIPTokenizerFast. Its slow CLIPTokenizer, which some
- *     installations of diffusers load, differs on ideographs, on control and invisible characters
- *     and on a final sigma: the picture is then another one.
+ *     sdq_pipeline_load reads a diffusers folder (tokenizer/, text_encoder/, unet/, vae/,
+ *     scheduler/) or a single file of SD 1 or SD 2; sdq_txt2img draws. desc.precision says which
+ *     evaluations of the denoising loop are float: all, none, the first and last k, or the schedule
+ *     stored with the int8 file. The same seed gives the picture that diffusers gives on a CPU (up
+ *     to float rounding). Prompts become the ids of transformers' CLIPTokenizerFast. Its slow
+ *     CLIPTokenizer, which some installations of diffusers load, differs on ideographs, on control
+ *     and invisible characters and on a final sigma: the picture is then another one.
  *
  * Quantizing
  *     sdq_recipe_default() or _reference() -> sdq_recipe_apply(unet) -> sdq_states_collect (the
@@ -128,13 +128,23 @@
  *     end.
  *
  * Files
- *     Float models are diffusers folders. A quantized UNet is one safetensors file; >>convert lists
- *     its arrays. Its metadata says sdq.config, sdq.layer.NAME, sdq.recipe, sdq.schedule, and two
- *     hashes of 16 hexadecimal digits: sdq.source of the float UNet's weights as they were loaded
- *     (F32, F16 and BF16 copies of equal values are the same; zeros: they came from no file), and
- *     sdq.hash of all arrays and all other metadata. Both are sums, modulo 2^64, of one hash per
- *     array (name, shape, values, floats as F32) and per pair, so no order matters. The hash takes
- *     words w of 8 bytes, little endian, the last filled with zeros, into four lanes in turn:
+ *     Float models are diffusers folders (F32, F16, BF16; whole or in shards; where there is
+ *     nothing else, the variant fp16), or single files of SD 1 and SD 2 as web interfaces save
+ *     them. A single file has no configuration: its names and shapes are one, and what they do not
+ *     tell is as in the published models (>>single-file). Nothing in it says for certain what an SD
+ *     2 network predicts: velocity is assumed, as the models for 768 pixels do, unless the file has
+ *     the step count of the base model, the key modelspec.prediction_type, or the caller says so.
+ *     Nor has it a tokenizer: give CLIP's merges along (tools/clip_vocab.inc). Pickles (.ckpt,
+ *     .bin) are refused, with the line of Python that converts them. sdq_file_describe tells what
+ *     else a file is.
+ *
+ *     A quantized UNet is one safetensors file; >>convert lists its arrays. Its metadata says
+ *     sdq.config, sdq.layer.NAME, sdq.recipe, sdq.schedule, and two hashes of 16 hexadecimal
+ *     digits: sdq.source of the float UNet's weights as they were loaded (F32, F16 and BF16 copies
+ *     of equal values are the same; zeros: they came from no file), and sdq.hash of all arrays and
+ *     all other metadata. Both are sums, modulo 2^64, of one hash per array (name, shape, values,
+ *     floats as F32) and per pair, so no order matters. The hash takes words w of 8 bytes, little
+ *     endian, the last filled with zeros, into four lanes in turn:
  *         h = (h ^ w) 0x9e3779b97f4a7c15,  h ^= h >> 32
  *     and joins the lanes and the length in the same way: sdq__u_hash is the definition.
  *
@@ -1268,7 +1278,8 @@ SDQ_API sdq_status sdq_model_freeze(sdq_ctx *ctx, sdq_model *model);
  * settings and the schedule in the metadata. policy and recipe: NULL or stored along. */
 SDQ_API sdq_status sdq_model_save_int8(sdq_ctx *ctx, const sdq_model *unet, const char *path,
                                        const sdq_policy *policy, const char *recipe);
-/*   folder   of the pipeline: its unet/config.json must be the one the file was made with
+/*   folder   of the pipeline, or the single file: its UNet must have the structure of the one that
+ *            the file was made from
  *   policy   NULL or receives the schedule (count 0 if there is none)
  * A file whose hash is missing or wrong, with values that are not finite or arrays that have no
  * place is refused: SDQ_ERR_FORMAT, _MISSING, _SHAPE, _NUMERIC. Whether it was made from the float
@@ -9780,6 +9791,14 @@ static void sdq__sf_put_sizes(sdq_ctx *ctx, sdq__str *t, const char *key, const 
     for (i = 0; i < n; i++) sdq__str_format(ctx, t, "%s%zu", i ? ", " : "", v[i]);
     sdq__str_format(ctx, t, "],\n");
 }
+/* One size, when that is all there is to say. */
+static void sdq__sf_put_same(sdq_ctx *ctx, sdq__str *t, const char *key, const size_t *v,
+                             size_t n) {
+    size_t i = 1;
+    while (i < n && v[i] == v[0]) i++;
+    if (i < n) sdq__sf_put_sizes(ctx, t, key, v, n);
+    else sdq__str_format(ctx, t, "  \"%s\": %zu,\n", key, v[0]);
+}
 static void sdq__sf_put_kinds(sdq_ctx *ctx, sdq__str *t, const char *key, const char *no,
                               const char *yes, const int *which, size_t n) {
     size_t i;
@@ -9856,7 +9875,7 @@ static void sdq__sf_put_heads(sdq_ctx *ctx, sdq__str *t, const sdq__sf_source *s
                       "2 has heads of 64; save the model as a diffusers folder, whose config.json "
                       "says how many heads there are", s->set->path, p->channels[i]);
     }
-    sdq__sf_put_sizes(ctx, t, "attention_head_dim", heads, s->levels);
+    sdq__sf_put_same(ctx, t, "attention_head_dim", heads, s->levels);
 }
 
 static void sdq__sf_unet_config(sdq_ctx *ctx, sdq__sf_source *s, sdq__str *t) {
@@ -9881,8 +9900,8 @@ static void sdq__sf_unet_config(sdq_ctx *ctx, sdq__sf_source *s, sdq__str *t) {
                     sdq__sf_dim(in, 1),
                     sdq__sf_dim(sdq__sf_at(f, "%sout.2.weight", s->prefix), 0));
     sdq__sf_put_sizes(ctx, t, "block_out_channels", p.channels, s->levels);
-    sdq__sf_put_sizes(ctx, t, "layers_per_block", s->layers, s->levels);
-    sdq__sf_put_sizes(ctx, t, "transformer_layers_per_block", p.depth, s->levels);
+    sdq__sf_put_same(ctx, t, "layers_per_block", s->layers, s->levels);
+    sdq__sf_put_same(ctx, t, "transformer_layers_per_block", p.depth, s->levels);
     sdq__sf_put_kinds(ctx, t, "down_block_types", "DownBlock2D", "CrossAttnDownBlock2D",
                       p.cross_down, s->levels);
     sdq__sf_put_kinds(ctx, t, "up_block_types", "UpBlock2D", "CrossAttnUpBlock2D", p.cross_up,
@@ -11911,7 +11930,8 @@ static sdq_status sdq__md_structure(sdq_ctx *ctx, const char *path, sdq_part par
     sdq_status st = sdq__md_place_open(ctx, path, part, 0, &p);
     *out = NULL;
     if (st == SDQ_OK)
-        st = sdq__md_create(ctx, p.file, p.config.s, p.config.len, part, p.set ? &p.src : NULL, out);
+        st = sdq__md_create(ctx, p.file, p.config.s, p.config.len, part,
+                            p.set ? &p.src : NULL, out);
     sdq__md_place_close(ctx, &p);
     return st;
 }
@@ -15053,15 +15073,58 @@ static sdq_status sdq__cv_read_params(sdq_ctx *ctx, const sdq_file *f, const cha
     return used == f->count ? SDQ_OK : sdq__cv_surplus(ctx, f, path, m);
 }
 
+/* Values that mean the same: one for all levels may be written once or for each. */
+static int sdq__cv_same_value(const sdq__json *a, const sdq__json *b) {
+    const int list_a = a->kind == SDQ__JS_ARRAY, list_b = b->kind == SDQ__JS_ARRAY;
+    const size_t n = list_a ? a->count : list_b ? b->count : 1;
+    size_t i;
+    if (n == 0 || (list_a && list_b && b->count != n)) return 0;
+    if (list_a) a = a->child;
+    if (list_b) b = b->child;
+    for (i = 0; i < n; i++) {
+        if (!sdq__md_equal(a, b)) return 0;
+        if (list_a) a = a->next;
+        if (list_b) b = b->next;
+    }
+    return 1;
+}
+
+/* Two texts of config.json describe the same UNet. Keys that the builder does not read do not
+ * matter, nor does the size of pictures: the model may have been a folder and now be one file. */
+static sdq_status sdq__cv_same_config(sdq_ctx *ctx, const char *a, const char *b, int *same) {
+    sdq__json *ja = NULL, *jb = NULL, *defaults = NULL;
+    const sdq__json *key, *va, *vb;
+    sdq_status st;
+    *same = 1;
+    if (strcmp(a, b) == 0) return SDQ_OK;
+    SDQ__TRY_DONE(sdq__js_parse(ctx, a, strlen(a), "sdq.config", &ja));
+    SDQ__TRY_DONE(sdq__js_parse(ctx, b, strlen(b), "config.json", &jb));
+    SDQ__TRY_DONE(sdq__js_parse(ctx, sdq__un_defaults, strlen(sdq__un_defaults), "unet",
+                                &defaults));
+    for (key = defaults->child; key; key = key->next) {
+        if (strcmp(key->key, "sample_size") == 0) continue;
+        va = sdq__js_get(ja, key->key);
+        vb = sdq__js_get(jb, key->key);
+        *same = *same && sdq__cv_same_value(va ? va : key, vb ? vb : key);
+    }
+done:
+    sdq__js_free(ctx, ja);
+    sdq__js_free(ctx, jb);
+    sdq__js_free(ctx, defaults);
+    return st;
+}
+
 /* The file is whole, and of the network that `m` is: same configuration, same hash as written. */
 static sdq_status sdq__cv_check(sdq_ctx *ctx, const sdq_file *f, const char *path,
                                 const char *folder, sdq_model *m) {
     const char *config = sdq_file_meta(f, "sdq.config");
     uint64_t want, hash = 0;
+    int same = 1;
     if (!config)
         return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: is not a network quantized by sdq: "
                          "\"sdq.config\" is missing", path);
-    if (strcmp(config, m->config) != 0)
+    SDQ__TRY(sdq__cv_same_config(ctx, config, m->config, &same));
+    if (!same)
         return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: was made from another UNet than the one in %s",
                          path, folder);
     if (!sdq__cv_read_hash(sdq_file_meta(f, "sdq.hash"), &want)

@@ -640,7 +640,8 @@ static void test_folders(int tier) {
 
 /* --- quantized --- */
 
-/* The UNet of the single file quantized: the file belongs to this model and says what it is. */
+/* The UNet of the single file quantized: the file belongs to this model, in both layouts, and says
+ * what it is. */
 static void test_int8(int tier) {
     sdq_pipeline_desc d = desc_of();
     sdq_pipeline *p = NULL;
@@ -664,8 +665,93 @@ static void test_int8(int tier) {
                   sdq_error_text(ctx));
         sdq_pipeline_free(ctx, p);
     }
+    make(1, SDQ_F16, 0, DIR "/folder");
+    SDQT_THAT(sdq_pipeline_load(ctx, DIR "/folder", &d, &p) == SDQ_OK, "%s", sdq_error_text(ctx));
+    sdq_pipeline_free(ctx, p);
     failed(sdq_pipeline_load(ctx, FIRST, &d, &p), SDQ_ERR_FORMAT, "another UNet", FIRST);
     refused(OUT, SDQ_ERR_UNSUPPORTED, "quantized to int8", "needs a single file", (sdq_part)0);
+    end();
+}
+
+/* --- memory --- */
+
+typedef struct heap { size_t live, calls, fail_at; } heap;
+
+static void *heap_alloc(void *user, size_t bytes) {
+    heap *h = (heap *)user;
+    void *p = ++h->calls == h->fail_at ? NULL : malloc(bytes);
+    h->live += p != NULL;
+    return p;
+}
+static void heap_release(void *user, void *p) {
+    ((heap *)user)->live--;
+    free(p);
+}
+
+/* Loading `path` with allocation number fail_at refused: 1 when it succeeded all the same. */
+static int load_short(const char *path, sdq_part part, size_t fail_at) {
+    sdq_ctx_desc cd;
+    sdq_pipeline *p = NULL;
+    sdq_model *m = NULL;
+    sdq_status st;
+    heap h;
+    memset(&cd, 0, sizeof cd);
+    memset(&h, 0, sizeof h);
+    cd.alloc = heap_alloc;
+    cd.release = heap_release;
+    cd.user = &h;
+    cd.threads = 1;
+    SDQT_CHECK(sdq_ctx_create(&cd, &ctx) == SDQ_OK);
+    h.calls = 0;
+    h.fail_at = fail_at;
+    st = part ? sdq_model_load(ctx, path, part, &m) : load(path, &p);
+    SDQT_THAT(st == SDQ_OK || (st == SDQ_ERR_OOM && !p && !m), "allocation %zu: status %d, %s",
+              fail_at, (int)st, sdq_error_text(ctx));
+    sdq_model_free(ctx, m);
+    sdq_pipeline_free(ctx, p);
+    sdq_ctx_free(ctx);
+    SDQT_THAT(h.live == 0, "allocation %zu: %zu leaked", fail_at, h.live);
+    return st == SDQ_OK;
+}
+
+static void test_memory(int tier) {
+    size_t i;
+    int part;
+    (void)tier;
+    make_both();
+    make(0, SDQ_F16, 0, DIR "/folder");
+    end();
+    for (part = 0; part < SDQ_PART_COUNT; part++) {
+        for (i = 1; i < 100000 && !load_short(SECOND, (sdq_part)part, i); i += 1 + i / 16) {}
+        SDQT_THAT(i > 50, "part %d: only %zu allocations", part, i);
+    }
+    for (i = 1; i < 100000 && !load_short(DIR "/folder", (sdq_part)0, i); i += 1 + i / 8) {}
+}
+
+/* Texts of config.json that mean the same UNet, and such that do not. */
+static void test_config(int tier) {
+    static const struct { const char *a, *b; int same; } pair[] = {
+        {"{}", "{\"sample_size\": 32, \"dropout\": 1, \"in_channels\": 4}", 1},
+        {"{\"attention_head_dim\": 8}", "{\"attention_head_dim\": [8, 8, 8, 8]}", 1},
+        {"{\"attention_head_dim\": [5, 8]}", "{\"attention_head_dim\": 5}", 0},
+        {"{\"layers_per_block\": [2, 1]}", "{\"layers_per_block\": [2]}", 0},
+        {"{\"layers_per_block\": []}", "{\"layers_per_block\": 2}", 0},
+        {"{\"use_linear_projection\": true}", "{}", 0},
+        {"{\"mid_block_type\": null}", "{}", 0},
+        {"{\"mid_block_type\": \"UNetMidBlock2DCrossAttn\"}", "{}", 1},
+        {"{\"down_block_types\": [\"DownBlock2D\"]}", "{\"down_block_types\": [\"DownBlock2D\"]} ",
+         1}};
+    size_t i;
+    int same;
+    (void)tier;
+    begin();
+    for (i = 0; i < SDQ__COUNT(pair); i++) {
+        SDQT_CHECK(sdq__cv_same_config(ctx, pair[i].a, pair[i].b, &same) == SDQ_OK);
+        SDQT_THAT(same == pair[i].same, "%s and %s", pair[i].a, pair[i].b);
+        SDQT_CHECK(sdq__cv_same_config(ctx, pair[i].b, pair[i].a, &same) == SDQ_OK);
+        SDQT_THAT(same == pair[i].same, "%s and %s", pair[i].b, pair[i].a);
+    }
+    failed(sdq__cv_same_config(ctx, "{}", "{", &same), SDQ_ERR_FORMAT, "config.json", "JSON");
     end();
 }
 
@@ -673,6 +759,6 @@ static const sdqt_case cases[] = {
     {"generator", test_generator, 0}, {"same", test_same, 0}, {"prediction", test_prediction, 0},
     {"kinds", test_kinds, 0}, {"damage", test_damage, 0}, {"variants", test_variants, 0},
     {"no-single", test_no_single, 0}, {"fuzz", test_fuzz, 0}, {"folders", test_folders, 0},
-    {"int8", test_int8, 0}};
+    {"int8", test_int8, 0}, {"memory", test_memory, 0}, {"config", test_config, 0}};
 
 int main(int argc, char **argv) { return SDQT_MAIN(argc, argv, cases); }
