@@ -14,6 +14,10 @@ build/sdq: tools/sdq.c tools/clip_vocab.inc tools/sdq_bench.h tools/sdq_eval.h s
 	@mkdir -p build
 	$(CC) -std=c99 $(WARN) -Wstrict-prototypes $(CFLAGS) $(OPENMP) -I. tools/sdq.c -o $@ -lm
 
+build/random_sd: tools/random_sd.c tools/clip_vocab.inc sdq.h
+	@mkdir -p build
+	$(CC) -std=c99 $(WARN) -Wstrict-prototypes $(CFLAGS) tools/random_sd.c -o $@ -lm
+
 test: build/sdq ## every test, with gcc and, where installed, clang; C99, C++11, sanitizers
 	@CC="$(CC)" CXX="$(CXX)" sh tests/run.sh
 

@@ -6011,7 +6011,7 @@ static sdq_status sdq__st_no_pickle(sdq_ctx *ctx, const char *path) {
     return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s: is a pickle of PyTorch, which can run code "
         "when it is read; convert it in Python: import torch, safetensors.torch as s; "
         "d = torch.load('%s', weights_only=True, map_location='cpu'); d = d.get('state_dict', d); "
-        "s.save_file({k: v.clone() for k, v in d.items() if torch.is_tensor(v)}, "
+        "s.save_file({k: v.contiguous().clone() for k, v in d.items() if torch.is_tensor(v)}, "
         "'model.safetensors')", path, strlen(path) < 80 ? path : "model.ckpt");
 }
 

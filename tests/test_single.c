@@ -20,7 +20,8 @@
 static const rsd_spec small[2] = {
     {"small1", 0, 2, 2, 2, 1, 480, RSD_CLIP(994, 32, 48, 2, 1, "quick_gelu"),
      RSD_UNET("sample_size": 64, "block_out_channels": [32, 64], "layers_per_block": 2,
-              "down_block_types": [RSD_DOWN, "DownBlock2D"], "up_block_types": ["UpBlock2D", RSD_UP],
+              "down_block_types": [RSD_DOWN, "DownBlock2D"],
+              "up_block_types": ["UpBlock2D", RSD_UP],
               "attention_head_dim": 8, "cross_attention_dim": 32),
      VAE2(32, 64, 1)},
     {"small2", 1, 1, 3, 2, 7, 480, RSD_CLIP(994, 64, 96, 2, 1, "gelu"),
@@ -285,7 +286,7 @@ static void make_both(void) {
     made = 1;
 }
 
-/* What the UNet predicts: the file's word, the step count, the family, and the caller before all. */
+/* What the UNet predicts: the file's word, the step count, the family; the caller before all. */
 static void predicts(const char *path, sdq_file_prediction asked, sdq_prediction want) {
     sdq_pipeline_desc d = desc_of();
     sdq_scheduler_desc s;
