@@ -801,8 +801,8 @@ SDQ_API size_t sdq_nearest(const float *query, const float *table, size_t n, siz
  * >>api-model   the three networks of Stable Diffusion
  *
  * CLIPTextModel, UNet2DConditionModel and AutoencoderKL, built from the config.json of a diffusers
- * folder. A loaded model does not change: contexts of several threads may share it. Training
- * writes to its parameters through sdq_model_param, on one thread.
+ * folder or from the shapes in a single file. A loaded model does not change: contexts of several
+ * threads may share it. Training writes to its parameters through sdq_model_param, on one thread.
  * ======================================================================== */
 
 typedef struct sdq_model sdq_model;
@@ -9637,8 +9637,7 @@ static void sdq__sf_unet_name(const sdq__sf_source *s, const char *name, char *o
     static const char *const outer[][2] = {
         {"conv_in.", "input_blocks.0.0."}, {"conv_norm_out.", "out.0."}, {"conv_out.", "out.2."},
         {"time_embedding.linear_1.", "time_embed.0."},
-        {"time_embedding.linear_2.", "time_embed.2."},
-        {"time_embedding.cond_proj.", "time_embed.cond_proj."}};
+        {"time_embedding.linear_2.", "time_embed.2."}};
     char buf[256];
     const char *rest;
     size_t n[2] = {0, 0};
@@ -9772,11 +9771,10 @@ static int sdq__sf_dead(const sdq__sf_source *s, const char *name) {
     name += strlen(s->prefix);
     if (s->part == SDQ_PART_VAE) return strncmp(name, "loss.", 5) == 0;
     if (s->part != SDQ_PART_TEXT) return 0;
-    if (sdq__io_ends(name, "embeddings.position_ids")) return 1;
-    if (!s->openclip) return 0;
-    if (!strcmp(name, "text_projection") || !strcmp(name, "logit_scale")
-        || !strcmp(name, "attn_mask")) return 1;
-    return sdq__sf_match(name, "transformer.resblocks.#.", &n) && n >= s->layers[0];
+    if (sdq__io_ends(name, "embeddings.position_ids") || !strcmp(name, "logit_scale")
+        || !strcmp(name, "attn_mask") || strncmp(name, "text_projection", 15) == 0) return 1;
+    return s->openclip && sdq__sf_match(name, "transformer.resblocks.#.", &n)
+        && n >= s->layers[0];
 }
 
 /* --- configuration --- */
@@ -15089,15 +15087,17 @@ static int sdq__cv_same_value(const sdq__json *a, const sdq__json *b) {
     return 1;
 }
 
-/* Two texts of config.json describe the same UNet. Keys that the builder does not read do not
- * matter, nor does the size of pictures: the model may have been a folder and now be one file. */
-static sdq_status sdq__cv_same_config(sdq_ctx *ctx, const char *a, const char *b, int *same) {
+/* Two texts of config.json, the first from the file `path`, describe the same UNet. Keys that the
+ * builder does not read do not matter, nor does the size of pictures: the model may have been a
+ * folder and now be one file. */
+static sdq_status sdq__cv_same_config(sdq_ctx *ctx, const char *path, const char *a,
+                                      const char *b, int *same) {
     sdq__json *ja = NULL, *jb = NULL, *defaults = NULL;
     const sdq__json *key, *va, *vb;
     sdq_status st;
     *same = 1;
     if (strcmp(a, b) == 0) return SDQ_OK;
-    SDQ__TRY_DONE(sdq__js_parse(ctx, a, strlen(a), "sdq.config", &ja));
+    SDQ__TRY_DONE(sdq__js_parse(ctx, a, strlen(a), path, &ja));
     SDQ__TRY_DONE(sdq__js_parse(ctx, b, strlen(b), "config.json", &jb));
     SDQ__TRY_DONE(sdq__js_parse(ctx, sdq__un_defaults, strlen(sdq__un_defaults), "unet",
                                 &defaults));
@@ -15123,20 +15123,20 @@ static sdq_status sdq__cv_check(sdq_ctx *ctx, const sdq_file *f, const char *pat
     if (!config)
         return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: is not a network quantized by sdq: "
                          "\"sdq.config\" is missing", path);
-    SDQ__TRY(sdq__cv_same_config(ctx, config, m->config, &same));
-    if (!same)
-        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: was made from another UNet than the one in %s",
-                         path, folder);
     if (!sdq__cv_read_hash(sdq_file_meta(f, "sdq.hash"), &want)
         || !sdq__cv_read_hash(sdq_file_meta(f, "sdq.source"), &m->source))
         return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: has no valid \"sdq.hash\" and \"sdq.source\": "
                          "it is damaged or of an older version; quantize the network again", path);
     SDQ__TRY(sdq__cv_hash_file(ctx, f, &hash));
-    if (hash == want) return SDQ_OK;
-    return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: is damaged: its hash is %08lx%08lx, but "
-                     "\"sdq.hash\" says %s; copy or make it again", path,
-                     (unsigned long)(hash >> 32), (unsigned long)(hash & 0xffffffffu),
-                     sdq_file_meta(f, "sdq.hash"));
+    if (hash != want)
+        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: is damaged: its hash is %08lx%08lx, but "
+                         "\"sdq.hash\" says %s; copy or make it again", path,
+                         (unsigned long)(hash >> 32), (unsigned long)(hash & 0xffffffffu),
+                         sdq_file_meta(f, "sdq.hash"));
+    SDQ__TRY(sdq__cv_same_config(ctx, path, config, m->config, &same));
+    if (same) return SDQ_OK;
+    return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: was made from another UNet than the one in %s",
+                     path, folder);
 }
 
 SDQ_API sdq_status sdq_model_load_int8(sdq_ctx *ctx, const char *folder, const char *path,

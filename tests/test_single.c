@@ -474,6 +474,14 @@ static void test_variants(int tier) {
         if (strstr(w.e[i].name, ".attn_1.") && w.e[i].rank == 4) w.e[i].rank = 2;
     edit_save(&w, OUT, NULL, NULL);
     same_part(SECOND, OUT, SDQ_PART_VAE);
+    for (i = SDQ_PART_TEXT; i < SDQ_PART_COUNT; i++) {      /* the structure alone, new weights */
+        sdq_model *m = NULL, *of = NULL;
+        SDQT_CHECK(sdq_model_init(ctx, FIRST, (sdq_part)i, 1, &m) == SDQ_OK
+                   && sdq_model_load(ctx, FIRST, (sdq_part)i, &of) == SDQ_OK);
+        SDQT_CHECK(m && of && sdq_model_get_info(m).weights == sdq_model_get_info(of).weights);
+        sdq_model_free(ctx, m);
+        sdq_model_free(ctx, of);
+    }
     end();
 }
 
@@ -747,12 +755,12 @@ static void test_config(int tier) {
     (void)tier;
     begin();
     for (i = 0; i < SDQ__COUNT(pair); i++) {
-        SDQT_CHECK(sdq__cv_same_config(ctx, pair[i].a, pair[i].b, &same) == SDQ_OK);
+        SDQT_CHECK(sdq__cv_same_config(ctx, "q", pair[i].a, pair[i].b, &same) == SDQ_OK);
         SDQT_THAT(same == pair[i].same, "%s and %s", pair[i].a, pair[i].b);
-        SDQT_CHECK(sdq__cv_same_config(ctx, pair[i].b, pair[i].a, &same) == SDQ_OK);
+        SDQT_CHECK(sdq__cv_same_config(ctx, "q", pair[i].b, pair[i].a, &same) == SDQ_OK);
         SDQT_THAT(same == pair[i].same, "%s and %s", pair[i].b, pair[i].a);
     }
-    failed(sdq__cv_same_config(ctx, "{}", "{", &same), SDQ_ERR_FORMAT, "config.json", "JSON");
+    failed(sdq__cv_same_config(ctx, "q", "{}", "{", &same), SDQ_ERR_FORMAT, "config.json", "JSON");
     end();
 }
 
