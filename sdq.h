@@ -13100,9 +13100,9 @@ static sdq_status sdq__pl_is_folder(sdq_ctx *ctx, const char *folder) {
     char *path = sdq__io_join(ctx, folder, "/tokenizer/vocab.json", "");
     sdq_status st = path ? SDQ_OK : ctx->status;
     if (path && !sdq__io_exists(path))
-        st = sdq__fail(ctx, SDQ_ERR_MISSING, "%s: is not the folder of a pipeline, which holds "
-                       "tokenizer/ (with vocab.json), text_encoder/, unet/, vae/ and scheduler/",
-                       *folder ? folder : "(empty path)");
+        st = sdq__fail(ctx, SDQ_ERR_MISSING, "%s: is not a file and not the folder of a pipeline, "
+                       "which holds tokenizer/ (with vocab.json), text_encoder/, unet/, vae/ and "
+                       "scheduler/", *folder ? folder : "(empty path)");
     sdq__free(ctx, path);
     return st;
 }

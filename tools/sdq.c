@@ -450,7 +450,11 @@ static sdq_status load_pipeline(job *j, const char *path, const sdq_pipeline_des
     d.prediction = (sdq_file_prediction)(prediction + 1);
     d.merges = clip_merges[0];
     d.merges_bytes = sizeof clip_merges;
-    return sdq_pipeline_load(j->ctx, path, &d, out);
+    TRY(sdq_pipeline_load(j->ctx, path, &d, out));
+    if ((*out)->single && (*out)->prediction == SDQ_PREDICT_V && prediction < 0)
+        note(j, "%s: its UNet is taken to predict velocity (%s); if pictures are noise, say "
+             "--prediction epsilon", path, (*out)->because);
+    return SDQ_OK;
 }
 
 static const char *const range_word[] = {"default", "static", "picture", "position", "block"};
