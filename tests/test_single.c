@@ -2,6 +2,8 @@
  * tools/random_sd.c is the same model to the bit; what is something else, or damaged, is refused
  * with a sentence that says what it is. Run from the project folder; writes into
  * build/tests/single. Meant to be run under ASan and UBSan, too. */
+#define SDQ_IMPLEMENTATION
+#include "sdq.h"
 #define RANDOM_SD_NO_MAIN
 #include "../tools/random_sd.c"
 #include "sdq_test.h"
