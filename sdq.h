@@ -2,9 +2,9 @@
  * v0.1 - public interface may still change - MIT licence, at the end of this file
  * SPDX-License-Identifier: MIT
  *
- * It loads a Stable Diffusion model (diffusers folder), makes its UNet int8 by calibration,
- * quantization-aware training and distillation, and draws pictures with it, some evaluations of
- * the network in float and the rest in int8. No dependency but libc and libm.
+ * It loads a Stable Diffusion model (diffusers folder or single file), makes its UNet int8 by
+ * calibration, quantization-aware training and distillation, and draws pictures with it, some
+ * evaluations of the network in float and the rest in int8. No dependency but libc and libm.
  *
  * Do this in exactly ONE .c or .cpp file of your program, never in a header:
  *
@@ -55,6 +55,7 @@
  *     >>tape >>ops >>layer                forward, backward and int8 rule of every operation
  *     >>io >>json >>safetensors >>image >>dataset >>tokenizer
  *     >>optim         AdamW and the training loop
+ *     >>single-file   a whole model in one file: what it is, its names, its configuration
  *     >>model >>blocks >>text >>unet >>vae >>model-file     the networks, each written once
  *     >>scheduler >>pipeline >>report
  *     >>tasks >>recipe >>calibrate >>distill >>convert >>schedule
@@ -75,13 +76,13 @@
  *     number.
  *
  * Drawing
- *     sdq_pipeline_load reads a diffusers folder: tokenizer/, text_encoder/, unet/, vae/,
- *     scheduler/. sdq_txt2img draws. desc.precision says which evaluations of the denoising loop
- *     are float: all, none, the first and last k, or the schedule stored with the int8 file. The
- *     same seed gives the picture that diffusers gives on a CPU (up to float rounding).
- *     Prompts become the ids of transformers' CLIPTokenizerFast. Its slow CLIPTokenizer, which some
- *     installations of diffusers load, differs on ideographs, on control and invisible characters
- *     and on a final sigma: the picture is then another one.
+ *     sdq_pipeline_load reads a diffusers folder (tokenizer/, text_encoder/, unet/, vae/,
+ *     scheduler/) or a single file of SD 1 or SD 2; sdq_txt2img draws. desc.precision says which
+ *     evaluations of the denoising loop are float: all, none, the first and last k, or the schedule
+ *     stored with the int8 file. The same seed gives the picture that diffusers gives on a CPU (up
+ *     to float rounding). Prompts become the ids of transformers' CLIPTokenizerFast. Its slow
+ *     CLIPTokenizer, which some installations of diffusers load, differs on ideographs, on control
+ *     and invisible characters and on a final sigma: the picture is then another one.
  *
  * Quantizing
  *     sdq_recipe_default() or _reference() -> sdq_recipe_apply(unet) -> sdq_states_collect (the
@@ -127,13 +128,23 @@
  *     end.
  *
  * Files
- *     Float models are diffusers folders. A quantized UNet is one safetensors file; >>convert lists
- *     its arrays. Its metadata says sdq.config, sdq.layer.NAME, sdq.recipe, sdq.schedule, and two
- *     hashes of 16 hexadecimal digits: sdq.source of the float UNet's weights as they were loaded
- *     (F32, F16 and BF16 copies of equal values are the same; zeros: they came from no file), and
- *     sdq.hash of all arrays and all other metadata. Both are sums, modulo 2^64, of one hash per
- *     array (name, shape, values, floats as F32) and per pair, so no order matters. The hash takes
- *     words w of 8 bytes, little endian, the last filled with zeros, into four lanes in turn:
+ *     Float models are diffusers folders (F32, F16, BF16; whole or in shards; where there is
+ *     nothing else, the variant fp16), or single files of SD 1 and SD 2 as web interfaces save
+ *     them. A single file has no configuration: its names and shapes are one, and what they do not
+ *     tell is as in the published models (>>single-file). Nothing in it says for certain what an SD
+ *     2 network predicts: velocity is assumed, as the models for 768 pixels do, unless the file has
+ *     the step count of the base model, the key modelspec.prediction_type, or the caller says so.
+ *     Nor has it a tokenizer: give CLIP's merges along (tools/clip_vocab.inc). Pickles (.ckpt,
+ *     .bin) are refused, with the line of Python that converts them. sdq_file_describe tells what
+ *     else a file is.
+ *
+ *     A quantized UNet is one safetensors file; >>convert lists its arrays. Its metadata says
+ *     sdq.config, sdq.layer.NAME, sdq.recipe, sdq.schedule, and two hashes of 16 hexadecimal
+ *     digits: sdq.source of the float UNet's weights as they were loaded (F32, F16 and BF16 copies
+ *     of equal values are the same; zeros: they came from no file), and sdq.hash of all arrays and
+ *     all other metadata. Both are sums, modulo 2^64, of one hash per array (name, shape, values,
+ *     floats as F32) and per pair, so no order matters. The hash takes words w of 8 bytes, little
+ *     endian, the last filled with zeros, into four lanes in turn:
  *         h = (h ^ w) 0x9e3779b97f4a7c15,  h ^= h >> 32
  *     and joins the lanes and the length in the same way: sdq__u_hash is the definition.
  *
@@ -794,8 +805,8 @@ SDQ_API size_t sdq_nearest(const float *query, const float *table, size_t n, siz
  * >>api-model   the three networks of Stable Diffusion
  *
  * CLIPTextModel, UNet2DConditionModel and AutoencoderKL, built from the config.json of a diffusers
- * folder. A loaded model does not change: contexts of several threads may share it. Training
- * writes to its parameters through sdq_model_param, on one thread.
+ * folder or from the shapes in a single file. A loaded model does not change: contexts of several
+ * threads may share it. Training writes to its parameters through sdq_model_param, on one thread.
  * ======================================================================== */
 
 typedef struct sdq_model sdq_model;
@@ -811,17 +822,42 @@ typedef enum sdq_part {
 /* "text_encoder", "unet", "vae"; "?" for anything else. */
 SDQ_API const char *sdq_part_name(sdq_part part);
 
-/* Load one network: config.json and its safetensors file, whole or sharded.
- *   folder  a pipeline's folder (the network is in unet/, vae/ or text_encoder/), or the folder
- *           that itself holds config.json
+/* What a safetensors file is, told by the names and shapes of its arrays. */
+typedef enum sdq_file_kind {
+    SDQ_FILE_UNKNOWN = 0,
+    SDQ_FILE_SD1, SDQ_FILE_SD2,         /* single files: sdq_pipeline_load takes these two */
+    SDQ_FILE_INPAINT, SDQ_FILE_EDIT,    /* single files whose UNet has 9 or 8 input channels */
+    SDQ_FILE_SDXL,
+    SDQ_FILE_OTHER,                     /* SD 3, Flux, unCLIP, .. */
+    SDQ_FILE_PARTS,                     /* two of the three networks of a single file */
+    SDQ_FILE_LORA, SDQ_FILE_CONTROLNET, SDQ_FILE_EMBEDDING,
+    SDQ_FILE_UNET, SDQ_FILE_VAE, SDQ_FILE_TEXT,     /* one network alone, in any layout */
+    SDQ_FILE_INT8,                      /* of sdq_model_save_int8 */
+    SDQ_FILE_COUNT
+} sdq_file_kind;
+
+typedef struct sdq_file_info {
+    sdq_file_kind kind;
+    const char *title;              /* the kind in words */
+    int part[SDQ_PART_COUNT];       /* 1: the network is in it, under a single file's names */
+    sdq_dtype dtype;                /* of most bytes */
+    sdq_prediction prediction;      /* SD1, SD2: what the UNet predicts .. */
+    const char *because;            /* .. and how that is known; "" for other kinds */
+} sdq_file_info;
+SDQ_API sdq_file_info sdq_file_describe(const sdq_file *file);
+
+/* Load one network: config.json and its safetensors file, whole or sharded, plain or, where there
+ * is nothing else, of the variant fp16. Or its part of a single file (SDQ_FILE_SD1, SDQ_FILE_SD2).
+ *   path    a pipeline's folder (the network is in unet/, vae/ or text_encoder/), the folder that
+ *           itself holds config.json, or a single file, whose shapes stand for config.json
  *   out     the model, NULL on failure; free with sdq_model_free and the same ctx
  * Weights in F32, F16 or BF16 become float. Every shape is checked against the configuration.
  * Errors: SDQ_ERR_MISSING (file, key or tensor), _UNSUPPORTED (a configuration value), _SHAPE,
  * _FORMAT, _IO, _OOM. */
-SDQ_API sdq_status sdq_model_load(sdq_ctx *ctx, const char *folder, sdq_part part, sdq_model **out);
+SDQ_API sdq_status sdq_model_load(sdq_ctx *ctx, const char *path, sdq_part part, sdq_model **out);
 /* The same structure from config.json alone, with random weights as PyTorch, diffusers and
  * transformers draw them. The UNet's and the VAE's are those of torch.manual_seed(seed). */
-SDQ_API sdq_status sdq_model_init(sdq_ctx *ctx, const char *folder, sdq_part part, uint64_t seed,
+SDQ_API sdq_status sdq_model_init(sdq_ctx *ctx, const char *path, sdq_part part, uint64_t seed,
                                   sdq_model **out);
 /* NULL is allowed. */
 SDQ_API void sdq_model_free(sdq_ctx *ctx, sdq_model *model);
@@ -1024,7 +1060,7 @@ SDQ_API sdq_status sdq_optim_add_model(sdq_ctx *ctx, sdq_optim *optim, sdq_model
  * >>api-pipeline   from a prompt to a picture, with a precision per evaluation
  * ======================================================================== */
 
-/* The networks of a diffusers folder and what belongs to them; for reading once loaded. */
+/* The networks of a model and what belongs to them; for reading once loaded. */
 typedef struct sdq_pipeline {
     sdq_tokenizer *tokenizer;
     sdq_model *text, *vae;
@@ -1032,7 +1068,10 @@ typedef struct sdq_pipeline {
     sdq_model *unet_int8;       /* NULL: not quantized */
     char *scheduler;            /* text of scheduler_config.json: sdq_pipeline_scheduler reads it */
     struct sdq_policy *policy;  /* of the int8 file: its precision schedule; may be NULL */
-    char *folder;
+    char *folder;               /* or the single file */
+    int single;                 /* it is a single file */
+    sdq_prediction prediction;  /* single file: what its UNet is taken to predict */
+    const char *because;        /* single file: why */
 } sdq_pipeline;
 
 /* Which evaluations of the denoising loop are computed in float, for one scheduler and number of
@@ -1045,19 +1084,32 @@ typedef struct sdq_policy {
     unsigned char is_float[1001];
 } sdq_policy;
 
+/* What the UNet of a single file predicts: nothing in the file has to say it. */
+typedef enum sdq_file_prediction {
+    SDQ_FILE_PREDICTS_DEFAULT = 0, SDQ_FILE_PREDICTS_EPSILON, SDQ_FILE_PREDICTS_V,
+    SDQ_FILE_PREDICTS_COUNT
+} sdq_file_prediction;
+
 typedef struct sdq_pipeline_desc {
     const char *unet_int8;      /* file of a quantized UNet; NULL: none */
     int int8_only;              /* do not load the float UNet: float evaluations use the int8
                                  * network's own weights */
     int trainable;              /* keep the weights of the float UNet as they are: for training,
                                  * FAKE mode and saving. 0: they are packed for the kernels */
+    const char *merges;         /* for single files, which have no tokenizer: CLIP's merges, as */
+    size_t merges_bytes;        /* sdq_tokenizer_create takes them (tools/clip_vocab.inc) */
+    sdq_file_prediction prediction;     /* of a single file; 0: as sdq_file_describe tells */
 } sdq_pipeline_desc;
-/* Load everything that drawing needs: tokenizer/, text_encoder/, vae/, unet/ and scheduler/.
+/* Load everything that drawing needs.
+ *   path   a diffusers folder with tokenizer/, text_encoder/, vae/, unet/ and scheduler/, or a
+ *          single file of SD 1 or SD 2 (SDQ_FILE_SD1, SDQ_FILE_SD2). That one gets the scheduler
+ *          of Stable Diffusion (PNDM, scaled_linear 0.00085..0.012) and CLIP's tokenizer, padded
+ *          with its end in SD 1 and with "!" in SD 2.
  *   desc   NULL or zeros: the float UNet alone. Not kept.
  *   out    NULL on failure; free with sdq_pipeline_free
  * Networks that do not fit together are refused; a scheduler that cannot be had only when it is
  * asked for. Errors: those of sdq_model_load, sdq_tokenizer_load, sdq_model_load_int8. */
-SDQ_API sdq_status sdq_pipeline_load(sdq_ctx *ctx, const char *folder,
+SDQ_API sdq_status sdq_pipeline_load(sdq_ctx *ctx, const char *path,
                                      const sdq_pipeline_desc *desc, sdq_pipeline **out);
 SDQ_API void sdq_pipeline_free(sdq_ctx *ctx, sdq_pipeline *pipeline);
 
@@ -1231,7 +1283,8 @@ SDQ_API sdq_status sdq_model_freeze(sdq_ctx *ctx, sdq_model *model);
  * settings and the schedule in the metadata. policy and recipe: NULL or stored along. */
 SDQ_API sdq_status sdq_model_save_int8(sdq_ctx *ctx, const sdq_model *unet, const char *path,
                                        const sdq_policy *policy, const char *recipe);
-/*   folder   of the pipeline: its unet/config.json must be the one the file was made with
+/*   folder   of the pipeline, or the single file: its UNet must have the structure of the one that
+ *            the file was made from
  *   policy   NULL or receives the schedule (count 0 if there is none)
  * A file whose hash is missing or wrong, with values that are not finite or arrays that have no
  * place is refused: SDQ_ERR_FORMAT, _MISSING, _SHAPE, _NUMERIC. Whether it was made from the float
@@ -5539,6 +5592,14 @@ static int sdq__io_exists(const char *path) {
     return f != NULL;
 }
 
+/* Something that can be read, not a folder: those open, but give no byte and no end. */
+static int sdq__io_is_file(const char *path) {
+    FILE *f = fopen(path, "rb");
+    const int is = f && (fgetc(f) != EOF || feof(f));
+    if (f) fclose(f);
+    return is;
+}
+
 /* a + b + c as a new string. */
 static char *sdq__io_join(sdq_ctx *ctx, const char *a, const char *b, const char *c) {
     const size_t na = strlen(a), nb = strlen(b), nc = strlen(c);
@@ -6291,6 +6352,18 @@ static int sdq__st_by_name(const void *a, const void *b) {
     return strcmp(((const sdq_entry *)a)->name, ((const sdq_entry *)b)->name);
 }
 
+/* What torch.save writes: a zip archive, or in old files a pickle of protocol 2. */
+static int sdq__st_is_pickle(const sdq_file *f) {
+    return memcmp(f->bytes, "PK\3\4", 4) == 0 || memcmp(f->bytes, "\200\2\212\n", 4) == 0;
+}
+static sdq_status sdq__st_no_pickle(sdq_ctx *ctx, const char *path) {
+    return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s: is a pickle of PyTorch, which can run code "
+        "when it is read; convert it in Python: import torch, safetensors.torch as s; "
+        "d = torch.load('%s', weights_only=True, map_location='cpu'); d = d.get('state_dict', d); "
+        "s.save_file({k: v.contiguous().clone() for k, v in d.items() if torch.is_tensor(v)}, "
+        "'model.safetensors')", path, strlen(path) < 80 ? path : "model.ckpt");
+}
+
 /* The header as a tree, all its rules but the arrays'. */
 static sdq_status sdq__st_header(sdq_ctx *ctx, sdq_file *f, size_t *length) {
     uint64_t n = 0;
@@ -6299,6 +6372,7 @@ static sdq_status sdq__st_header(sdq_ctx *ctx, sdq_file *f, size_t *length) {
         return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: HeaderTooSmall: the file has %zu bytes",
                          f->path, f->size);
     for (i = 7; i >= 0; i--) n = (n << 8) | (unsigned char)f->bytes[i];
+    if (sdq__st_is_pickle(f)) return sdq__st_no_pickle(ctx, f->path);
     if (n > SDQ__ST_HEADER_MAX)
         return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: HeaderTooLarge: not a safetensors file, or a "
                          "header above 100 MB", f->path);
@@ -6590,6 +6664,17 @@ static const sdq_entry *sdq__st_set_entry(const sdq__st_set *s, size_t i) {
     return NULL;
 }
 
+/* The number that sdq__st_set_entry gives to the entry of that name, which must be there. */
+static size_t sdq__st_set_place(const sdq__st_set *s, const char *name) {
+    size_t i, at = 0;
+    for (i = 0; i < s->count; i++) {
+        const sdq_entry *e = sdq_file_find(s->files[i], name);
+        if (e) return at + (size_t)(e - s->files[i]->entries);
+        at += s->files[i]->count;
+    }
+    return 0;
+}
+
 /* The metadata value of a key in the first file that has it, or NULL. */
 static const char *sdq__st_set_meta(const sdq__st_set *s, const char *key) {
     size_t i;
@@ -6625,6 +6710,19 @@ static sdq_status sdq__st_set_shard(sdq_ctx *ctx, sdq__st_set *s, const sdq__jso
     return st;
 }
 
+/* Every array is in one shard only. */
+static sdq_status sdq__st_set_unique(sdq_ctx *ctx, const sdq__st_set *s) {
+    size_t i, j, k;
+    for (i = 1; i < s->count; i++)
+        for (j = 0; j < s->files[i]->count; j++)
+            for (k = 0; k < i; k++)
+                if (sdq_file_find(s->files[k], s->files[i]->entries[j].name))
+                    return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: %s is in two shards, %s and %s",
+                                     s->path, s->files[i]->entries[j].name, s->files[k]->path,
+                                     s->files[i]->path);
+    return SDQ_OK;
+}
+
 static sdq_status sdq__st_set_index(sdq_ctx *ctx, sdq__st_set *s) {
     sdq__json *index = NULL;
     const sdq__json *map, *v;
@@ -6636,6 +6734,7 @@ static sdq_status sdq__st_set_index(sdq_ctx *ctx, sdq__st_set *s) {
         goto done;
     }
     for (v = map->child; v; v = v->next) SDQ__TRY_DONE(sdq__st_set_shard(ctx, s, v));
+    SDQ__TRY_DONE(sdq__st_set_unique(ctx, s));
     for (v = map->child; v; v = v->next) {
         if (sdq__st_set_find(s, v->key)) continue;
         st = sdq__fail(ctx, SDQ_ERR_MISSING, "%s: %s is not in %s", s->path, v->key, v->str);
@@ -6672,30 +6771,83 @@ static sdq_status sdq__st_set_path(sdq_ctx *ctx, const char *stem, const char *v
     return SDQ_OK;
 }
 
+/* Nothing that can be read is there: say which pickle is, if one is. */
+static sdq_status sdq__st_set_missing(sdq_ctx *ctx, const char *stem) {
+    static const char *const name[] = {".bin", ".fp16.bin", ".ckpt", "pytorch_model.bin",
+                                       "pytorch_model.fp16.bin"};
+    const char *slash = strrchr(stem, '/');
+    size_t i;
+    for (i = 0; i < SDQ__COUNT(name); i++) {
+        const size_t folder = slash ? (size_t)(slash - stem) + 1 : 0;
+        const size_t keep = name[i][0] == '.' ? strlen(stem) : folder;
+        sdq__str s;
+        int there;
+        memset(&s, 0, sizeof s);
+        sdq__str_add(ctx, &s, stem, keep);
+        sdq__str_add(ctx, &s, name[i], strlen(name[i]));
+        if (s.bad) { sdq__str_free(ctx, &s); return SDQ_ERR_OOM; }
+        there = sdq__io_exists(s.s);
+        if (there)
+            sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s: is a pickle of PyTorch, which can run code "
+                      "when it is read; convert the folder in Python: import diffusers; "
+                      "diffusers.StableDiffusionPipeline.from_pretrained('FOLDER')"
+                      ".save_pretrained('NEW', safe_serialization=True)", s.s);
+        sdq__str_free(ctx, &s);
+        if (there) return SDQ_ERR_UNSUPPORTED;
+    }
+    return sdq__fail(ctx, SDQ_ERR_MISSING, "%s.safetensors: not found, nor its .index.json, nor "
+                     "those of the variant fp16; is the folder complete?", stem);
+}
+
+static sdq_status sdq__st_set_new(sdq_ctx *ctx, sdq__st_set **out) {
+    sdq__st_set *s = SDQ__NEW(ctx, sdq__st_set);
+    *out = s;
+    if (!s) return SDQ_ERR_OOM;
+    s->files = SDQ__NEW_N(ctx, sdq_file *, 1024);
+    return s->files ? SDQ_OK : SDQ_ERR_OOM;
+}
+
+/* The checkpoint of that one file, whatever its name. */
+static sdq_status sdq__st_set_file(sdq_ctx *ctx, const char *path, sdq__st_set **out) {
+    sdq__st_set *s;
+    sdq_status st;
+    *out = NULL;
+    SDQ__TRY_DONE(sdq__st_set_new(ctx, &s));
+    s->path = sdq__strdup(ctx, path);
+    st = SDQ_ERR_OOM;
+    if (!s->path) goto done;
+    SDQ__TRY_DONE(sdq_file_open(ctx, path, &s->files[0]));
+    s->count = 1;
+    *out = s;
+    s = NULL;
+done:
+    sdq__st_set_close(ctx, s);
+    return st;
+}
+
 /* Open STEM.VARIANT.safetensors (variant not NULL), STEM.safetensors, their .index.json of shards,
  * or STEM itself when it ends in .safetensors or .json; last, those of the variant fp16. */
 static sdq_status sdq__st_set_open(sdq_ctx *ctx, const char *stem, const char *variant,
                                    sdq__st_set **out) {
-    sdq__st_set *s = SDQ__NEW(ctx, sdq__st_set);
-    sdq_status st = SDQ_ERR_OOM;
+    sdq__st_set *s = NULL;
+    char *path = NULL;
+    sdq_status st;
     *out = NULL;
-    if (!s) return st;
-    s->files = SDQ__NEW_N(ctx, sdq_file *, 1024);
-    if (!s->files) goto done;
-    SDQ__TRY_DONE(sdq__st_set_path(ctx, stem, variant, &s->path));
-    if (!s->path) {
-        st = sdq__fail(ctx, SDQ_ERR_MISSING, "%s.safetensors: not found, nor its .index.json "
-                       "(.bin and .ckpt files must be converted to safetensors first)", stem);
+    SDQ__TRY_DONE(sdq__st_set_path(ctx, stem, variant, &path));
+    if (!path) return sdq__st_set_missing(ctx, stem);
+    if (!sdq__io_ends(path, ".json")) {
+        st = sdq__st_set_file(ctx, path, out);
         goto done;
     }
-    if (sdq__io_ends(s->path, ".json")) st = sdq__st_set_index(ctx, s);
-    else {
-        st = sdq_file_open(ctx, s->path, &s->files[0]);
-        s->count = st == SDQ_OK;
-    }
-    if (st == SDQ_OK) { *out = s; s = NULL; }
+    SDQ__TRY_DONE(sdq__st_set_new(ctx, &s));
+    s->path = path;
+    path = NULL;
+    SDQ__TRY_DONE(sdq__st_set_index(ctx, s));
+    *out = s;
+    s = NULL;
 done:
     sdq__st_set_close(ctx, s);
+    sdq__free(ctx, path);
     return st;
 }
 
@@ -9611,6 +9763,606 @@ SDQ_API sdq_status sdq_fit(sdq_ctx *ctx, sdq_optim *o, const sdq_fit_desc *d, sd
     return SDQ_OK;
 }
 /* ===========================================================================
+ * >>single-file   a whole Stable Diffusion in one file, under the names of its first program
+ *
+ * Networks are written once, with diffusers' names and configuration (>>model). What web
+ * interfaces save is one file with other names for the same arrays, and no configuration:
+ *
+ *   model.diffusion_model.   the UNet         first_stage_model.   the VAE
+ *   cond_stage_model.transformer.  the text encoder of SD 1;  cond_stage_model.model.  of SD 2
+ *
+ * This section tells what a file is, writes the config.json that its names and shapes imply, and
+ * finds the array that has a diffusers name: the loader asks for nothing else. Names are those of
+ * CompVis/latent-diffusion, Stability-AI/stablediffusion and open_clip; the same map is in
+ * diffusers' loaders/single_file_utils.py.
+ *
+ * What shapes do not tell is as in every published model: 32 groups, 8 heads in the UNet of SD 1,
+ * heads of 64 channels in that of SD 2 and in text encoders, scaling factor 0.18215.
+ * ======================================================================== */
+
+enum { SDQ__SF_LEVELS = 8 };
+
+/* Where the arrays of one network are. prefix NULL: a checkpoint with diffusers' own names. */
+typedef struct sdq__sf_source {
+    const sdq__st_set *set;
+    const char *prefix;
+    sdq_part part;
+    int sd2, openclip;
+    size_t levels, layers[SDQ__SF_LEVELS];
+    size_t down[SDQ__SF_LEVELS], up[SDQ__SF_LEVELS];    /* numbers of the levels' first blocks */
+} sdq__sf_source;
+
+static const char sdq__sf_unet[] = "model.diffusion_model.";
+static const char sdq__sf_vae[] = "first_stage_model.";
+static const char sdq__sf_clip[] = "cond_stage_model.transformer.";
+static const char sdq__sf_openclip[] = "cond_stage_model.model.";
+
+/* The array of that name, which is put together like a printed line. */
+SDQ__PRINTF(2, 3)
+static const sdq_entry *sdq__sf_at(const sdq_file *f, const char *format, ...) {
+    char name[256];
+    va_list args;
+    int n;
+    va_start(args, format);
+    n = vsnprintf(name, sizeof name, format, args);
+    va_end(args);
+    return n > 0 && (size_t)n < sizeof name ? sdq_file_find(f, name) : NULL;
+}
+
+/* --- what a file is --- */
+
+/* Some array has `text` in its name; at: 0 anywhere, 1 at the start. */
+static int sdq__sf_any(const sdq_file *f, const char *text, int at_start) {
+    const size_t n = strlen(text);
+    size_t i;
+    for (i = 0; i < f->count; i++) {
+        const char *name = f->entries[i].name;
+        if (at_start ? strncmp(name, text, n) == 0 : strstr(name, text) != NULL) return 1;
+    }
+    return 0;
+}
+
+static int sdq__sf_any_of(const sdq_file *f, const char *const *text, size_t n, int at_start) {
+    size_t i;
+    for (i = 0; i < n; i++)
+        if (sdq__sf_any(f, text[i], at_start)) return 1;
+    return 0;
+}
+
+/* An array of the first transformer that the UNet has: the middle's, or one on the way down. */
+static const sdq_entry *sdq__sf_transformer(const sdq_file *f, const char *name) {
+    const sdq_entry *e = sdq__sf_at(f, "%smiddle_block.1.%s", sdq__sf_unet, name);
+    size_t i;
+    for (i = 1; !e && i < 64; i++)
+        e = sdq__sf_at(f, "%sinput_blocks.%zu.1.%s", sdq__sf_unet, i, name);
+    return e;
+}
+
+/* The width of the text decides; widths of neither family go by what came with SD 2: projections
+ * that are linear layers, and OpenCLIP. */
+static int sdq__sf_is_sd2(const sdq_file *f) {
+    const sdq_entry *k = sdq__sf_transformer(f, "transformer_blocks.0.attn2.to_k.weight");
+    const sdq_entry *proj = sdq__sf_transformer(f, "proj_in.weight");
+    const sdq_entry *token =
+        sdq__sf_at(f, "%stext_model.embeddings.token_embedding.weight", sdq__sf_clip);
+    const size_t width = k && k->rank == 2 ? k->dim[1] : token ? token->dim[1] : 0;
+    if (width == 768 || width == 1024) return width == 1024;
+    return proj ? proj->rank == 2 : sdq__sf_any(f, sdq__sf_openclip, 1);
+}
+
+static int sdq__sf_has(const sdq_file *f, sdq_part part) {
+    if (part == SDQ_PART_UNET) return sdq__sf_at(f, "%sinput_blocks.0.0.weight", sdq__sf_unet) != 0;
+    if (part == SDQ_PART_VAE) return sdq__sf_at(f, "%sdecoder.conv_in.weight", sdq__sf_vae) != 0;
+    return sdq__sf_at(f, "%stoken_embedding.weight", sdq__sf_openclip)
+        || sdq__sf_at(f, "%stext_model.embeddings.token_embedding.weight", sdq__sf_clip)
+        || sdq__sf_at(f, "%sembeddings.token_embedding.weight", sdq__sf_clip);
+}
+
+/* What the UNet predicts, and how that is known. Nothing in the arrays tells; the number of
+ * training steps is how diffusers recognizes the base model of SD 2. */
+static sdq_prediction sdq__sf_prediction(const sdq_file *f, int sd2, const char **because) {
+    const char *said = sdq_file_meta(f, "modelspec.prediction_type");
+    const sdq_entry *step = sdq_file_find(f, "global_step");
+    *because = "the file says so";
+    if (said && strcmp(said, "v") == 0) return SDQ_PREDICT_V;
+    if (said && strcmp(said, "epsilon") == 0) return SDQ_PREDICT_EPSILON;
+    *because = sd2 ? "as the models of 768 pixels; those of 512 predict epsilon"
+                   : "as all models of SD 1";
+    if (!sd2) return SDQ_PREDICT_EPSILON;
+    if (!step || step->dtype >= SDQ_DTYPE_COUNT || sdq_entry_count(step) != 1
+        || sdq__st_element(step->dtype, (const unsigned char *)step->data) != 875000.0)
+        return SDQ_PREDICT_V;
+    *because = "its global_step is that of the base model";
+    return SDQ_PREDICT_EPSILON;
+}
+
+/* One network, or something that belongs to one, by itself. */
+static sdq_file_kind sdq__sf_alone(const sdq_file *f) {
+    if (sdq__sf_at(f, "conv_in.weight") && sdq__sf_any(f, "time_emb_proj", 0))
+        return SDQ_FILE_UNET;
+    if (sdq__sf_at(f, "input_blocks.0.0.weight")) return SDQ_FILE_UNET;
+    if (sdq__sf_at(f, "decoder.conv_in.weight")) return SDQ_FILE_VAE;
+    if (sdq__sf_any(f, "text_model.", 1) || sdq__sf_at(f, "token_embedding.weight"))
+        return SDQ_FILE_TEXT;
+    if (f->count <= 4 && (sdq__sf_at(f, "emb_params") || sdq__sf_at(f, "clip_l")))
+        return SDQ_FILE_EMBEDDING;
+    return SDQ_FILE_UNKNOWN;
+}
+
+static sdq_file_kind sdq__sf_kind(const sdq_file *f) {
+    static const char *const lora[] = {"lora_down", "lora_up", ".lora_A.", ".lora_B.", ".lora.down",
+                                       ".lora.up", "hada_w1", "lokr_w1"};
+    static const char *const control[] = {"control_model.", "controlnet_", "input_hint_block."};
+    static const char *const other[] = {
+        "model.diffusion_model.joint_blocks.", "model.diffusion_model.double_blocks.",
+        "joint_blocks.", "double_blocks.", "model.diffusion_model.label_emb.",
+        "text_encoders.", "transformer_blocks."};
+    const sdq_entry *in = sdq__sf_at(f, "%sinput_blocks.0.0.weight", sdq__sf_unet);
+    const sdq_entry *k = sdq__sf_transformer(f, "transformer_blocks.0.attn2.to_k.weight");
+    const int unet = sdq__sf_has(f, SDQ_PART_UNET), vae = sdq__sf_has(f, SDQ_PART_VAE);
+    const int text = sdq__sf_has(f, SDQ_PART_TEXT);
+    if (sdq_file_meta(f, "sdq.config")) return SDQ_FILE_INT8;
+    if (sdq__sf_any_of(f, lora, SDQ__COUNT(lora), 0)) return SDQ_FILE_LORA;
+    if (sdq__sf_any_of(f, control, SDQ__COUNT(control), 1)) return SDQ_FILE_CONTROLNET;
+    if (sdq__sf_any(f, "conditioner.embedders.", 1) || sdq__sf_any(f, "add_embedding.", 1)
+        || (k && (k->dim[1] == 2048 || k->dim[1] == 1280))) return SDQ_FILE_SDXL;
+    if (sdq__sf_any_of(f, other, SDQ__COUNT(other), 1)) return SDQ_FILE_OTHER;
+    if (in && in->dim[1] == 9) return SDQ_FILE_INPAINT;
+    if (in && in->dim[1] == 8) return SDQ_FILE_EDIT;
+    if (unet && vae && text) return sdq__sf_is_sd2(f) ? SDQ_FILE_SD2 : SDQ_FILE_SD1;
+    if (unet + vae + text > 1) return SDQ_FILE_PARTS;
+    return unet ? SDQ_FILE_UNET : vae ? SDQ_FILE_VAE : text ? SDQ_FILE_TEXT : sdq__sf_alone(f);
+}
+
+/* The type of most bytes. */
+static sdq_dtype sdq__sf_dtype(const sdq_file *f) {
+    size_t bytes[SDQ_DTYPE_COUNT + 1] = {0}, i, best = 0;
+    for (i = 0; i < f->count; i++) bytes[f->entries[i].dtype] += f->entries[i].bytes;
+    for (i = 1; i <= SDQ_DTYPE_COUNT; i++)
+        if (bytes[i] > bytes[best]) best = i;
+    return (sdq_dtype)best;
+}
+
+SDQ_API sdq_file_info sdq_file_describe(const sdq_file *f) {
+    static const char *const title[SDQ_FILE_COUNT] = {
+        "a safetensors file that sdq does not know", "Stable Diffusion 1 in a single file",
+        "Stable Diffusion 2 in a single file", "an inpainting model (9 input channels)",
+        "an editing model such as InstructPix2Pix (8 input channels)", "Stable Diffusion XL",
+        "a network of another family (SD 3, Flux, unCLIP, ..)",
+        "a part of Stable Diffusion in a single file", "a LoRA, changes to the weights of a model",
+        "a ControlNet", "an embedding (textual inversion)", "a UNet alone", "a VAE alone",
+        "a text encoder alone", "a UNet quantized to int8 by sdq"};
+    sdq_file_info info;
+    int i;
+    memset(&info, 0, sizeof info);
+    info.kind = sdq__sf_kind(f);
+    info.title = title[info.kind];
+    info.dtype = sdq__sf_dtype(f);
+    for (i = SDQ_PART_NONE + 1; i < SDQ_PART_COUNT; i++)
+        info.part[i] = sdq__sf_has(f, (sdq_part)i);
+    info.because = "";
+    if (info.kind == SDQ_FILE_SD1 || info.kind == SDQ_FILE_SD2)
+        info.prediction = sdq__sf_prediction(f, info.kind == SDQ_FILE_SD2, &info.because);
+    return info;
+}
+
+/* --- names --- */
+
+/* '#' in the pattern stands for a number. The place behind the pattern, or NULL. */
+static const char *sdq__sf_match(const char *name, const char *pattern, size_t *number) {
+    for (; *pattern; pattern++) {
+        if (*pattern != '#') {
+            if (*name++ != *pattern) return NULL;
+            continue;
+        }
+        if (*name < '0' || *name > '9') return NULL;
+        for (*number = 0; *name >= '0' && *name <= '9' && *number < 10000; name++)
+            *number = *number * 10 + (size_t)(*name - '0');
+        number++;
+    }
+    return name;
+}
+
+/* The first pair whose left side begins `name`: its right side and the rest, else name itself. */
+static const char *sdq__sf_swap(const char *const (*pair)[2], size_t n, const char *name,
+                                char *buf, size_t size) {
+    size_t i;
+    for (i = 0; i < n; i++) {
+        const size_t len = strlen(pair[i][0]);
+        if (strncmp(name, pair[i][0], len) != 0) continue;
+        (void)snprintf(buf, size, "%s%s", pair[i][1], name + len);
+        return buf;
+    }
+    return name;
+}
+
+/* UNet: blocks are numbered through, a resampling layer counts as one on the way down and belongs
+ * to the last one on the way up. */
+static void sdq__sf_unet_name(const sdq__sf_source *s, const char *name, char *out, size_t size) {
+    static const char *const resnet[][2] = {
+        {"norm1.", "in_layers.0."}, {"conv1.", "in_layers.2."}, {"time_emb_proj.", "emb_layers.1."},
+        {"norm2.", "out_layers.0."}, {"conv2.", "out_layers.3."},
+        {"conv_shortcut.", "skip_connection."}};
+    static const char *const outer[][2] = {
+        {"conv_in.", "input_blocks.0.0."}, {"conv_norm_out.", "out.0."}, {"conv_out.", "out.2."},
+        {"time_embedding.linear_1.", "time_embed.0."},
+        {"time_embedding.linear_2.", "time_embed.2."}};
+    char buf[256];
+    const char *rest;
+    size_t n[2] = {0, 0};
+#define SDQ__SF_INNER sdq__sf_swap(resnet, SDQ__COUNT(resnet), rest, buf, sizeof buf)
+#define SDQ__SF_LEVEL (n[0] < s->levels ? n[0] : 0)
+    if ((rest = sdq__sf_match(name, "down_blocks.#.resnets.#.", n)) != NULL)
+        (void)snprintf(out, size, "input_blocks.%zu.0.%s", s->down[SDQ__SF_LEVEL] + n[1],
+                       SDQ__SF_INNER);
+    else if ((rest = sdq__sf_match(name, "down_blocks.#.attentions.#.", n)) != NULL)
+        (void)snprintf(out, size, "input_blocks.%zu.1.%s", s->down[SDQ__SF_LEVEL] + n[1], rest);
+    else if ((rest = sdq__sf_match(name, "down_blocks.#.downsamplers.0.conv.", n)) != NULL)
+        (void)snprintf(out, size, "input_blocks.%zu.0.op.%s",
+                       s->down[SDQ__SF_LEVEL] + s->layers[SDQ__SF_LEVEL], rest);
+    else if ((rest = sdq__sf_match(name, "mid_block.resnets.#.", n)) != NULL)
+        (void)snprintf(out, size, "middle_block.%zu.%s", 2 * n[0], SDQ__SF_INNER);
+    else if ((rest = sdq__sf_match(name, "mid_block.attentions.0.", n)) != NULL)
+        (void)snprintf(out, size, "middle_block.1.%s", rest);
+    else if ((rest = sdq__sf_match(name, "up_blocks.#.resnets.#.", n)) != NULL)
+        (void)snprintf(out, size, "output_blocks.%zu.0.%s", s->up[SDQ__SF_LEVEL] + n[1],
+                       SDQ__SF_INNER);
+    else if ((rest = sdq__sf_match(name, "up_blocks.#.attentions.#.", n)) != NULL)
+        (void)snprintf(out, size, "output_blocks.%zu.1.%s", s->up[SDQ__SF_LEVEL] + n[1], rest);
+    else if ((rest = sdq__sf_match(name, "up_blocks.#.upsamplers.0.conv.", n)) != NULL) {
+        const size_t last = s->up[SDQ__SF_LEVEL] + s->layers[s->levels - 1 - SDQ__SF_LEVEL];
+        const int attends = sdq__sf_at(s->set->files[0], "%soutput_blocks.%zu.1.norm.weight",
+                                       s->prefix, last) != NULL;
+        (void)snprintf(out, size, "output_blocks.%zu.%d.conv.%s", last, attends ? 2 : 1, rest);
+    } else (void)snprintf(out, size, "%s", sdq__sf_swap(outer, SDQ__COUNT(outer), name, buf,
+                                                        sizeof buf));
+#undef SDQ__SF_INNER
+#undef SDQ__SF_LEVEL
+}
+
+/* VAE: the decoder's levels are numbered from the last to the first. */
+static void sdq__sf_vae_name(const sdq__sf_source *s, const char *name, char *out, size_t size) {
+    static const char *const inner[][2] = {
+        {"conv_shortcut.", "nin_shortcut."}, {"group_norm.", "norm."}, {"to_q.", "q."},
+        {"to_k.", "k."}, {"to_v.", "v."}, {"to_out.0.", "proj_out."},
+        {"conv_norm_out.", "norm_out."}};
+    char buf[256];
+    const char *half = strncmp(name, "encoder.", 8) == 0 ? "encoder."
+                     : strncmp(name, "decoder.", 8) == 0 ? "decoder." : "", *rest;
+    size_t n[2] = {0, 0};
+    name += strlen(half);
+#define SDQ__SF_INNER sdq__sf_swap(inner, SDQ__COUNT(inner), rest, buf, sizeof buf)
+    if ((rest = sdq__sf_match(name, "down_blocks.#.resnets.#.", n)) != NULL)
+        (void)snprintf(out, size, "%sdown.%zu.block.%zu.%s", half, n[0], n[1], SDQ__SF_INNER);
+    else if ((rest = sdq__sf_match(name, "down_blocks.#.downsamplers.0.", n)) != NULL)
+        (void)snprintf(out, size, "%sdown.%zu.downsample.%s", half, n[0], rest);
+    else if ((rest = sdq__sf_match(name, "up_blocks.#.resnets.#.", n)) != NULL)
+        (void)snprintf(out, size, "%sup.%zu.block.%zu.%s", half, s->levels - 1 - n[0], n[1],
+                       SDQ__SF_INNER);
+    else if ((rest = sdq__sf_match(name, "up_blocks.#.upsamplers.0.", n)) != NULL)
+        (void)snprintf(out, size, "%sup.%zu.upsample.%s", half, s->levels - 1 - n[0], rest);
+    else if ((rest = sdq__sf_match(name, "mid_block.resnets.#.", n)) != NULL)
+        (void)snprintf(out, size, "%smid.block_%zu.%s", half, n[0] + 1, SDQ__SF_INNER);
+    else if ((rest = sdq__sf_match(name, "mid_block.attentions.0.", n)) != NULL)
+        (void)snprintf(out, size, "%smid.attn_1.%s", half, SDQ__SF_INNER);
+    else {
+        rest = name;
+        (void)snprintf(out, size, "%s%s", half, SDQ__SF_INNER);
+    }
+#undef SDQ__SF_INNER
+}
+
+/* SD 1 has transformers' names; some programs lost "text_model." on the way. SD 2 has OpenCLIP's,
+ * where q, k and v are thirds of one array: *third is 1..3, 0 for a whole array. */
+static void sdq__sf_text_name(const sdq__sf_source *s, const char *name, char *out, size_t size,
+                              int *third) {
+    static const char *const outer[][2] = {
+        {"text_model.embeddings.token_embedding.", "token_embedding."},
+        {"text_model.embeddings.position_embedding.weight", "positional_embedding"},
+        {"text_model.final_layer_norm.", "ln_final."}};
+    static const char *const inner[][2] = {
+        {"layer_norm1.", "ln_1."}, {"layer_norm2.", "ln_2."}, {"mlp.fc1.", "mlp.c_fc."},
+        {"mlp.fc2.", "mlp.c_proj."}, {"self_attn.q_proj.", "attn.in_proj_"},
+        {"self_attn.k_proj.", "attn.in_proj_"}, {"self_attn.v_proj.", "attn.in_proj_"},
+        {"self_attn.out_proj.", "attn.out_proj."}};
+    char buf[256];
+    const char *rest;
+    size_t n = 0;
+    if (!s->openclip) {
+        const int lost = !sdq__sf_at(s->set->files[0], "%s%s", s->prefix, name)
+                      && strncmp(name, "text_model.", 11) == 0;
+        (void)snprintf(out, size, "%s", lost ? name + 11 : name);
+    } else if ((rest = sdq__sf_match(name, "text_model.encoder.layers.#.", &n)) != NULL) {
+        const char *to = sdq__sf_swap(inner, SDQ__COUNT(inner), rest, buf, sizeof buf);
+        (void)snprintf(out, size, "transformer.resblocks.%zu.%s", n, to);
+        if (strncmp(to, "attn.in_proj_", 13) == 0)
+            *third = rest[10] == 'q' ? 1 : rest[10] == 'k' ? 2 : 3;     /* self_attn.q_proj */
+    } else (void)snprintf(out, size, "%s", sdq__sf_swap(outer, SDQ__COUNT(outer), name, buf,
+                                                        sizeof buf));
+}
+
+/* The name that a parameter has in the file. */
+static void sdq__sf_name(const sdq__sf_source *s, const char *name, char *out, size_t size,
+                         int *third) {
+    const size_t n = s->prefix ? strlen(s->prefix) : 0;
+    *third = 0;
+    (void)snprintf(out, size, "%s", s->prefix ? s->prefix : name);
+    if (!s->prefix || n >= size) return;
+    if (s->part == SDQ_PART_UNET) sdq__sf_unet_name(s, name, out + n, size - n);
+    else if (s->part == SDQ_PART_VAE) sdq__sf_vae_name(s, name, out + n, size - n);
+    else sdq__sf_text_name(s, name, out + n, size - n, third);
+}
+
+/* The array of a parameter with that diffusers name; 0 when there is none. */
+static int sdq__sf_find(const sdq__sf_source *s, const char *name, sdq_entry *out) {
+    char own[320];
+    int third;
+    const sdq_entry *e;
+    sdq__sf_name(s, name, own, sizeof own, &third);
+    e = sdq__st_set_find(s->set, own);
+    if (!e) return 0;
+    *out = *e;
+    if (third && e->rank > 0 && e->dim[0] % 3 == 0) {   /* else the shape will be found wrong */
+        out->dim[0] /= 3;
+        out->bytes /= 3;
+        out->data = (const char *)e->data + out->bytes * (size_t)(third - 1);
+    }
+    return 1;
+}
+
+/* An array that no network needs: it belongs to another part or to training, or it is a table of
+ * numbers 0, 1, 2, ... SD 2 uses the last but one layer of its text encoder. */
+static int sdq__sf_dead(const sdq__sf_source *s, const char *name) {
+    size_t n = 0;
+    if (strcmp(name, "text_model.embeddings.position_ids") == 0) return 1;
+    if (!s->prefix) return 0;
+    if (strncmp(name, s->prefix, strlen(s->prefix)) != 0) return 1;
+    name += strlen(s->prefix);
+    if (s->part == SDQ_PART_VAE) return strncmp(name, "loss.", 5) == 0;
+    if (s->part != SDQ_PART_TEXT) return 0;
+    if (sdq__io_ends(name, "embeddings.position_ids") || !strcmp(name, "logit_scale")
+        || !strcmp(name, "attn_mask") || strncmp(name, "text_projection", 15) == 0) return 1;
+    return s->openclip && sdq__sf_match(name, "transformer.resblocks.#.", &n)
+        && n >= s->layers[0];
+}
+
+/* --- configuration --- */
+
+static size_t sdq__sf_dim(const sdq_entry *e, int i) { return e ? e->dim[i] : 0; }
+
+/* "key": [a, b, ..], */
+static void sdq__sf_put_sizes(sdq_ctx *ctx, sdq__str *t, const char *key, const size_t *v,
+                              size_t n) {
+    size_t i;
+    sdq__str_format(ctx, t, "  \"%s\": [", key);
+    for (i = 0; i < n; i++) sdq__str_format(ctx, t, "%s%zu", i ? ", " : "", v[i]);
+    sdq__str_format(ctx, t, "],\n");
+}
+/* One size, when that is all there is to say. */
+static void sdq__sf_put_same(sdq_ctx *ctx, sdq__str *t, const char *key, const size_t *v,
+                             size_t n) {
+    size_t i = 1;
+    while (i < n && v[i] == v[0]) i++;
+    if (i < n) sdq__sf_put_sizes(ctx, t, key, v, n);
+    else sdq__str_format(ctx, t, "  \"%s\": %zu,\n", key, v[0]);
+}
+static void sdq__sf_put_kinds(sdq_ctx *ctx, sdq__str *t, const char *key, const char *no,
+                              const char *yes, const int *which, size_t n) {
+    size_t i;
+    sdq__str_format(ctx, t, "  \"%s\": [", key);
+    for (i = 0; i < n; i++)
+        sdq__str_format(ctx, t, "%s\"%s\"", i ? ", " : "", which && which[i] ? yes : no);
+    sdq__str_format(ctx, t, "],\n");
+}
+
+typedef struct sdq__sf_plan {
+    size_t channels[SDQ__SF_LEVELS], depth[SDQ__SF_LEVELS];
+    int cross_down[SDQ__SF_LEVELS], cross_up[SDQ__SF_LEVELS];
+} sdq__sf_plan;
+
+/* The transformer blocks under that name. */
+static size_t sdq__sf_depth(const sdq_file *f, const char *block, size_t i) {
+    size_t n = 0;
+    while (n < 1000 && sdq__sf_at(f, "%s%s.%zu.1.transformer_blocks.%zu.norm1.weight",
+                                  sdq__sf_unet, block, i, n)) n++;
+    return n;
+}
+
+/* Walk down the UNet's blocks: a resampling convolution ends a level. 0: more levels than 8. */
+static int sdq__sf_scan_unet(sdq__sf_source *s, sdq__sf_plan *p) {
+    const sdq_file *f = s->set->files[0];
+    const sdq_entry *e;
+    size_t n, i = 0, at = 0;
+    s->down[0] = 1;
+    for (n = 1; n <= f->count; n++) {
+        if (sdq__sf_at(f, "%sinput_blocks.%zu.0.op.weight", s->prefix, n)) {
+            if (++i == SDQ__SF_LEVELS) return 0;
+            s->down[i] = n + 1;
+            continue;
+        }
+        e = sdq__sf_at(f, "%sinput_blocks.%zu.0.in_layers.2.weight", s->prefix, n);
+        if (!e) break;
+        p->channels[i] = e->dim[0];
+        s->layers[i]++;
+        if (sdq__sf_at(f, "%sinput_blocks.%zu.1.norm.weight", s->prefix, n)) {
+            p->cross_down[i] = 1;
+            p->depth[i] = sdq__sf_depth(f, "input_blocks", n);
+        }
+    }
+    s->levels = i + 1;
+    for (n = 0; n < s->levels; n++) {
+        s->up[n] = at;
+        p->cross_up[n] =
+            sdq__sf_at(f, "%soutput_blocks.%zu.1.norm.weight", s->prefix, at) != NULL;
+        at += s->layers[i - n] + 1;
+    }
+    return 1;
+}
+
+static size_t sdq__sf_vae_levels(const sdq_file *f) {
+    size_t n = 0;
+    while (n <= SDQ__SF_LEVELS
+           && sdq__sf_at(f, "%sencoder.down.%zu.block.0.norm1.weight", sdq__sf_vae, n)) n++;
+    return n;
+}
+
+/* Pixels of the pictures that the model was made for. */
+static size_t sdq__sf_pixels(const sdq_file *f, int sd2) {
+    const char *because;
+    return sd2 && sdq__sf_prediction(f, sd2, &because) == SDQ_PREDICT_V ? 768 : 512;
+}
+
+static void sdq__sf_put_heads(sdq_ctx *ctx, sdq__str *t, const sdq__sf_source *s,
+                              const sdq__sf_plan *p) {
+    size_t heads[SDQ__SF_LEVELS], i;
+    for (i = 0; i < s->levels; i++) {
+        heads[i] = s->sd2 ? sdq__u_max(p->channels[i] / 64, 1) : 8;
+        if (s->sd2 && p->channels[i] > 64 && p->channels[i] % 64)
+            sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s: the UNet has a level of %zu channels, but SD "
+                      "2 has heads of 64; save the model as a diffusers folder, whose config.json "
+                      "says how many heads there are", s->set->path, p->channels[i]);
+    }
+    sdq__sf_put_same(ctx, t, "attention_head_dim", heads, s->levels);
+}
+
+static void sdq__sf_unet_config(sdq_ctx *ctx, sdq__sf_source *s, sdq__str *t) {
+    const sdq_file *f = s->set->files[0];
+    const size_t vae = sdq__sf_vae_levels(f), shrink = (size_t)1 << (vae ? vae - 1 : 3);
+    const sdq_entry *in = sdq__sf_at(f, "%sinput_blocks.0.0.weight", s->prefix);
+    const sdq_entry *proj = sdq__sf_transformer(f, "proj_in.weight");
+    const sdq_entry *key = sdq__sf_transformer(f, "transformer_blocks.0.attn2.to_k.weight");
+    const int mid = sdq__sf_at(f, "%smiddle_block.0.in_layers.0.weight", s->prefix) != NULL;
+    size_t i, time = sdq__sf_dim(sdq__sf_at(f, "%stime_embed.0.weight", s->prefix), 0);
+    sdq__sf_plan p;
+    memset(&p, 0, sizeof p);
+    if (!sdq__sf_scan_unet(s, &p)) {
+        sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s: the UNet has more than 8 levels", s->set->path);
+        return;
+    }
+    if (!p.cross_down[s->levels - 1]) p.depth[s->levels - 1] = sdq__sf_depth(f, "middle_block", 1);
+    for (i = 0; i < s->levels; i++) p.depth[i] = sdq__u_max(p.depth[i], 1);
+    sdq__str_format(ctx, t, "{\n  \"_class_name\": \"UNet2DConditionModel\",\n");
+    sdq__str_format(ctx, t, "  \"sample_size\": %zu,\n", sdq__sf_pixels(f, s->sd2) / shrink);
+    sdq__str_format(ctx, t, "  \"in_channels\": %zu,\n  \"out_channels\": %zu,\n",
+                    sdq__sf_dim(in, 1),
+                    sdq__sf_dim(sdq__sf_at(f, "%sout.2.weight", s->prefix), 0));
+    sdq__sf_put_sizes(ctx, t, "block_out_channels", p.channels, s->levels);
+    sdq__sf_put_same(ctx, t, "layers_per_block", s->layers, s->levels);
+    sdq__sf_put_same(ctx, t, "transformer_layers_per_block", p.depth, s->levels);
+    sdq__sf_put_kinds(ctx, t, "down_block_types", "DownBlock2D", "CrossAttnDownBlock2D",
+                      p.cross_down, s->levels);
+    sdq__sf_put_kinds(ctx, t, "up_block_types", "UpBlock2D", "CrossAttnUpBlock2D", p.cross_up,
+                      s->levels);
+    sdq__sf_put_heads(ctx, t, s, &p);
+    if (!mid) sdq__str_format(ctx, t, "  \"mid_block_type\": null,\n");
+    if (time != 4 * p.channels[0])
+        sdq__str_format(ctx, t, "  \"time_embedding_dim\": %zu,\n", time);
+    sdq__str_format(ctx, t, "  \"cross_attention_dim\": %zu,\n  \"use_linear_projection\": %s\n}\n",
+                    sdq__sf_dim(key, 1), proj && proj->rank == 2 ? "true" : "false");
+}
+
+static void sdq__sf_vae_config(sdq_ctx *ctx, sdq__sf_source *s, sdq__str *t) {
+    const sdq_file *f = s->set->files[0];
+    size_t channels[SDQ__SF_LEVELS], layers = 0, i;
+    s->levels = sdq__sf_vae_levels(f);
+    if (s->levels > SDQ__SF_LEVELS) {
+        sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s: the VAE has more than 8 levels", s->set->path);
+        return;
+    }
+    for (i = 0; i < s->levels; i++)
+        channels[i] =
+            sdq__sf_dim(sdq__sf_at(f, "%sencoder.down.%zu.block.0.conv1.weight", s->prefix, i), 0);
+    while (layers < 64
+           && sdq__sf_at(f, "%sencoder.down.0.block.%zu.norm1.weight", s->prefix, layers)) layers++;
+    sdq__str_format(ctx, t, "{\n  \"_class_name\": \"AutoencoderKL\",\n");
+    sdq__str_format(ctx, t, "  \"in_channels\": %zu,\n  \"out_channels\": %zu,\n",
+                    sdq__sf_dim(sdq__sf_at(f, "%sencoder.conv_in.weight", s->prefix), 1),
+                    sdq__sf_dim(sdq__sf_at(f, "%sdecoder.conv_out.weight", s->prefix), 0));
+    sdq__sf_put_sizes(ctx, t, "block_out_channels", channels, s->levels);
+    sdq__sf_put_kinds(ctx, t, "down_block_types", "DownEncoderBlock2D", "", NULL, s->levels);
+    sdq__sf_put_kinds(ctx, t, "up_block_types", "UpDecoderBlock2D", "", NULL, s->levels);
+    sdq__str_format(ctx, t, "  \"layers_per_block\": %zu,\n  \"latent_channels\": %zu,\n", layers,
+                    sdq__sf_dim(sdq__sf_at(f, "%sdecoder.conv_in.weight", s->prefix), 1));
+    if (!sdq__sf_at(f, "%squant_conv.weight", s->prefix))
+        sdq__str_format(ctx, t, "  \"use_quant_conv\": false,\n");
+    if (!sdq__sf_at(f, "%spost_quant_conv.weight", s->prefix))
+        sdq__str_format(ctx, t, "  \"use_post_quant_conv\": false,\n");
+    if (!sdq__sf_at(f, "%sdecoder.mid.attn_1.norm.weight", s->prefix))
+        sdq__str_format(ctx, t, "  \"mid_block_add_attention\": false,\n");
+    sdq__str_format(ctx, t, "  \"sample_size\": %zu,\n  \"scaling_factor\": 0.18215\n}\n",
+                    sdq__sf_pixels(f, s->sd2));
+}
+
+/* An array of the text encoder under its transformers name. */
+static size_t sdq__sf_text_dim(const sdq__sf_source *s, const char *name, int i) {
+    sdq_entry e;
+    return sdq__sf_find(s, name, &e) ? e.dim[i] : 0;
+}
+
+static void sdq__sf_text_config(sdq_ctx *ctx, sdq__sf_source *s, sdq__str *t) {
+    const size_t width = sdq__sf_text_dim(s, "text_model.embeddings.token_embedding.weight", 1);
+    size_t layers = 0;
+    char name[96];
+    sdq_entry e;
+    do {
+        (void)snprintf(name, sizeof name, "text_model.encoder.layers.%zu.layer_norm1.weight",
+                       layers++);
+    } while (layers < 1000 && sdq__sf_find(s, name, &e));
+    layers--;
+    if (s->openclip)        /* ViT-H without its last layer, which some programs do not save */
+        layers = width == 1024 && layers <= 24 ? 23 : layers ? layers - 1 : 0;
+    s->layers[0] = layers;
+    sdq__str_format(ctx, t, "{\n  \"architectures\": [\"CLIPTextModel\"],\n"
+                    "  \"model_type\": \"clip_text_model\",\n  \"vocab_size\": %zu,\n"
+                    "  \"hidden_size\": %zu,\n  \"intermediate_size\": %zu,\n",
+                    sdq__sf_text_dim(s, "text_model.embeddings.token_embedding.weight", 0), width,
+                    sdq__sf_text_dim(s, "text_model.encoder.layers.0.mlp.fc1.weight", 0));
+    sdq__str_format(ctx, t, "  \"num_hidden_layers\": %zu,\n  \"num_attention_heads\": %zu,\n"
+                    "  \"max_position_embeddings\": %zu,\n  \"hidden_act\": \"%s\"\n}\n", layers,
+                    sdq__u_max(width / 64, 1),
+                    sdq__sf_text_dim(s, "text_model.embeddings.position_embedding.weight", 0),
+                    s->sd2 ? "gelu" : "quick_gelu");
+}
+
+/* --- a part of a single file as a source of arrays --- */
+
+static sdq_status sdq__sf_refuse(sdq_ctx *ctx, const char *path, const sdq_file_info *info,
+                                 const char *wanted) {
+    char has[96] = "";
+    int i;
+    for (i = SDQ_PART_NONE + 1; i < SDQ_PART_COUNT && info->kind == SDQ_FILE_PARTS; i++)
+        if (!info->part[i])
+            (void)snprintf(has, sizeof has, " without its %s", i == SDQ_PART_TEXT ? "text encoder"
+                           : i == SDQ_PART_UNET ? "UNet" : "VAE");
+    return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s: is %s%s; %s", path, info->title, has, wanted);
+}
+
+/* set: of one file. config receives the text that stands for config.json. */
+static sdq_status sdq__sf_open(sdq_ctx *ctx, const sdq__st_set *set, sdq_part part,
+                               sdq__sf_source *s, sdq__str *config) {
+    const sdq_file *f = set->files[0];
+    const sdq_file_info info = sdq_file_describe(f);
+    memset(s, 0, sizeof *s);
+    s->set = set;
+    s->part = part;
+    if (!info.part[part] || info.kind == SDQ_FILE_SDXL || info.kind == SDQ_FILE_OTHER)
+        return sdq__sf_refuse(ctx, set->path, &info, part == SDQ_PART_UNET
+            ? "needed is a single file of SD 1 or 2 that holds a UNet, or a diffusers folder"
+            : part == SDQ_PART_VAE
+            ? "needed is a single file of SD 1 or 2 that holds a VAE, or a diffusers folder"
+            : "needed is a single file of SD 1 or 2 that holds a text encoder, or a diffusers "
+              "folder");
+    s->sd2 = sdq__sf_is_sd2(f);
+    s->openclip = sdq__sf_at(f, "%stoken_embedding.weight", sdq__sf_openclip) != NULL;
+    s->prefix = part == SDQ_PART_UNET ? sdq__sf_unet : part == SDQ_PART_VAE ? sdq__sf_vae
+              : s->openclip ? sdq__sf_openclip : sdq__sf_clip;
+    if (part == SDQ_PART_UNET) sdq__sf_unet_config(ctx, s, config);
+    else if (part == SDQ_PART_VAE) sdq__sf_vae_config(ctx, s, config);
+    else sdq__sf_text_config(ctx, s, config);
+    return config->bad ? SDQ_ERR_OOM : ctx->status;
+}
+
+/* ===========================================================================
  * >>model   what a network is made of: parameters, layers, configuration
  *
  * The structure of each network is written once, as a builder (sdq__tx_build, sdq__un_build,
@@ -9659,7 +10411,7 @@ typedef struct sdq__builder {
     sdq_model *model;
     const char *file;                   /* config.json, for sentences */
     const sdq__json *root, *defaults;
-    const sdq__st_set *set;             /* where the weights are; NULL: nowhere */
+    const sdq__sf_source *src;          /* where the weights are; NULL: nowhere */
     double std;                         /* > 0: N(0,std) weights, zero bias; 0: PyTorch's */
     size_t len;
     char path[256];                     /* name of the module being built, ends in '.' */
@@ -9856,15 +10608,21 @@ static int sdq__md_old_name(const char *name, char *buf, size_t size) {
     return 0;
 }
 
-static const sdq_entry *sdq__md_find(const sdq__st_set *set, const sdq_model *m, const char *name) {
-    const sdq_entry *e = sdq__st_set_find(set, name);
+static int sdq__md_find(const sdq__sf_source *src, const char *name, sdq_entry *e) {
     char old[320];
-    if (e || m->info.part != SDQ_PART_VAE || !sdq__md_old_name(name, old, sizeof old)) return e;
-    return sdq__st_set_find(set, old);
+    if (sdq__sf_find(src, name, e)) return 1;
+    if (src->prefix || src->part != SDQ_PART_VAE || !sdq__md_old_name(name, old, sizeof old))
+        return 0;
+    return sdq__sf_find(src, old, e);
+}
+
+/* What says which shapes the arrays must have. */
+static const char *sdq__md_asks(const sdq__sf_source *src) {
+    return src->prefix ? "the rest of the file" : "config.json";
 }
 
 /* Linear [o,i] and 1x1 convolution [o,i,1,1] are the same numbers: either is read as either. */
-static sdq_status sdq__md_fits(sdq_ctx *ctx, const sdq__st_set *set, const sdq__param *p,
+static sdq_status sdq__md_fits(sdq_ctx *ctx, const sdq__sf_source *src, const sdq__param *p,
                                const sdq_entry *e) {
     char want[128], found[192];
     int i, same = p->rank == 1 ? e->rank == 1 : e->rank >= 2;
@@ -9872,25 +10630,27 @@ static sdq_status sdq__md_fits(sdq_ctx *ctx, const sdq__st_set *set, const sdq__
     if (!same) {
         sdq__md_shape(p->rank, p->dim, want, sizeof want);
         sdq__md_shape(e->rank, e->dim, found, sizeof found);
-        return sdq__fail(ctx, SDQ_ERR_SHAPE, "%s: %s is %s, but config.json asks for %s", set->path,
-                         e->name, found, want);
+        return sdq__fail(ctx, SDQ_ERR_SHAPE, "%s: %s is %s, but %s asks for %s",
+                         src->set->path, e->name, found, sdq__md_asks(src), want);
     }
     if (e->dtype == SDQ_F32 || e->dtype == SDQ_F16 || e->dtype == SDQ_BF16 || e->dtype == SDQ_F64)
         return SDQ_OK;
     return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s: %s is stored as %s; a weight must be F32, F16, "
-                     "BF16 or F64", set->path, e->name, e->dtype == SDQ_DTYPE_COUNT
+                     "BF16 or F64", src->set->path, e->name, e->dtype == SDQ_DTYPE_COUNT
                      ? "a type that sdq cannot read (F8, F4, ..)" : sdq_dtype_name(e->dtype));
 }
 
 /* The entry of a parameter exists and has its shape. */
-static sdq_status sdq__md_match(sdq_ctx *ctx, const sdq__st_set *set, const sdq_model *m,
-                                const sdq__param *p) {
-    const sdq_entry *e = sdq__md_find(set, m, p->name);
-    char want[128];
-    if (e) return sdq__md_fits(ctx, set, p, e);
+static sdq_status sdq__md_match(sdq_ctx *ctx, const sdq__sf_source *src, const sdq__param *p) {
+    char want[128], name[320];
+    int third;
+    sdq_entry e;
+    if (sdq__md_find(src, p->name, &e)) return sdq__md_fits(ctx, src, p, &e);
+    sdq__sf_name(src, p->name, name, sizeof name, &third);
     sdq__md_shape(p->rank, p->dim, want, sizeof want);
-    return sdq__fail(ctx, SDQ_ERR_MISSING, "%s: %s is missing; config.json asks for it as %s",
-                     set->path, p->name, want);
+    return sdq__fail(ctx, SDQ_ERR_MISSING, "%s: %s is missing; %s asks for it as %s%s; is the file "
+                     "complete?", src->set->path, name, sdq__md_asks(src), want,
+                     third ? ", three times" : "");
 }
 
 /* A new entry of the parameter list, named path + name + suffix; NULL on failure. When the weights
@@ -9919,7 +10679,7 @@ static sdq__param *sdq__md_param(sdq__builder *b, const char *name, const char *
     (void)sprintf(p->name + b->len, "%s%s", name, suffix);
     m->params++;
     m->info.weights += count;
-    if (b->set && sdq__md_match(b->ctx, b->set, m, p) != SDQ_OK) return NULL;
+    if (b->src && sdq__md_match(b->ctx, b->src, p) != SDQ_OK) return NULL;
     return p;
 }
 
@@ -11324,9 +12084,9 @@ SDQ_API void sdq_model_free(sdq_ctx *ctx, sdq_model *m) {
 }
 
 /* The network with zero weights from the text of its configuration; file names it in sentences.
- * set: NULL, or the checkpoint that must have all of its tensors. */
+ * src: NULL, or the checkpoint that must have all of its tensors. */
 static sdq_status sdq__md_create(sdq_ctx *ctx, const char *file, const char *text, size_t len,
-                                 sdq_part part, const sdq__st_set *set, sdq_model **out) {
+                                 sdq_part part, const sdq__sf_source *src, sdq_model **out) {
     const sdq__md_kind *kind = &sdq__md_kinds_of[part];
     sdq__builder b;
     sdq__json *root = NULL, *defaults = NULL;
@@ -11335,7 +12095,7 @@ static sdq_status sdq__md_create(sdq_ctx *ctx, const char *file, const char *tex
     memset(&b, 0, sizeof b);
     b.ctx = ctx;
     b.file = file;
-    b.set = set;
+    b.src = src;
     b.model = SDQ__NEW(ctx, sdq_model);
     if (!b.model) return st;
     b.model->info.part = part;
@@ -11360,30 +12120,11 @@ done:
     return st;
 }
 
-/* The same from config.json in `dir`, which ends in '/'. */
-static sdq_status sdq__md_open(sdq_ctx *ctx, const char *dir, sdq_part part,
-                               const sdq__st_set *set, sdq_model **out) {
-    char *file = sdq__io_join(ctx, dir, "config.json", ""), *text = NULL;
-    size_t len;
-    sdq_status st;
-    *out = NULL;
-    if (!file) return SDQ_ERR_OOM;
-    st = sdq__io_read(ctx, file, (size_t)1 << 20, &text, &len);
-    if (st == SDQ_OK) st = sdq__md_create(ctx, file, text, len, part, set, out);
-    sdq__free(ctx, file);
-    sdq__free(ctx, text);
-    return st;
-}
-
 /* The network's own folder with a '/' behind it: `folder`, or its subfolder of that name. */
 static sdq_status sdq__md_folder(sdq_ctx *ctx, const char *folder, sdq_part part, char **out) {
     const char *name = sdq_part_name(part), *slash;
     int i;
     *out = NULL;
-    if (ctx->status != SDQ_OK) return ctx->status;
-    if (!folder || part <= SDQ_PART_NONE || part >= SDQ_PART_COUNT)
-        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "model: folder is NULL or part %d is not valid",
-                         (int)part);
     slash = *folder && !sdq__io_ends(folder, "/") ? "/" : "";
     for (i = 0; i < 2; i++) {
         char sub[32] = "", *dir, *config;
@@ -11399,6 +12140,54 @@ static sdq_status sdq__md_folder(sdq_ctx *ctx, const char *folder, sdq_part part
     }
     return sdq__fail(ctx, SDQ_ERR_MISSING, "%s: holds no config.json, nor does its folder %s: not "
                      "a diffusers model", *folder ? folder : "(empty path)", name);
+}
+
+/* A network's configuration and, when asked for, its arrays: of a folder or of a single file. */
+typedef struct sdq__md_place {
+    char *file;             /* what the configuration is from, for sentences */
+    sdq__str config;
+    sdq__st_set *set;       /* NULL: not asked for */
+    sdq__sf_source src;
+} sdq__md_place;
+
+static void sdq__md_place_close(sdq_ctx *ctx, sdq__md_place *p) {
+    sdq__st_set_close(ctx, p->set);
+    sdq__str_free(ctx, &p->config);
+    sdq__free(ctx, p->file);
+}
+
+static sdq_status sdq__md_place_folder(sdq_ctx *ctx, const char *folder, sdq_part part,
+                                       int weights, sdq__md_place *p) {
+    char *dir = NULL, *stem = NULL;
+    sdq_status st;
+    SDQ__TRY(sdq__md_folder(ctx, folder, part, &dir));
+    st = SDQ_ERR_OOM;
+    p->src.part = part;
+    p->file = sdq__io_join(ctx, dir, "config.json", "");
+    stem = sdq__io_join(ctx, dir, sdq__md_kinds_of[part].weights, "");
+    if (!p->file || !stem) goto done;
+    if (weights) SDQ__TRY_DONE(sdq__st_set_open(ctx, stem, NULL, &p->set));
+    p->src.set = p->set;
+    st = sdq__io_read(ctx, p->file, (size_t)1 << 20, &p->config.s, &p->config.len);
+done:
+    sdq__free(ctx, stem);
+    sdq__free(ctx, dir);
+    return st;
+}
+
+/* Close it whatever is returned. */
+static sdq_status sdq__md_place_open(sdq_ctx *ctx, const char *path, sdq_part part, int weights,
+                                     sdq__md_place *p) {
+    memset(p, 0, sizeof *p);
+    if (ctx->status != SDQ_OK) return ctx->status;
+    if (!path || part <= SDQ_PART_NONE || part >= SDQ_PART_COUNT)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "model: path is NULL or part %d is not valid",
+                         (int)part);
+    if (!sdq__io_is_file(path)) return sdq__md_place_folder(ctx, path, part, weights, p);
+    p->file = sdq__strdup(ctx, path);
+    if (!p->file) return SDQ_ERR_OOM;
+    SDQ__TRY(sdq__st_set_file(ctx, path, &p->set));
+    return sdq__sf_open(ctx, p->set, part, &p->src, &p->config);
 }
 
 /* One output channel's kernel between [ic][plane] (diffusers) and [plane][ic] (here). */
@@ -11430,24 +12219,23 @@ static sdq_status sdq__md_read(sdq_ctx *ctx, const sdq__param *p, const sdq_entr
 }
 
 /* Some entry has no parameter: name the first that is not known to be dead weight. */
-static sdq_status sdq__md_surplus(sdq_ctx *ctx, const sdq__st_set *set, const sdq_model *m) {
-    const size_t n = sdq__st_set_count(set);
-    char old[320], shape[192];
-    size_t i, k;
-    for (i = 0; i < n; i++) {
-        const sdq_entry *e = sdq__st_set_entry(set, i);
-        if (strcmp(e->name, "text_model.embeddings.position_ids") == 0) continue;   /* 0,1,2,.. */
-        for (k = 0; k < m->params; k++) {
-            if (strcmp(e->name, m->param[k].name) == 0) break;
-            if (m->info.part == SDQ_PART_VAE && sdq__md_old_name(m->param[k].name, old, sizeof old)
-                && strcmp(e->name, old) == 0) break;
-        }
-        if (k < m->params) continue;
-        sdq__md_shape(e->rank, e->dim, shape, sizeof shape);
-        return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s: %s %s has no place in the network that "
-                         "config.json describes", set->path, e->name, shape);
+static sdq_status sdq__md_surplus(sdq_ctx *ctx, const sdq__sf_source *src, const sdq_model *m) {
+    const size_t n = sdq__st_set_count(src->set);
+    char *used = SDQ__NEW_N(ctx, char, n), shape[192];
+    sdq_status st = used ? SDQ_OK : SDQ_ERR_OOM;
+    sdq_entry e;
+    size_t i;
+    for (i = 0; used && i < m->params; i++)
+        if (sdq__md_find(src, m->param[i].name, &e)) used[sdq__st_set_place(src->set, e.name)] = 1;
+    for (i = 0; st == SDQ_OK && i < n; i++) {
+        const sdq_entry *left = sdq__st_set_entry(src->set, i);
+        if (used[i] || sdq__sf_dead(src, left->name)) continue;
+        sdq__md_shape(left->rank, left->dim, shape, sizeof shape);
+        st = sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s: %s %s has no place in the network that %s "
+                       "describes", src->set->path, left->name, shape, sdq__md_asks(src));
     }
-    return SDQ_OK;
+    sdq__free(ctx, used);
+    return st;
 }
 
 /* A hash of the weights as they were loaded: float, in the order of this library. How the file
@@ -11464,35 +12252,42 @@ static uint64_t sdq__md_hash(const sdq_model *m) {
     return h ? h : 1;
 }
 
-static sdq_status sdq__md_fill(sdq_ctx *ctx, sdq_model *m, const sdq__st_set *set) {
+static sdq_status sdq__md_fill(sdq_ctx *ctx, sdq_model *m, const sdq__sf_source *src) {
+    sdq_entry e;
     size_t i;
     for (i = 0; i < m->params; i++)
-        SDQ__TRY(sdq__md_read(ctx, &m->param[i], sdq__md_find(set, m, m->param[i].name)));
+        if (sdq__md_find(src, m->param[i].name, &e)) SDQ__TRY(sdq__md_read(ctx, &m->param[i], &e));
     if (m->info.part == SDQ_PART_UNET) m->source = sdq__md_hash(m);     /* the one for int8 files */
-    return sdq__st_set_count(set) == m->params ? SDQ_OK : sdq__md_surplus(ctx, set, m);
+    return sdq__md_surplus(ctx, src, m);
 }
 
-SDQ_API sdq_status sdq_model_load(sdq_ctx *ctx, const char *folder, sdq_part part,
+SDQ_API sdq_status sdq_model_load(sdq_ctx *ctx, const char *path, sdq_part part,
                                   sdq_model **out) {
-    char *dir = NULL, *stem = NULL;
-    sdq__st_set *set = NULL;
+    sdq__md_place p;
     sdq_model *m = NULL;
     sdq_status st;
     if (!out) return SDQ_ERR_ARGUMENT;
     *out = NULL;
-    SDQ__TRY(sdq__md_folder(ctx, folder, part, &dir));
-    st = SDQ_ERR_OOM;
-    stem = sdq__io_join(ctx, dir, sdq__md_kinds_of[part].weights, "");
-    if (!stem) goto done;
-    SDQ__TRY_DONE(sdq__st_set_open(ctx, stem, NULL, &set));
-    SDQ__TRY_DONE(sdq__md_open(ctx, dir, part, set, &m));
-    st = sdq__md_fill(ctx, m, set);
+    SDQ__TRY_DONE(sdq__md_place_open(ctx, path, part, 1, &p));
+    SDQ__TRY_DONE(sdq__md_create(ctx, p.file, p.config.s, p.config.len, part, &p.src, &m));
+    st = sdq__md_fill(ctx, m, &p.src);
 done:
-    sdq__st_set_close(ctx, set);
-    sdq__free(ctx, stem);
-    sdq__free(ctx, dir);
+    sdq__md_place_close(ctx, &p);
     if (st == SDQ_OK) *out = m;
     else sdq_model_free(ctx, m);
+    return st;
+}
+
+/* The network without its weights. */
+static sdq_status sdq__md_structure(sdq_ctx *ctx, const char *path, sdq_part part,
+                                    sdq_model **out) {
+    sdq__md_place p;
+    sdq_status st = sdq__md_place_open(ctx, path, part, 0, &p);
+    *out = NULL;
+    if (st == SDQ_OK)
+        st = sdq__md_create(ctx, p.file, p.config.s, p.config.len, part,
+                            p.set ? &p.src : NULL, out);
+    sdq__md_place_close(ctx, &p);
     return st;
 }
 
@@ -11523,18 +12318,15 @@ static sdq_status sdq__md_draw(sdq_ctx *ctx, const sdq__param *p, sdq_rng *rng) 
     return SDQ_OK;
 }
 
-SDQ_API sdq_status sdq_model_init(sdq_ctx *ctx, const char *folder, sdq_part part, uint64_t seed,
+SDQ_API sdq_status sdq_model_init(sdq_ctx *ctx, const char *path, sdq_part part, uint64_t seed,
                                   sdq_model **out) {
-    char *dir = NULL;
     sdq_model *m = NULL;
     sdq_rng rng;
     sdq_status st;
     size_t i;
     if (!out) return SDQ_ERR_ARGUMENT;
     *out = NULL;
-    SDQ__TRY(sdq__md_folder(ctx, folder, part, &dir));
-    st = sdq__md_open(ctx, dir, part, NULL, &m);
-    sdq__free(ctx, dir);
+    st = sdq__md_structure(ctx, path, part, &m);
     if (st != SDQ_OK) return st;
     sdq_rng_init(&rng, SDQ_RNG_TORCH, seed);
     for (i = 0; i < m->params && st == SDQ_OK; i++) st = sdq__md_draw(ctx, &m->param[i], &rng);
@@ -12598,10 +13390,15 @@ static sdq_status sdq__pl_load_scheduler(sdq_ctx *ctx, const char *folder, char 
     return st;
 }
 
+/* What sentences call the text of the scheduler. */
+static char *sdq__pl_scheduler_name(sdq_ctx *ctx, const sdq_pipeline *p) {
+    return sdq__io_join(ctx, p->folder, p->single ? "" : sdq__pl_config, "");
+}
+
 static sdq_status sdq__pl_scheduler(sdq_ctx *ctx, const sdq_pipeline *p,
                                     const sdq_txt2img_desc *d, sdq_scheduler_desc *out,
                                     int *adopted) {
-    char *path = sdq__io_join(ctx, p->folder, sdq__pl_config, "");
+    char *path = sdq__pl_scheduler_name(ctx, p);
     sdq_status st = path ? SDQ_OK : ctx->status;
     if (st == SDQ_OK)
         st = sdq__sch_from_json(ctx, p->scheduler, strlen(p->scheduler), path,
@@ -12628,23 +13425,31 @@ static sdq_status sdq__pl_fits(sdq_ctx *ctx, const sdq_pipeline *p, const sdq_mo
     const sdq_model_info u = sdq_model_get_info(unet), t = sdq_model_get_info(p->text);
     const sdq_model_info v = sdq_model_get_info(p->vae);
     const size_t length = sdq_tokenizer_length(p->tokenizer);
+    const char *in = p->single ? "its UNet" : "unet/config.json";
+    const char *vae = p->single ? "its VAE" : "vae/config.json";
+    const char *text = p->single ? "its text encoder" : "text_encoder/config.json";
     if (u.in != u.out)
-        return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s/unet/config.json: \"in_channels\" is %zu, "
+        return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s%s: \"in_channels\" is %zu, "
                          "\"out_channels\" %zu; text to picture needs them equal (this may be an "
-                         "inpainting or upscaling model)", p->folder, u.in, u.out);
+                         "inpainting or upscaling model)", p->folder,
+                         p->single ? "" : "/unet/config.json", u.in, u.out);
     if (u.in != v.latent)
-        return sdq__fail(ctx, SDQ_ERR_SHAPE, "%s: \"in_channels\" of unet/config.json is %zu, "
-                         "\"latent_channels\" of vae/config.json %zu; they must be equal",
-                         p->folder, u.in, v.latent);
+        return sdq__fail(ctx, SDQ_ERR_SHAPE, "%s: \"in_channels\" of %s is %zu, "
+                         "\"latent_channels\" of %s %zu; they must be equal",
+                         p->folder, in, u.in, vae, v.latent);
     if (u.context != t.context)
-        return sdq__fail(ctx, SDQ_ERR_SHAPE, "%s: \"cross_attention_dim\" of unet/config.json is "
-                         "%zu, \"hidden_size\" of text_encoder/config.json %zu; they must be equal",
-                         p->folder, u.context, t.context);
+        return sdq__fail(ctx, SDQ_ERR_SHAPE, "%s: \"cross_attention_dim\" of %s is "
+                         "%zu, \"hidden_size\" of %s %zu; they must be equal",
+                         p->folder, in, u.context, text, t.context);
     if (length > t.tokens)
         return sdq__fail(ctx, SDQ_ERR_SHAPE, "%s: \"model_max_length\" of "
                          "tokenizer/tokenizer_config.json is %zu (77 if it says nothing), "
                          "\"max_position_embeddings\" of text_encoder/config.json only %zu",
                          p->folder, length, t.tokens);
+    if (p->single && sdq_tokenizer_vocab(p->tokenizer) > t.vocab)
+        return sdq__fail(ctx, SDQ_ERR_SHAPE, "%s: its text encoder has %zu ids, but the tokenizer "
+                         "that was given for it has %zu; give the one it was trained with",
+                         p->folder, t.vocab, sdq_tokenizer_vocab(p->tokenizer));
     return SDQ_OK;
 }
 
@@ -12652,51 +13457,134 @@ static sdq_status sdq__pl_is_folder(sdq_ctx *ctx, const char *folder) {
     char *path = sdq__io_join(ctx, folder, "/tokenizer/vocab.json", "");
     sdq_status st = path ? SDQ_OK : ctx->status;
     if (path && !sdq__io_exists(path))
-        st = sdq__fail(ctx, SDQ_ERR_MISSING, "%s: is not the folder of a pipeline, which holds "
-                       "tokenizer/ (with vocab.json), text_encoder/, unet/, vae/ and scheduler/",
-                       *folder ? folder : "(empty path)");
+        st = sdq__fail(ctx, SDQ_ERR_MISSING, "%s: is not a file and not the folder of a pipeline, "
+                       "which holds tokenizer/ (with vocab.json), text_encoder/, unet/, vae/ and "
+                       "scheduler/", *folder ? folder : "(empty path)");
     sdq__free(ctx, path);
     return st;
 }
 
-SDQ_API sdq_status sdq_pipeline_load(sdq_ctx *ctx, const char *folder,
+/* Tokenizer and scheduler of a folder. */
+static sdq_status sdq__pl_open_folder(sdq_ctx *ctx, sdq_pipeline *p) {
+    char *tok = sdq__io_join(ctx, p->folder, "/tokenizer", "");
+    sdq_status st = tok ? sdq__pl_is_folder(ctx, p->folder) : ctx->status;
+    if (st == SDQ_OK) st = sdq_tokenizer_load(ctx, tok, &p->tokenizer);
+    if (st == SDQ_OK) st = sdq__pl_load_scheduler(ctx, p->folder, &p->scheduler);
+    sdq__free(ctx, tok);
+    return st;
+}
+
+/* What diffusers gives to Stable Diffusion from a single file. */
+static sdq_status sdq__pl_single_scheduler(sdq_ctx *ctx, sdq_pipeline *p) {
+    sdq__str s;
+    memset(&s, 0, sizeof s);
+    sdq__str_format(ctx, &s, "{\n  \"_class_name\": \"PNDMScheduler\",\n"
+                    "  \"beta_start\": 0.00085,\n  \"beta_end\": 0.012,\n"
+                    "  \"beta_schedule\": \"scaled_linear\",\n  \"clip_sample\": false,\n"
+                    "  \"num_train_timesteps\": 1000,\n  \"prediction_type\": \"%s\",\n"
+                    "  \"set_alpha_to_one\": false,\n  \"skip_prk_steps\": true,\n"
+                    "  \"steps_offset\": 1,\n  \"timestep_spacing\": \"leading\",\n"
+                    "  \"trained_betas\": null\n}\n",
+                    p->prediction == SDQ_PREDICT_V ? "v_prediction" : "epsilon");
+    p->scheduler = s.s;
+    return s.bad ? SDQ_ERR_OOM : SDQ_OK;
+}
+
+static sdq_status sdq__pl_single_tokenizer(sdq_ctx *ctx, sdq_pipeline *p,
+                                           const sdq_pipeline_desc *d, int sd2) {
+    sdq_tokenizer_desc t;
+    if (!d->merges || !d->merges_bytes)
+        return sdq__fail(ctx, SDQ_ERR_MISSING, "%s: a single file holds no tokenizer and none was "
+                         "given; set \"merges\" of sdq_pipeline_desc to CLIP's, which are in "
+                         "tools/clip_vocab.inc", p->folder);
+    memset(&t, 0, sizeof t);
+    t.max_length = sdq__u_min(sdq_model_get_info(p->text).tokens, 77);
+    if (sd2) t.pad = "!";
+    return sdq_tokenizer_create(ctx, d->merges, d->merges_bytes, &t, &p->tokenizer);
+}
+
+/* What the file is, and so what its UNet predicts. */
+static sdq_status sdq__pl_open_single(sdq_ctx *ctx, sdq_pipeline *p, const sdq_pipeline_desc *d,
+                                      int *sd2) {
+    sdq_file *f = NULL;
+    sdq_file_info info;
+    SDQ__TRY(sdq_file_open(ctx, p->folder, &f));
+    info = sdq_file_describe(f);
+    sdq_file_close(ctx, f);
+    if (info.kind != SDQ_FILE_SD1 && info.kind != SDQ_FILE_SD2)
+        return sdq__sf_refuse(ctx, p->folder, &info, "drawing needs a single file of Stable "
+                              "Diffusion 1 or 2 with UNet, VAE and text encoder, or a diffusers "
+                              "folder");
+    *sd2 = info.kind == SDQ_FILE_SD2;
+    p->prediction = info.prediction;
+    p->because = info.because;
+    if (d->prediction == SDQ_FILE_PREDICTS_DEFAULT) return SDQ_OK;
+    p->prediction = d->prediction == SDQ_FILE_PREDICTS_V ? SDQ_PREDICT_V : SDQ_PREDICT_EPSILON;
+    p->because = "as was asked for";
+    return SDQ_OK;
+}
+
+/* The models of SD 2 for 512 and for 768 pixels differ in what they predict and in nothing else:
+ * whoever says the one says the other. */
+static void sdq__pl_single_size(const sdq_pipeline *p, sdq_model *unet, int sd2) {
+    const size_t f = sdq_model_get_info(p->vae).factor;
+    const size_t side = sd2 && p->prediction == SDQ_PREDICT_V ? 768 : 512;
+    if (unet) unet->info.sample_size = unet->info.sample_width = side / f;
+}
+
+static sdq_status sdq__pl_int8(sdq_ctx *ctx, sdq_pipeline *p, const sdq_pipeline_desc *d) {
+    if (!d->unet_int8) return SDQ_OK;
+    p->policy = SDQ__NEW(ctx, sdq_policy);
+    if (!p->policy) return ctx->status;
+    SDQ__TRY(sdq_model_load_int8(ctx, p->folder, d->unet_int8, &p->unet_int8, p->policy));
+    if (!p->unet || p->unet->source == p->unet_int8->source) return SDQ_OK;
+    return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: was made from other float weights than those in "
+                     "%s%s; quantize these, or load the int8 network alone", d->unet_int8,
+                     p->folder, p->single ? "" : "/unet");
+}
+
+static sdq_status sdq__pl_load(sdq_ctx *ctx, sdq_pipeline *p, const sdq_pipeline_desc *d) {
+    int sd2 = 0;
+    if ((unsigned)d->prediction >= SDQ_FILE_PREDICTS_COUNT || (d->prediction && !p->single))
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "%s: \"prediction\" is for single files; what the "
+                         "UNet of a folder predicts is in its scheduler_config.json", p->folder);
+    if (p->single) SDQ__TRY(sdq__pl_open_single(ctx, p, d, &sd2));
+    else SDQ__TRY(sdq__pl_open_folder(ctx, p));
+    SDQ__TRY(sdq_model_load(ctx, p->folder, SDQ_PART_TEXT, &p->text));
+    SDQ__TRY(sdq_model_load(ctx, p->folder, SDQ_PART_VAE, &p->vae));
+    if (!d->int8_only) SDQ__TRY(sdq_model_load(ctx, p->folder, SDQ_PART_UNET, &p->unet));
+    SDQ__TRY(sdq__pl_int8(ctx, p, d));
+    if (p->single) {
+        SDQ__TRY(sdq__pl_single_scheduler(ctx, p));
+        SDQ__TRY(sdq__pl_single_tokenizer(ctx, p, d, sd2));
+        sdq__pl_single_size(p, p->unet, sd2);
+        sdq__pl_single_size(p, p->unet_int8, sd2);
+    }
+    if (!p->unet && !p->unet_int8)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "%s: neither a float nor an int8 UNet was asked "
+                         "for", p->folder);
+    if (p->unet) SDQ__TRY(sdq__pl_fits(ctx, p, p->unet));
+    if (p->unet_int8) SDQ__TRY(sdq__pl_fits(ctx, p, p->unet_int8));
+    return SDQ_OK;
+}
+
+SDQ_API sdq_status sdq_pipeline_load(sdq_ctx *ctx, const char *path,
                                      const sdq_pipeline_desc *desc, sdq_pipeline **out) {
     sdq_pipeline *p = SDQ__NEW(ctx, sdq_pipeline);
     sdq_pipeline_desc d;
-    char *tok = NULL;
     sdq_status st;
     *out = NULL;
     if (!p) return ctx->status;
     memset(&d, 0, sizeof d);
     if (desc) d = *desc;
-    p->folder = sdq__strdup(ctx, folder);
-    tok = sdq__io_join(ctx, folder, "/tokenizer", "");
+    p->because = "";
+    p->folder = sdq__strdup(ctx, path);
+    p->single = sdq__io_is_file(path);
     st = ctx->status;
-    if (st == SDQ_OK) st = sdq__pl_is_folder(ctx, folder);
-    if (st == SDQ_OK) st = sdq_tokenizer_load(ctx, tok, &p->tokenizer);
-    if (st == SDQ_OK) st = sdq__pl_load_scheduler(ctx, folder, &p->scheduler);
-    if (st == SDQ_OK) st = sdq_model_load(ctx, folder, SDQ_PART_TEXT, &p->text);
-    if (st == SDQ_OK) st = sdq_model_load(ctx, folder, SDQ_PART_VAE, &p->vae);
-    if (st == SDQ_OK && !d.int8_only) st = sdq_model_load(ctx, folder, SDQ_PART_UNET, &p->unet);
-    if (st == SDQ_OK && d.unet_int8) {
-        p->policy = SDQ__NEW(ctx, sdq_policy);
-        st = ctx->status;
-        if (st == SDQ_OK)
-            st = sdq_model_load_int8(ctx, folder, d.unet_int8, &p->unet_int8, p->policy);
-    }
-    if (st == SDQ_OK && !p->unet && !p->unet_int8)
-        st = sdq__fail(ctx, SDQ_ERR_ARGUMENT, "%s: neither a float nor an int8 UNet was asked for",
-                       folder);
-    if (st == SDQ_OK && p->unet) st = sdq__pl_fits(ctx, p, p->unet);
-    if (st == SDQ_OK && p->unet_int8) st = sdq__pl_fits(ctx, p, p->unet_int8);
-    if (st == SDQ_OK && p->unet && p->unet_int8 && p->unet->source != p->unet_int8->source)
-        st = sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: was made from other float weights than those in "
-                       "%s/unet; quantize these, or load the int8 network alone", d.unet_int8,
-                       folder);
+    if (st == SDQ_OK) st = sdq__pl_load(ctx, p, &d);
     if (st == SDQ_OK) st = sdq_model_freeze(ctx, p->text);
     if (st == SDQ_OK) st = sdq_model_freeze(ctx, p->vae);
     if (st == SDQ_OK && p->unet && !d.trainable) st = sdq_model_freeze(ctx, p->unet);
-    sdq__free(ctx, tok);
     if (st == SDQ_OK) *out = p;
     else sdq_pipeline_free(ctx, p);
     return st;
@@ -14553,42 +15441,85 @@ static sdq_status sdq__cv_read_params(sdq_ctx *ctx, const sdq_file *f, const cha
     return used == f->count ? SDQ_OK : sdq__cv_surplus(ctx, f, path, m);
 }
 
+/* Values that mean the same: one for all levels may be written once or for each. */
+static int sdq__cv_same_value(const sdq__json *a, const sdq__json *b) {
+    const int list_a = a->kind == SDQ__JS_ARRAY, list_b = b->kind == SDQ__JS_ARRAY;
+    const size_t n = list_a ? a->count : list_b ? b->count : 1;
+    size_t i;
+    if (n == 0 || (list_a && list_b && b->count != n)) return 0;
+    if (list_a) a = a->child;
+    if (list_b) b = b->child;
+    for (i = 0; i < n; i++) {
+        if (!sdq__md_equal(a, b)) return 0;
+        if (list_a) a = a->next;
+        if (list_b) b = b->next;
+    }
+    return 1;
+}
+
+/* Two texts of config.json, the first from the file `path`, describe the same UNet. Keys that the
+ * builder does not read do not matter, nor does the size of pictures: the model may have been a
+ * folder and now be one file. */
+static sdq_status sdq__cv_same_config(sdq_ctx *ctx, const char *path, const char *a,
+                                      const char *b, int *same) {
+    sdq__json *ja = NULL, *jb = NULL, *defaults = NULL;
+    const sdq__json *key, *va, *vb;
+    sdq_status st;
+    *same = 1;
+    if (strcmp(a, b) == 0) return SDQ_OK;
+    SDQ__TRY_DONE(sdq__js_parse(ctx, a, strlen(a), path, &ja));
+    SDQ__TRY_DONE(sdq__js_parse(ctx, b, strlen(b), "config.json", &jb));
+    SDQ__TRY_DONE(sdq__js_parse(ctx, sdq__un_defaults, strlen(sdq__un_defaults), "unet",
+                                &defaults));
+    for (key = defaults->child; key; key = key->next) {
+        if (strcmp(key->key, "sample_size") == 0) continue;
+        va = sdq__js_get(ja, key->key);
+        vb = sdq__js_get(jb, key->key);
+        *same = *same && sdq__cv_same_value(va ? va : key, vb ? vb : key);
+    }
+done:
+    sdq__js_free(ctx, ja);
+    sdq__js_free(ctx, jb);
+    sdq__js_free(ctx, defaults);
+    return st;
+}
+
 /* The file is whole, and of the network that `m` is: same configuration, same hash as written. */
 static sdq_status sdq__cv_check(sdq_ctx *ctx, const sdq_file *f, const char *path,
                                 const char *folder, sdq_model *m) {
     const char *config = sdq_file_meta(f, "sdq.config");
     uint64_t want, hash = 0;
+    int same = 1;
     if (!config)
         return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: is not a network quantized by sdq: "
                          "\"sdq.config\" is missing", path);
-    if (strcmp(config, m->config) != 0)
-        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: was made from another UNet than the one in %s",
-                         path, folder);
     if (!sdq__cv_read_hash(sdq_file_meta(f, "sdq.hash"), &want)
         || !sdq__cv_read_hash(sdq_file_meta(f, "sdq.source"), &m->source))
         return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: has no valid \"sdq.hash\" and \"sdq.source\": "
                          "it is damaged or of an older version; quantize the network again", path);
     SDQ__TRY(sdq__cv_hash_file(ctx, f, &hash));
-    if (hash == want) return SDQ_OK;
-    return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: is damaged: its hash is %08lx%08lx, but "
-                     "\"sdq.hash\" says %s; copy or make it again", path,
-                     (unsigned long)(hash >> 32), (unsigned long)(hash & 0xffffffffu),
-                     sdq_file_meta(f, "sdq.hash"));
+    if (hash != want)
+        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: is damaged: its hash is %08lx%08lx, but "
+                         "\"sdq.hash\" says %s; copy or make it again", path,
+                         (unsigned long)(hash >> 32), (unsigned long)(hash & 0xffffffffu),
+                         sdq_file_meta(f, "sdq.hash"));
+    SDQ__TRY(sdq__cv_same_config(ctx, path, config, m->config, &same));
+    if (same) return SDQ_OK;
+    return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: was made from another UNet than the one in %s",
+                     path, folder);
 }
 
 SDQ_API sdq_status sdq_model_load_int8(sdq_ctx *ctx, const char *folder, const char *path,
                                        sdq_model **out, sdq_policy *policy) {
     sdq_file *f = NULL;
     sdq_model *m = NULL;
-    char *dir = NULL;
     sdq_policy unused;
     size_t i;
     sdq_status st;
     *out = NULL;
     st = sdq_file_open(ctx, path, &f);
     if (st != SDQ_OK) return st;
-    SDQ__TRY_DONE(sdq__md_folder(ctx, folder, SDQ_PART_UNET, &dir));
-    SDQ__TRY_DONE(sdq__md_open(ctx, dir, SDQ_PART_UNET, NULL, &m));
+    SDQ__TRY_DONE(sdq__md_structure(ctx, folder, SDQ_PART_UNET, &m));
     SDQ__TRY_DONE(sdq__cv_check(ctx, f, path, folder, m));
     for (i = 0; i < m->layers; i++) m->layer[i]->quant.enabled = 0;
     SDQ__TRY_DONE(sdq__cv_read_attention(ctx, f, path, m));
@@ -14598,7 +15529,6 @@ SDQ_API sdq_status sdq_model_load_int8(sdq_ctx *ctx, const char *folder, const c
     *out = m;
     m = NULL;
 done:
-    sdq__free(ctx, dir);
     sdq_model_free(ctx, m);
     sdq_file_close(ctx, f);
     return st;

@@ -251,6 +251,7 @@ static int read_tensors(sdq_ctx *ctx, const char *path) {
     size_t i;
     if (sdq_file_open(ctx, path, &f) != SDQ_OK) return 0;
     (void)sdq_file_meta(f, "format");
+    need(strlen(sdq_file_describe(f).title) > 0, "description");
     for (i = 0; i < sdq_file_count(f); i++) {
         const sdq_entry *e = sdq_file_entry(f, i);
         const size_t count = sdq_entry_count(e);

@@ -85,7 +85,7 @@ units() {
 san_flags() {
     case $1 in
     kernels) echo "-O1" ;;
-    layer|networks|ops|distill|oom) echo "-O1 -DSDQ_NO_SIMD" ;;
+    layer|networks|ops|distill|oom|single) echo "-O1 -DSDQ_NO_SIMD" ;;
     *) echo "-O0 -DSDQ_NO_SIMD" ;;
     esac
 }

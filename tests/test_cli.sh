@@ -130,6 +130,28 @@ n=$(wc -c <$model/unet/diffusion_pytorch_model.safetensors)
 { head -c $((n - 4)) $model/unet/diffusion_pytorch_model.safetensors; printf '\377\377\377\377'; } >"$out/v/unet/diffusion_pytorch_model.safetensors"
 says "weights that are not numbers" 1 "not finite" s txt2img --model "$out/v" -p cat --steps 2 -o "$out/x.png"
 
+# A model in one file: the tokenizer is in the command, the rest in the file; both layouts draw the same.
+ok "random_sd" ${CC:-cc} -O1 -DSDQ_NO_SIMD tools/random_sd.c -o "$out/random_sd" -lm
+says "random_sd without words" 2 "usage" "$out/random_sd"
+one() { s txt2img --model "$out/$1" -p "a cat! on mars" -n dog --steps 2 --seed 4 -W 16 -H 16 --save-latents "$out/$2" -o "$out/x.png" $3; }
+layouts() { "$out/random_sd" $1 $2 single "$out/$1.st" 3 && "$out/random_sd" $1 $2 folder "$out/$1" 3 && one $1.st l1 && one $1 l2 && cmp "$out/l1" "$out/l2"; }
+ok "SD 1 in one file" layouts tiny1 F32
+ok "SD 2 in one file" layouts tiny2 F16
+told() { "$sdq" info "$1" >"$out/told"; shift; for t; do grep -q "$t" "$out/told" || { cat "$out/told"; return 1; }; done; }
+ok "what SD 1 is" told "$out/tiny1.st" "Stable Diffusion 1 in a single file, mostly F32" "holds: text encoder, UNet, VAE" "predicts: noise"
+ok "what SD 2 is" told "$out/tiny2.st" "Stable Diffusion 2 in a single file, mostly F16" "predicts: velocity"
+ok "what a VAE is" told "$out/tiny2/vae/diffusion_pytorch_model.safetensors" "a VAE alone, mostly F16"
+ok "what an int8 file is" told "$out/q" "a UNet quantized to int8" "sdq.recipe: range"
+epsilon() { one tiny2.st l3 "--prediction epsilon" && ! cmp -s "$out/l2" "$out/l3" && one tiny2.st l3 "--prediction v" && cmp "$out/l2" "$out/l3"; }
+ok "what SD 2 predicts can be said" epsilon
+says "what a folder predicts" 1 "scheduler_config.json" one tiny2 l3 "--prediction v"
+says "another prediction" 2 "epsilon|v" one tiny2.st l3 "--prediction x"
+says "a network as a model" 1 "is a UNet alone" one tiny2/unet/diffusion_pytorch_model.safetensors l3
+printf 'PK\3\4archive/data.pkl' >"$out/x.ckpt"
+says "a pickle" 1 "is a pickle.*save_file" "$sdq" info "$out/x.ckpt"
+single8() { s quantize --model "$out/tiny2.st" --data $data --calib-prompts 1 --calib-steps 2 --out "$out/q2" && one tiny2.st l1 "--unet $out/q2 -k 1" && one tiny2 l2 "--unet $out/q2 -k 1" && cmp "$out/l1" "$out/l2"; }
+ok "int8 of a single file, used with both" single8
+
 # What the command line says before it works.
 img() { s txt2img --model $model -p cat --steps 2 -W 16 -H 16 -o "$out/x.png" "$@"; }
 says "a prompt without -p" 2 "a is no flag" s txt2img --model $model a cat

@@ -16,7 +16,7 @@ PREFIX = {
     "kernel-list": "k_", "random": "rng_", "tensor": "t_ keep", "qmath": "q_",
     "gemm": "gemm_ qgemm_", "attention": "att_ qatt_", "tape": "tape_", "ops": "op_", "layer": "ly_",
     "io": "io_", "json": "js_ str_", "safetensors": "st_", "image": "img_", "dataset": "data_",
-    "tokenizer": "tok_", "optim": "opt_", "model": "md_", "blocks": "bk_", "text": "tx_",
+    "tokenizer": "tok_", "optim": "opt_", "single-file": "sf_", "model": "md_", "blocks": "bk_", "text": "tx_",
     "unet": "un_", "vae": "va_", "model-file": "md_", "scheduler": "sch_", "pipeline": "pl_",
     "report": "rep_", "tasks": "task_", "recipe": "rc_", "calibrate": "cal_", "distill": "ds_",
     "convert": "cv_", "schedule": "se_",
@@ -26,7 +26,7 @@ EXCEPTIONS = {
     ("contents", "impl-end"): "closes the pragmas of >>impl; nothing to look up there",
     ("prefix", "sdq__md_levels"): "reads a list of the configuration for the UNet and the VAE",
     ("upward", "sdq__md_is>sdq_part_name"): "the public table of names stands with its own kind",
-    ("upward", "sdq_pipeline_load>sdq_model_load_int8"):
+    ("upward", "sdq__pl_int8>sdq_model_load_int8"):
         "a folder may hold an int8 network; its file format belongs to >>convert",
     ("upward", "sdq_pipeline_load>sdq_model_freeze"): "the same",
 }

@@ -52,6 +52,7 @@ typedef struct args {
 static const flag common_flags[] = {
     {"threads,t", "N", "0", NULL},
     {"tier", "scalar|avx2|avx512|avx512vnni", "auto", NULL},
+    {"prediction", "epsilon|v", NULL, NULL},    /* of a model in a single file */
     {"quiet,q", NULL, NULL, NULL},
     {"verbose,v", NULL, NULL, NULL},
     {"help,h", NULL, NULL, NULL},
@@ -432,6 +433,30 @@ static void progress_begin(job *j) { j->stage = NULL; j->drawn = j->started = no
  * loading
  * ======================================================================== */
 
+/* Single files carry no tokenizer: CLIP's, see tools/clip_vocab.py. */
+static const char clip_merges[][97] = {
+#include "clip_vocab.inc"
+};
+
+/* j->pipe or another: of a folder or a single file. desc NULL: zeros. */
+static sdq_status load_pipeline(job *j, const char *path, const sdq_pipeline_desc *desc,
+                                sdq_pipeline **out) {
+    static const char *const word[] = {"epsilon", "v"};
+    sdq_pipeline_desc d;
+    int prediction = -1;
+    memset(&d, 0, sizeof d);
+    if (desc) d = *desc;
+    TRY(arg_choice(j, "prediction", word, COUNT(word), &prediction));
+    d.prediction = (sdq_file_prediction)(prediction + 1);
+    d.merges = clip_merges[0];
+    d.merges_bytes = sizeof clip_merges;
+    TRY(sdq_pipeline_load(j->ctx, path, &d, out));
+    if ((*out)->single && (*out)->prediction == SDQ_PREDICT_V && prediction < 0)
+        note(j, "%s: its UNet is taken to predict velocity (%s); if pictures are noise, say "
+             "--prediction epsilon", path, (*out)->because);
+    return SDQ_OK;
+}
+
 static const char *const range_word[] = {"default", "static", "picture", "position", "block"};
 static const char *const weight_word[] = {"current", "moving", "fixed"};
 
@@ -708,7 +733,7 @@ static sdq_status quantizer_states(job *j, quantizer *q) {
 /* j->pipe and the student j->unet, with ranges. */
 static sdq_status quantizer_prepare(job *j, quantizer *q) {
     const int data = q->recipe.calibrate_on_data || q->recipe.noise_loss > 0.0f;
-    if (!j->pipe) TRY(sdq_pipeline_load(j->ctx, q->model, NULL, &j->pipe));
+    if (!j->pipe) TRY(load_pipeline(j, q->model, NULL, &j->pipe));
     TRY(sdq_model_load(j->ctx, q->model, SDQ_PART_UNET, &j->unet));
     TRY(sdq_recipe_apply(j->ctx, j->unet, &q->recipe, q->keep));
     if (data) TRY(quantizer_data(j, q));
@@ -758,7 +783,7 @@ static sdq_status quantizer_save(job *j, const quantizer *q, const char *path, s
 }
 
 static const flag quantize_flags[] = {
-    {"model,m", "FOLDER", NULL, "the pipeline, in diffusers' layout"},
+    {"model,m", "FOLDER|FILE", NULL, "the pipeline: a diffusers folder or a single file"},
     {"prompts", "FILE", NULL, "one prompt a line, to calibrate with"},
     {"data", "FOLDER", NULL, "or captions (and pictures, if the recipe wants them) of a folder"},
     {"out,o", "FILE", NULL, "int8 UNet to write, such as unet-int8.safetensors"},
@@ -779,7 +804,7 @@ static sdq_status cmd_quantize(job *j) {
 }
 
 static const flag calibrate_flags[] = {
-    {"model,m", "FOLDER", NULL, "the pipeline, in diffusers' layout"},
+    {"model,m", "FOLDER|FILE", NULL, "the pipeline: a diffusers folder or a single file"},
     {"prompts", "FILE", NULL, "one prompt a line, to calibrate with"},
     {"data", "FOLDER", NULL, "or captions (and pictures, if the recipe wants them) of a folder"},
     {"json", "FILE", NULL, "write the ranges there, too"},
@@ -1706,7 +1731,7 @@ static sdq_status cmd_txt2img(job *j) {
     TRY(output_from_args(j, &o));
     pd.unet_int8 = arg_text(&j->a, "unet");
     pd.int8_only = arg_on(&j->a, "int8-only");
-    TRY(sdq_pipeline_load(j->ctx, model, &pd, &j->pipe));
+    TRY(load_pipeline(j, model, &pd, &j->pipe));
     TRY(check_length(j, d.prompt));
     TRY(precision_from_args(j, &d));
     TRY(read_latents(j, &d));
@@ -1721,7 +1746,7 @@ static sdq_status cmd_txt2img(job *j) {
  * ======================================================================== */
 
 static const flag schedule_flags[] = {
-    {"model,m", "FOLDER", NULL, "the pipeline, in diffusers' layout"},
+    {"model,m", "FOLDER|FILE", NULL, "the pipeline: a diffusers folder or a single file"},
     {"unet", "FILE", NULL, "int8 UNet; the schedule is stored in it"},
     {"prompts", "FILE", NULL, "training prompts, one a line"},
     {"data", "FOLDER", NULL, "or captions of a folder"},
@@ -1780,7 +1805,7 @@ static sdq_status cmd_schedule(job *j) {
     TRY(arg_size(j, "max-float", &max));
     TRY(arg_real(j, "target-psnr", &target));
     TRY(load_prompts(j, count, &prompts, &n));
-    TRY(sdq_pipeline_load(j->ctx, model, &pd, &j->pipe));
+    TRY(load_pipeline(j, model, &pd, &j->pipe));
     d.progress = progress;
     d.user = j;
     progress_begin(j);
@@ -1802,6 +1827,29 @@ static const flag info_flags[] = {
     {"limit", "X", "0", "compare: an error above it is a failure"},
 };
 
+static const char *prediction_word(sdq_prediction p) {
+    return p == SDQ_PREDICT_V ? "velocity" : p == SDQ_PREDICT_SAMPLE ? "the sample" : "noise";
+}
+
+/* What the file is, and which networks are in it. */
+static void info_kind(const sdq_file *f) {
+    static const char *const part[SDQ_PART_COUNT] = {"", "text encoder", "UNet", "VAE"};
+    const sdq_file_info info = sdq_file_describe(f);
+    const char *before = "  holds: ";
+    int i;
+    printf("  %s, mostly %s\n", info.title,
+           info.dtype == SDQ_DTYPE_COUNT ? "of a type that sdq cannot read"
+                                         : sdq_dtype_name(info.dtype));
+    for (i = SDQ_PART_NONE + 1; i < SDQ_PART_COUNT; i++) {
+        if (!info.part[i]) continue;
+        printf("%s%s", before, part[i]);
+        before = ", ";
+    }
+    if (*before == ',') puts("");
+    if (*info.because)
+        printf("  predicts: %s (%s)\n", prediction_word(info.prediction), info.because);
+}
+
 static sdq_status info_file(job *j, const char *path, int all) {
     static const char *const keys[] = {"sdq.recipe", "sdq.schedule", "sdq.source",
                                         "sdq.hash", "format", "step"};
@@ -1818,6 +1866,7 @@ static sdq_status info_file(job *j, const char *path, int all) {
         puts("]");
     }
     printf("%s: %.2f MB, %zu arrays\n", path, (double)file_bytes(path) / 1e6, sdq_file_count(f));
+    info_kind(f);
     for (i = 0; i <= SDQ_DTYPE_COUNT; i++)
         if (count[i])
             printf("  %-4s %6zu arrays %10.3f MB\n", sdq_dtype_name((sdq_dtype)i), count[i],
@@ -1910,7 +1959,7 @@ static void info_part(const sdq_model *m, int all) {
 
 static sdq_status info_folder(job *j, const char *path, int all) {
     sdq_scheduler_desc desc;
-    TRY(sdq_pipeline_load(j->ctx, path, NULL, &j->pipe));
+    TRY(load_pipeline(j, path, NULL, &j->pipe));
     info_part(j->pipe->text, all);
     info_part(j->pipe->unet, all);
     info_part(j->pipe->vae, all);
@@ -1918,8 +1967,7 @@ static sdq_status info_folder(job *j, const char *path, int all) {
            sdq_tokenizer_vocab(j->pipe->tokenizer), sdq_tokenizer_length(j->pipe->tokenizer));
     TRY(sdq_pipeline_scheduler(j->ctx, j->pipe, NULL, &desc));
     printf("scheduler     %s, predicts %s\n", scheduler_title(desc.kind),
-           desc.prediction == SDQ_PREDICT_V ? "velocity"
-           : desc.prediction == SDQ_PREDICT_SAMPLE ? "the sample" : "noise");
+           prediction_word(desc.prediction));
     return SDQ_OK;
 }
 
@@ -2020,8 +2068,8 @@ static void help_all(void) {
     puts("sdq: quantize, train and run Stable Diffusion on CPUs\n\nusage: sdq COMMAND [flags]\n");
     for (i = 0; i < COUNT(commands); i++)
         printf("  %-11s %s\n", commands[i].name, commands[i].about);
-    puts("\nsdq COMMAND --help lists the flags of a command. Models are folders in diffusers' "
-         "layout.");
+    puts("\nsdq COMMAND --help lists the flags of a command. A model is a folder in "
+         "diffusers' layout or a\nsingle file (.safetensors) of Stable Diffusion 1 or 2.");
 }
 
 static void job_free(job *j) {

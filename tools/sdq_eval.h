@@ -73,7 +73,7 @@ typedef struct eval {
 } eval;
 
 static const flag eval_flags[] = {
-    {"model,m", "FOLDER", NULL, "the pipeline, in diffusers' layout"},
+    {"model,m", "FOLDER|FILE", NULL, "the pipeline: a diffusers folder or a single file"},
     {"data", "FOLDER", NULL, "training pictures with captions"},
     {"held", "FOLDER,..", NULL, "held-out pictures with captions"},
     {"rows", "NAME,..", NULL,
@@ -112,6 +112,12 @@ static uint64_t hash_file(uint64_t h, const char *path) {
     return h;
 }
 
+/* For the commands that are run: what this one was told about a single file. */
+static const char *prediction_flag(job *j) {
+    const char *v = arg_text(&j->a, "prediction");
+    return v ? format_text(j, " --prediction %s", v) : "";
+}
+
 static uint64_t hash_model(job *j, const char *model) {
     static const char *const files[] = {"unet/config.json",
                                         "unet/diffusion_pytorch_model.safetensors",
@@ -121,7 +127,10 @@ static uint64_t hash_model(job *j, const char *model) {
                                         "text_encoder/model.safetensors",
                                         "scheduler/scheduler_config.json"};
     uint64_t h = UINT64_C(0xcbf29ce484222325);
+    struct stat s;
     size_t i;
+    if (stat(model, &s) == 0 && S_ISREG(s.st_mode))     /* a single file */
+        return hash_text(hash_file(h, model), prediction_flag(j));
     for (i = 0; i < COUNT(files); i++) h = hash_file(h, format_text(j, "%s/%s", model, files[i]));
     return h;
 }
@@ -165,8 +174,9 @@ static sdq_status eval_make_net(eval *e, eval_result *r) {
     const int reference = strstr(r->row.recipe, "reference") != NULL;
     const char *extra = r->row.train && !reference ? arg_text(&j->a, "qat") : "", *base;
     const char *common = format_text(
-        j, "--model %s --data %s --calib-prompts %s --calib-guidance %g %s", e->model, e->data,
-        arg_text(&j->a, "calib-prompts"), (double)e->d.guidance, r->row.recipe);
+        j, "--model %s%s --data %s --calib-prompts %s --calib-guidance %g %s", e->model,
+        prediction_flag(j), e->data, arg_text(&j->a, "calib-prompts"), (double)e->d.guidance,
+        r->row.recipe);
     const char *steps = r->row.train ? format_text(j, " --what qat --steps %s %s",
                                                    arg_text(&j->a, "train-steps"), extra)
                                      : "";
@@ -202,8 +212,8 @@ static sdq_status eval_make_schedule(eval *e, eval_result *r, const char *from) 
     if (exists(r->file)) return SDQ_OK;
     TRY(read_text(j, from, &bytes, &n));
     TRY(write_text(j, part, bytes, n));
-    TRY(run_line(j, format_text(j, "schedule --model %s --unet %s %s --threads %d%s%s", e->model,
-                                part, flags, sdq_ctx_threads(j->ctx),
+    TRY(run_line(j, format_text(j, "schedule --model %s%s --unet %s %s --threads %d%s%s", e->model,
+                                prediction_flag(j), part, flags, sdq_ctx_threads(j->ctx),
                                 arg_text(&j->a, "scheduler") ? " --scheduler " : "",
                                 arg_text(&j->a, "scheduler") ? arg_text(&j->a, "scheduler") : "")));
     return rename(part, r->file) == 0 ? SDQ_OK : fail(j, "%s: %s", r->file, strerror(errno));
@@ -607,7 +617,7 @@ static sdq_status eval_times(eval *e) {
         sdq_pipeline_desc pd;
         memset(&pd, 0, sizeof pd);
         pd.unet_int8 = e->r[i].file;
-        st = sdq_pipeline_load(j->ctx, e->model, &pd, &pipe[i]);
+        st = load_pipeline(j, e->model, &pd, &pipe[i]);
     }
     progress_begin(j);
     for (k = 0; k < rounds && st == SDQ_OK; k++)
@@ -642,7 +652,7 @@ static sdq_status eval_row_run(eval *e, eval_result *r) {
     pd.unet_int8 = r->file;
     sdq_pipeline_free(j->ctx, j->pipe);
     j->pipe = NULL;
-    TRY(sdq_pipeline_load(j->ctx, e->model, &pd, &j->pipe));
+    TRY(load_pipeline(j, e->model, &pd, &j->pipe));
     key = hash_text(e->key, r->row.mode);
     if (r->file) key = hash_file(key, r->file);
     r->folder = format_text(j, "%s/pictures/%s-%08llx", e->out, r->row.name,
@@ -1130,7 +1140,7 @@ static sdq_status eval_begin(eval *e) {
     TRY(arg_size(j, "trajectories", &e->trajectories));
     TRY(arg_size(j, "strip", &e->strip));
     TRY(eval_choose(e));
-    TRY(sdq_pipeline_load(j->ctx, e->model, NULL, &j->pipe));
+    TRY(load_pipeline(j, e->model, NULL, &j->pipe));
     TRY(evaluations(j, j->pipe, &e->d, &evals, &kind));
     e->key =
         hash_text(hash_model(j, e->model),
