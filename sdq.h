@@ -2678,7 +2678,8 @@ static void sdq__gemm_run(sdq_ctx *ctx, sdq__gemm *w, int geglu) {
                              SDQ__GEMM_MB_MOST);
     w->rows = SDQ__PUSH_N(ctx, size_t, (size_t)ctx->threads * w->plan.rows * taps);
     w->pair = geglu ? sdq__gemm_pairs(ctx, w->plan.rows) : NULL;
-    if (ctx->status == SDQ_OK) sdq__par_for(ctx, w->plan.blocks * w->plan.groups, sdq__gemm_task, w);
+    if (ctx->status == SDQ_OK)
+        sdq__par_for(ctx, w->plan.blocks * w->plan.groups, sdq__gemm_task, w);
     sdq_arena_release(ctx, mark);
 }
 
