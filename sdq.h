@@ -2367,8 +2367,8 @@ static sdq_tensor *sdq__keep(sdq_ctx *ctx, sdq_mark mark, sdq_tensor *y) {
     return y;
 }
 
-/* Give a heap tensor its shape and zeroed data; used for parameters. */
-static sdq_status sdq__t_init(sdq_ctx *ctx, sdq_tensor *t, int rank, const size_t *dim) {
+/* A heap tensor without data. */
+static sdq_status sdq__t_set_shape(sdq_ctx *ctx, sdq_tensor *t, int rank, const size_t *dim) {
     size_t count = 1;
     int i;
     memset(t, 0, sizeof *t);
@@ -2377,8 +2377,17 @@ static sdq_status sdq__t_init(sdq_ctx *ctx, sdq_tensor *t, int rank, const size_
     for (i = 0; i < rank; i++)
         if (!sdq__u_mul(count, dim[i], &count))
             return sdq__fail(ctx, SDQ_ERR_SHAPE, "parameter too large");
-    t->data = SDQ__NEW_N(ctx, float, sdq__u_round_up(count, SDQ__NR));    /* whole tiles */
+    return SDQ_OK;
+}
+/* Its data, zeroed. */
+static sdq_status sdq__t_alloc(sdq_ctx *ctx, sdq_tensor *t) {
+    t->data = SDQ__NEW_N(ctx, float, sdq__u_round_up(sdq_tensor_count(t), SDQ__NR)); /* tiles */
     return t->data ? SDQ_OK : SDQ_ERR_OOM;
+}
+/* Both; used for parameters. */
+static sdq_status sdq__t_init(sdq_ctx *ctx, sdq_tensor *t, int rank, const size_t *dim) {
+    SDQ__TRY(sdq__t_set_shape(ctx, t, rank, dim));
+    return sdq__t_alloc(ctx, t);
 }
 /* The gradient belongs to who made it: the arena or an optimizer. */
 static void sdq__t_free(sdq_ctx *ctx, sdq_tensor *t) {
@@ -2980,26 +2989,47 @@ static void sdq__qgemm_run(sdq_ctx *ctx, sdq__qgemm *w, int geglu) {
 
 /* Pack q[n][taps][ldq] channels c0..c0+c (int8, padded to quads*4 channels with zeros) into the
  * panels of w, whose sizes and pointers are set, and sum the segments. */
-static void sdq__qgemm_pack(sdq__qweight *w, const int8_t *q, size_t ldq, size_t c0, size_t c) {
-    const size_t panels = sdq__gemm_panels(w->n), all = w->taps * w->quads;
-    size_t p, i, j, l;
-    int8_t *dst = w->b;
-    memset(w->sum, 0, panels * w->segs * SDQ__NR * sizeof *w->sum);
-    for (p = 0; p < panels; p++) {
-        for (i = 0; i < all; i++) {
-            int32_t *sum = w->sum + (p * w->segs + i / w->seg) * SDQ__NR;
-            const size_t tap = i / w->quads, ch = i % w->quads * 4;
-            for (j = 0; j < SDQ__NR; j++) {
-                const size_t oc = p * SDQ__NR + j;
-                for (l = 0; l < 4; l++) {
-                    const int in = oc < w->n && ch + l < c;
-                    const int8_t v = in ? q[(oc * w->taps + tap) * ldq + c0 + ch + l] : (int8_t)0;
-                    *dst++ = v;
-                    sum[j] += v;
-                }
-            }
+typedef struct sdq__qpack {
+    sdq__qweight *w;
+    const int8_t *q;
+    size_t ldq, c0, c;
+} sdq__qpack;
+
+/* Column j of a panel, whose numbers begin at from: from[tap][ldq]. NULL: zeros. */
+static void sdq__qgemm_pack_column(const sdq__qpack *a, size_t panel, size_t j,
+                                   const int8_t *from) {
+    const sdq__qweight *w = a->w;
+    const size_t whole = a->c / 4, all = w->taps * w->quads;
+    int8_t *to = w->b + (panel * all * SDQ__NR + j) * 4;
+    int32_t *sum = w->sum + panel * w->segs * SDQ__NR + j;
+    size_t tap, k, l;
+    for (k = 0; k < w->segs; k++) sum[k * SDQ__NR] = 0;
+    for (tap = 0; tap < w->taps; tap++, to += w->quads * SDQ__NR * 4) {
+        const int8_t *row = from ? from + tap * a->ldq : NULL;
+        for (k = 0; k < w->quads; k++) {
+            int8_t quad[4] = {0, 0, 0, 0};
+            if (row && k < whole) memcpy(quad, row + 4 * k, 4);
+            for (l = 4 * k; row && k >= whole && l < a->c; l++) quad[l % 4] = row[l];
+            memcpy(to + k * SDQ__NR * 4, quad, 4);
+            sum[(tap * w->quads + k) / w->seg * SDQ__NR] += quad[0] + quad[1] + quad[2] + quad[3];
         }
     }
+}
+static void sdq__qgemm_pack_task(void *arg, size_t panel, int thread) {
+    const sdq__qpack *a = (const sdq__qpack *)arg;
+    size_t j;
+    (void)thread;
+    for (j = 0; j < SDQ__NR; j++) {
+        const size_t oc = panel * SDQ__NR + j;
+        sdq__qgemm_pack_column(a, panel, j,
+                               oc < a->w->n ? a->q + oc * a->w->taps * a->ldq + a->c0 : NULL);
+    }
+}
+static void sdq__qgemm_pack(sdq_ctx *ctx, sdq__qweight *w, const int8_t *q, size_t ldq, size_t c0,
+                            size_t c) {
+    sdq__qpack a;
+    a.w = w; a.q = q; a.ldq = ldq; a.c0 = c0; a.c = c;
+    sdq__par_for(ctx, sdq__gemm_panels(w->n), sdq__qgemm_pack_task, &a);
 }
 
 /* ===========================================================================
@@ -4655,7 +4685,9 @@ static void sdq__ly_set_parts(sdq_layer *l) {
     }
 }
 
-SDQ_API sdq_status sdq_layer_create(sdq_ctx *ctx, const sdq_layer_desc *desc, sdq_layer **out) {
+/* bare: without float weights, for int8 ones to come. */
+static sdq_status sdq__ly_create(sdq_ctx *ctx, const sdq_layer_desc *desc, int bare,
+                                 sdq_layer **out) {
     const size_t one = 1;
     sdq_layer *l;
     size_t dim[4], i;
@@ -4677,7 +4709,8 @@ SDQ_API sdq_status sdq_layer_create(sdq_ctx *ctx, const sdq_layer_desc *desc, sd
     l->stride = desc->stride ? (size_t)desc->stride : 1;
     for (i = 0; i < 4; i++) l->pad[i] = desc->pad[i] > 0 ? (size_t)desc->pad[i] : 0;
     dim[0] = l->out; dim[1] = l->kh; dim[2] = l->kw; dim[3] = l->in;
-    if (l->name && sdq__t_init(ctx, &l->w, 4, dim) == SDQ_OK
+    if (l->name && sdq__t_set_shape(ctx, &l->w, 4, dim) == SDQ_OK
+        && (bare || sdq__t_alloc(ctx, &l->w) == SDQ_OK)
         && sdq__t_init(ctx, &l->sw, 1, dim) == SDQ_OK
         && sdq__t_init(ctx, &l->part[0].s, 1, &one) == SDQ_OK
         && sdq__t_init(ctx, &l->part[1].s, 1, &one) == SDQ_OK
@@ -4691,9 +4724,13 @@ SDQ_API sdq_status sdq_layer_create(sdq_ctx *ctx, const sdq_layer_desc *desc, sd
     return ctx->status;
 }
 
+SDQ_API sdq_status sdq_layer_create(sdq_ctx *ctx, const sdq_layer_desc *desc, sdq_layer **out) {
+    return sdq__ly_create(ctx, desc, 0, out);
+}
+
 SDQ_API sdq_quant sdq_layer_quant(const sdq_layer *l) { return l->quant; }
 SDQ_API sdq_status sdq_layer_set_quant(sdq_ctx *ctx, sdq_layer *l, const sdq_quant *quant) {
-    if (!l->w.data)
+    if (l->wp || l->part[0].w.b)
         return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: has no float weights any more", l->name);
     if ((unsigned)quant->range >= SDQ_RANGE_COUNT)
         return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: range %d", l->name, (int)quant->range);
@@ -5305,7 +5342,7 @@ static sdq_status sdq__ly_forward_quant(sdq_ctx *ctx, sdq_layer *l, const sdq_te
         sdq__qweight w = l->part[i].w;
         if (fake) {
             SDQ__TRY(sdq__ly_alloc_weight(ctx, &w, 0));
-            sdq__qgemm_pack(&w, q, l->in, l->part[i].c0, l->part[i].c);
+            sdq__qgemm_pack(ctx, &w, q, l->in, l->part[i].c0, l->part[i].c);
         }
         sdq__ly_product(ctx, l, x, i, &in[i], ready ? NULL : &run[i], &w, late ? NULL : res, y);
     }
@@ -5537,7 +5574,8 @@ static sdq_status sdq__ly_set_int8(sdq_ctx *ctx, sdq_layer *l, const int8_t *q) 
     for (i = 0; i < l->parts && st == SDQ_OK; i++) {
         sdq__ly_free_weight(ctx, &l->part[i].w);
         st = sdq__ly_alloc_weight(ctx, &l->part[i].w, 1);
-        if (st == SDQ_OK) sdq__qgemm_pack(&l->part[i].w, q, l->in, l->part[i].c0, l->part[i].c);
+        if (st == SDQ_OK)
+            sdq__qgemm_pack(ctx, &l->part[i].w, q, l->in, l->part[i].c0, l->part[i].c);
     }
     if (st != SDQ_OK) {
         for (i = 0; i < l->parts; i++) sdq__ly_free_weight(ctx, &l->part[i].w);
@@ -6411,6 +6449,18 @@ static sdq_status sdq__st_entries(sdq_ctx *ctx, sdq_file *f, size_t header) {
                          "no array", f->path, (size_t)(data + bytes - at));
     qsort(f->entries, f->count, sizeof(sdq_entry), sdq__st_by_name);
     return SDQ_OK;
+}
+
+/* What has been read for the last time need not stay in memory beside its copy. */
+static void sdq__st_forget(const sdq_file *f, const sdq_entry *e) {
+#if SDQ__MMAP && defined(MADV_DONTNEED)
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    const size_t from = sdq__u_round_up((size_t)((const char *)e->data - f->bytes), page);
+    const size_t to = (size_t)((const char *)e->data - f->bytes + e->bytes) / page * page;
+    if (f->mapped && to > from) (void)madvise(f->bytes + from, to - from, MADV_DONTNEED);
+#else
+    (void)f; (void)e;
+#endif
 }
 
 SDQ_API void sdq_file_close(sdq_ctx *ctx, sdq_file *f) {
@@ -10414,6 +10464,7 @@ typedef struct sdq__builder {
     const sdq__json *root, *defaults;
     const sdq__sf_source *src;          /* where the weights are; NULL: nowhere */
     double std;                         /* > 0: N(0,std) weights, zero bias; 0: PyTorch's */
+    int bare;                           /* layers without float weights */
     size_t len;
     char path[256];                     /* name of the module being built, ends in '.' */
 } sdq__builder;
@@ -10753,7 +10804,7 @@ static sdq_layer *sdq__md_layer(sdq__builder *b, const char *name, const sdq_lay
     if (b->ctx->status != SDQ_OK
         || !sdq__grow(b->ctx, (void **)(void *)&m->layer, &m->layer_cap, m->layers + 1,
                       sizeof *m->layer)
-        || sdq_layer_create(b->ctx, &d, &layer) != SDQ_OK) return NULL;
+        || sdq__ly_create(b->ctx, &d, b->bare, &layer) != SDQ_OK) return NULL;
     m->layer[m->layers++] = layer;
     for (i = first; i < m->params; i++) m->param[i].layer = layer;
     return layer;
@@ -12085,9 +12136,10 @@ SDQ_API void sdq_model_free(sdq_ctx *ctx, sdq_model *m) {
 }
 
 /* The network with zero weights from the text of its configuration; file names it in sentences.
- * src: NULL, or the checkpoint that must have all of its tensors. */
+ * src: NULL, or the checkpoint that must have all of its tensors. bare: without the weights. */
 static sdq_status sdq__md_create(sdq_ctx *ctx, const char *file, const char *text, size_t len,
-                                 sdq_part part, const sdq__sf_source *src, sdq_model **out) {
+                                 sdq_part part, const sdq__sf_source *src, int bare,
+                                 sdq_model **out) {
     const sdq__md_kind *kind = &sdq__md_kinds_of[part];
     sdq__builder b;
     sdq__json *root = NULL, *defaults = NULL;
@@ -12097,6 +12149,7 @@ static sdq_status sdq__md_create(sdq_ctx *ctx, const char *file, const char *tex
     b.ctx = ctx;
     b.file = file;
     b.src = src;
+    b.bare = bare;
     b.model = SDQ__NEW(ctx, sdq_model);
     if (!b.model) return st;
     b.model->info.part = part;
@@ -12270,7 +12323,7 @@ SDQ_API sdq_status sdq_model_load(sdq_ctx *ctx, const char *path, sdq_part part,
     if (!out) return SDQ_ERR_ARGUMENT;
     *out = NULL;
     SDQ__TRY_DONE(sdq__md_place_open(ctx, path, part, 1, &p));
-    SDQ__TRY_DONE(sdq__md_create(ctx, p.file, p.config.s, p.config.len, part, &p.src, &m));
+    SDQ__TRY_DONE(sdq__md_create(ctx, p.file, p.config.s, p.config.len, part, &p.src, 0, &m));
     st = sdq__md_fill(ctx, m, &p.src);
 done:
     sdq__md_place_close(ctx, &p);
@@ -12279,15 +12332,15 @@ done:
     return st;
 }
 
-/* The network without its weights. */
-static sdq_status sdq__md_structure(sdq_ctx *ctx, const char *path, sdq_part part,
+/* The network with zero weights, or without them. */
+static sdq_status sdq__md_structure(sdq_ctx *ctx, const char *path, sdq_part part, int bare,
                                     sdq_model **out) {
     sdq__md_place p;
     sdq_status st = sdq__md_place_open(ctx, path, part, 0, &p);
     *out = NULL;
     if (st == SDQ_OK)
         st = sdq__md_create(ctx, p.file, p.config.s, p.config.len, part,
-                            p.set ? &p.src : NULL, out);
+                            p.set ? &p.src : NULL, bare, out);
     sdq__md_place_close(ctx, &p);
     return st;
 }
@@ -12327,7 +12380,7 @@ SDQ_API sdq_status sdq_model_init(sdq_ctx *ctx, const char *path, sdq_part part,
     size_t i;
     if (!out) return SDQ_ERR_ARGUMENT;
     *out = NULL;
-    st = sdq__md_structure(ctx, path, part, &m);
+    st = sdq__md_structure(ctx, path, part, 0, &m);
     if (st != SDQ_OK) return st;
     sdq_rng_init(&rng, SDQ_RNG_TORCH, seed);
     for (i = 0; i < m->params && st == SDQ_OK; i++) st = sdq__md_draw(ctx, &m->param[i], &rng);
@@ -15348,7 +15401,9 @@ static sdq_status sdq__cv_read_layer(sdq_ctx *ctx, const sdq_file *f, const char
         memcpy(&l->out_mx, (const char *)r->data + 4, 4);
         l->out_seen = 1;
     }
-    return sdq__ly_set_int8(ctx, l, (const int8_t *)w->data);
+    SDQ__TRY(sdq__ly_set_int8(ctx, l, (const int8_t *)w->data));
+    sdq__st_forget(f, w);
+    return SDQ_OK;
 }
 
 static sdq_status sdq__cv_read_policy(sdq_ctx *ctx, const sdq_file *f, const char *path,
@@ -15396,6 +15451,7 @@ static sdq_status sdq__cv_read_float(sdq_ctx *ctx, const sdq_file *f, const char
     size_t i;
     if (!sdq__cv_need(ctx, f, path, p->name, "", e && e->dtype == SDQ_F16 ? SDQ_F16 : SDQ_F32,
                       p->rank, p->dim)) return ctx->status;
+    if (p->rank > 1 && p->layer) SDQ__TRY(sdq__t_alloc(ctx, &p->layer->w));
     SDQ__TRY(sdq__md_read(ctx, p, e));
     for (i = 0; i < count; i++)
         if (!(fabsf(sdq_f32(sdq__md_tensor(p))[i]) <= FLT_MAX))
@@ -15520,7 +15576,7 @@ SDQ_API sdq_status sdq_model_load_int8(sdq_ctx *ctx, const char *folder, const c
     *out = NULL;
     st = sdq_file_open(ctx, path, &f);
     if (st != SDQ_OK) return st;
-    SDQ__TRY_DONE(sdq__md_structure(ctx, folder, SDQ_PART_UNET, &m));
+    SDQ__TRY_DONE(sdq__md_structure(ctx, folder, SDQ_PART_UNET, 1, &m));
     SDQ__TRY_DONE(sdq__cv_check(ctx, f, path, folder, m));
     for (i = 0; i < m->layers; i++) m->layer[i]->quant.enabled = 0;
     SDQ__TRY_DONE(sdq__cv_read_attention(ctx, f, path, m));

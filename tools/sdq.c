@@ -7,7 +7,7 @@
  * objects of a run and is freed at one place.
  * Exit status: 0 done, 1 an error (one line on stderr), 2 wrong usage.
  */
-#define _POSIX_C_SOURCE 200809L
+#define _DEFAULT_SOURCE     /* POSIX, and madvise for sdq.h, under -std=c99 */
 #define SDQ_IMPLEMENTATION
 #include "sdq.h"
 
