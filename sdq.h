@@ -6455,8 +6455,8 @@ static sdq_status sdq__st_entries(sdq_ctx *ctx, sdq_file *f, size_t header) {
 static void sdq__st_forget(const sdq_file *f, const sdq_entry *e) {
 #if SDQ__MMAP && defined(MADV_DONTNEED)
     const size_t page = (size_t)sysconf(_SC_PAGESIZE);
-    const size_t from = sdq__u_round_up((size_t)((const char *)e->data - f->bytes), page);
-    const size_t to = (size_t)((const char *)e->data - f->bytes + e->bytes) / page * page;
+    const size_t at = (size_t)((const char *)e->data - f->bytes);
+    const size_t from = sdq__u_round_up(at, page), to = (at + e->bytes) / page * page;
     if (f->mapped && to > from) (void)madvise(f->bytes + from, to - from, MADV_DONTNEED);
 #else
     (void)f; (void)e;
