@@ -1816,6 +1816,14 @@ typedef struct sdq__adamw_step {
     /* GEMM tiles */ \
     X(void, gemm_f32, (const sdq__ftile *t), EXACT) \
     X(void, gemm_u8s8, (const sdq__qtile *t), EXACT) \
+    /* Winograd's transforms, see >>gemm; element by element of n: 36 numbers B^T d B of the 6x6 \
+       pixels at d; 36 numbers G g G^T of the 9 at g, ldg apart; 16 numbers A^T m A of the 36 at m, \
+       ldm apart, to the rows y (NULL: left out), + bias (or NULL), + res (or NULL) */ \
+    X(void, win_input, (float *v, size_t ldv, const float *const *d, size_t n), EXACT) \
+    X(void, win_weight, (float *u, size_t ldu, const float *g, size_t ldg, size_t n), EXACT) \
+    X(void, win_output, \
+      (float *const *y, const float *m, size_t ldm, const float *bias, const float *const *res, \
+       size_t n), EXACT) \
     /* *mn = min(*mn, x...), *mx = max(*mx, x...); NaN elements are skipped */ \
     X(void, minmax, (const float *x, size_t n, float *mn, float *mx), EXACT) \
     /* the same per column: mn[j], mx[j] over rows of length n, ld apart */ \
@@ -2717,6 +2725,127 @@ static void sdq__gemm_small(const struct sdq__kernels *kern, const float *a, siz
             kern->gemm_f32(&t);
         }
     }
+}
+
+/* ---- Winograd's convolution -------------------------------------------------------------------
+ * F(4x4, 3x3) of Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (arXiv
+ * 1509.09308): 4x4 results of a 3x3 convolution from 6x6 pixels d and weights g as
+ *     A^T ((G g G^T) * (B^T d B)) A
+ * which are 36 products instead of 144: of all tiles and channels, 36 products of matrices. Float
+ * only, and for large pictures: the weights, four times as many then, are transformed again at
+ * every call, a panel at a time. The error is about five times that of the direct sum. */
+
+#define SDQ__WIN_TILES 48               /* tiles of a block: 4 GEMM tiles */
+#define SDQ__WIN_BYTES ((size_t)16 << 20)       /* transformed pixels at a time: a third cache */
+
+typedef struct sdq__win {
+    const struct sdq__kernels *k;
+    const float *x, *zero;              /* [n][h][w][c]; c zeros */
+    const float *b, *bias, *res;        /* panels [panel][9][c][32] */
+    float *y;                           /* [n][h][w][oc] */
+    float *v, *scratch;                 /* v: [36][count][c] */
+    size_t n, h, w, c, oc, th, tw;      /* th, tw: tiles down and across */
+    size_t first, count, parts;         /* tiles of this pass; parts of a panel's work */
+} sdq__win;
+
+static size_t sdq__win_scratch(size_t c) { return 36 * SDQ__NR * (c + SDQ__WIN_TILES); }
+
+/* Tile t: entry, first row, first column. */
+static sdq__pixel sdq__win_tile(const sdq__win *w, size_t t) {
+    sdq__pixel p;
+    p.b = t / (w->th * w->tw);
+    p.y = t / w->tw % w->th * 4;
+    p.x = t % w->tw * 4;
+    return p;
+}
+
+static void sdq__win_input_task(void *arg, size_t task, int thread) {
+    const sdq__win *w = (const sdq__win *)arg;
+    const sdq__pixel p = sdq__win_tile(w, w->first + task);
+    const float *d[36];
+    size_t i;
+    (void)thread;
+    for (i = 0; i < 36; i++) {          /* a row or column before the first wraps around */
+        const size_t y = p.y + i / 6 - 1, x = p.x + i % 6 - 1;
+        d[i] = y < w->h && x < w->w ? w->x + ((p.b * w->h + y) * w->w + x) * w->c : w->zero;
+    }
+    w->k->win_input(w->v + task * w->c, w->count * w->c, d, w->c);
+}
+
+/* Tiles of a block back to pixels: m[36][block][32]. */
+static void sdq__win_output(const sdq__win *w, const float *m, size_t t0, size_t tiles, size_t p) {
+    const size_t col = p * SDQ__NR, nr = sdq__u_min(SDQ__NR, w->oc - col);
+    size_t t, i;
+    for (t = 0; t < tiles; t++) {
+        const sdq__pixel at = sdq__win_tile(w, w->first + t0 + t);
+        float *y[16];
+        const float *res[16];
+        for (i = 0; i < 16; i++) {
+            const size_t r = at.y + i / 4, x = at.x + i % 4;
+            const size_t to = ((at.b * w->h + r) * w->w + x) * w->oc + col;
+            const int in = r < w->h && x < w->w;
+            y[i] = in ? w->y + to : NULL;
+            res[i] = in && w->res ? w->res + to : NULL;
+        }
+        w->k->win_output(y, m + t * SDQ__NR, SDQ__WIN_TILES * SDQ__NR,
+                         w->bias ? w->bias + col : NULL, w->res ? res : NULL, nr);
+    }
+}
+
+/* A part of the tiles, one panel of results. */
+static void sdq__win_product_task(void *arg, size_t task, int thread) {
+    const sdq__win *w = (const sdq__win *)arg;
+    const size_t p = task / w->parts, part = task % w->parts;
+    const size_t blocks = sdq__u_div_up(w->count, SDQ__WIN_TILES);
+    const size_t last = (part + 1) * blocks / w->parts;
+    float *u = w->scratch + (size_t)thread * sdq__win_scratch(w->c), *m = u + 36 * SDQ__NR * w->c;
+    const float *g = w->b + p * 9 * w->c * SDQ__NR;
+    size_t b, i;
+    for (i = 0; i < w->c; i++)
+        w->k->win_weight(u + i * SDQ__NR, w->c * SDQ__NR, g + i * SDQ__NR, w->c * SDQ__NR, SDQ__NR);
+    for (b = part * blocks / w->parts; b < last; b++) {
+        const size_t t0 = b * SDQ__WIN_TILES, tiles = sdq__u_min(SDQ__WIN_TILES, w->count - t0);
+        for (i = 0; i < 36; i++)
+            sdq__gemm_small(w->k, w->v + (i * w->count + t0) * w->c, w->c, 1,
+                            u + i * w->c * SDQ__NR, w->c, m + i * SDQ__WIN_TILES * SDQ__NR, SDQ__NR,
+                            tiles, SDQ__NR, w->c, 0);
+        sdq__win_output(w, m, t0, tiles, p);
+    }
+}
+
+/* Worth it? A 3x3 convolution of stride 1 that keeps the size, of a large picture. */
+static int sdq__win_fits(const sdq__geom *g, size_t c, size_t oc) {
+    return g->kh == 3 && g->kw == 3 && g->stride == 1 && g->top == 1 && g->left == 1
+        && g->oh == g->h && g->ow == g->w && g->h >= 32 && g->w >= 32 && c >= SDQ__NR
+        && oc >= SDQ__NR;
+}
+
+static void sdq__win_run(sdq_ctx *ctx, const sdq__gemm *f) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    size_t tiles, most, tasks;
+    sdq__win w;
+    memset(&w, 0, sizeof w);
+    w.k = ctx->k;
+    w.x = f->x; w.zero = f->zero; w.b = f->b; w.bias = f->bias; w.res = f->res; w.y = f->y;
+    w.n = f->g.n; w.h = f->g.h; w.w = f->g.w;
+    w.c = f->kc;
+    w.oc = f->n;
+    w.th = sdq__u_div_up(w.h, 4);
+    w.tw = sdq__u_div_up(w.w, 4);
+    tiles = w.n * w.th * w.tw;
+    most = sdq__u_max(SDQ__WIN_BYTES / (36 * w.c * sizeof(float)), 2 * SDQ__WIN_TILES);
+    most = sdq__u_min(tiles, most / SDQ__WIN_TILES * SDQ__WIN_TILES);
+    w.v = SDQ__PUSH_N(ctx, float, 36 * most * w.c);
+    w.scratch = SDQ__PUSH_N(ctx, float, (size_t)ctx->threads * sdq__win_scratch(w.c));
+    for (w.first = 0; ctx->status == SDQ_OK && w.first < tiles; w.first += w.count) {
+        w.count = sdq__u_min(most, tiles - w.first);
+        tasks = sdq__gemm_panels(w.oc);
+        w.parts = sdq__u_min(sdq__u_div_up(4 * (size_t)ctx->threads, tasks),
+                             sdq__u_div_up(w.count, 4 * SDQ__WIN_TILES));
+        sdq__par_for(ctx, w.count, sdq__win_input_task, &w);
+        sdq__par_for(ctx, tasks * w.parts, sdq__win_product_task, &w);
+    }
+    sdq_arena_release(ctx, mark);
 }
 
 /* ---- weight gradient: dw[n][t][c] += sum over output pixels m of dy[m][n] x[src(m,t)][c] ----
@@ -4897,7 +5026,9 @@ static void sdq__ly_forward_float(sdq_ctx *ctx, const sdq_layer *l, const sdq_te
     w.n = w.ldr = l->out;
     w.ldy = sdq__t_chan(y);
     w.kc = w.ldx = l->in;
-    if (w.b && w.zero) sdq__gemm_run(ctx, &w, w.ldy < l->out);
+    if (!w.b || !w.zero) return;
+    if (l->wp && sdq__win_fits(&w.g, l->in, l->out)) sdq__win_run(ctx, &w);
+    else sdq__gemm_run(ctx, &w, w.ldy < l->out);
     sdq_arena_release(ctx, mark);
 }
 
@@ -16993,6 +17124,88 @@ SDQ__KERNEL void SDQ__K(layernorm_bwd)(float *dx, float *dgamma, float *dbeta, c
         const SDQ__V h = SDQ__N(standard)(x + i, mean, rstd, n - i);
         const SDQ__V u = SDQ__N(fma)(SDQ__N(neg)(h), m2, SDQ__N(sub)(t, m1));
         SDQ__N(store)(dx + i, SDQ__N(fma)(r, u, SDQ__N(load)(dx + i, n - i)), n - i);
+    }
+}
+
+/* ---- Winograd's transforms ---- */
+
+/* t = B^T x of 6 vectors, each `step` behind the one before. */
+SDQ__WORD void SDQ__N(win_in)(SDQ__V *t, const SDQ__V *x, size_t step) {
+    const SDQ__V four = SDQ__N(set1)(4.0f), five = SDQ__N(set1)(-5.0f), less = SDQ__N(neg)(four);
+    const SDQ__V x1 = x[step], x2 = x[2 * step], x3 = x[3 * step], x4 = x[4 * step];
+    const SDQ__V a = SDQ__N(fma)(less, x2, x4), b = SDQ__N(fma)(less, x1, x3);
+    const SDQ__V c = SDQ__N(sub)(x4, x2), h = SDQ__N(sub)(x3, x1), d = SDQ__N(add)(h, h);
+    t[0] = SDQ__N(fma)(four, x[0], SDQ__N(fma)(five, x2, x4));
+    t[step] = SDQ__N(add)(a, b);
+    t[2 * step] = SDQ__N(sub)(a, b);
+    t[3 * step] = SDQ__N(add)(c, d);
+    t[4 * step] = SDQ__N(sub)(c, d);
+    t[5 * step] = SDQ__N(fma)(four, x1, SDQ__N(fma)(five, x3, x[5 * step]));
+}
+SDQ__KERNEL void SDQ__K(win_input)(float *v, size_t ldv, const float *const *d, size_t n) {
+    SDQ__V x[36], t[36];
+    size_t i, j;
+    for (i = 0; i < n; i += 16) {
+        for (j = 0; j < 36; j++) x[j] = SDQ__N(load)(d[j] + i, n - i);
+        for (j = 0; j < 6; j++) SDQ__N(win_in)(t + j, x + j, 6);
+        for (j = 0; j < 6; j++) SDQ__N(win_in)(x + 6 * j, t + 6 * j, 1);
+        for (j = 0; j < 36; j++) SDQ__N(store)(v + j * ldv + i, x[j], n - i);
+    }
+}
+/* u = G g: 6 vectors of 3. */
+SDQ__WORD void SDQ__N(win_w)(SDQ__V *u, size_t ldu, const SDQ__V *g, size_t ldg) {
+    const SDQ__V g0 = g[0], g1 = g[ldg], g2 = g[2 * ldg];
+    const SDQ__V e = SDQ__N(mul)(SDQ__N(add)(g0, g2), SDQ__N(set1)(-1.0f / 6.0f));
+    const SDQ__V f = SDQ__N(mul)(g1, SDQ__N(set1)(-1.0f / 6.0f));
+    const SDQ__V h = SDQ__N(fma)(g0, SDQ__N(set1)(1.0f / 24.0f),
+                                 SDQ__N(mul)(g2, SDQ__N(set1)(1.0f / 6.0f)));
+    const SDQ__V k = SDQ__N(mul)(g1, SDQ__N(set1)(1.0f / 12.0f));
+    u[0] = SDQ__N(mul)(g0, SDQ__N(set1)(0.25f));
+    u[ldu] = SDQ__N(add)(e, f);
+    u[2 * ldu] = SDQ__N(sub)(e, f);
+    u[3 * ldu] = SDQ__N(add)(h, k);
+    u[4 * ldu] = SDQ__N(sub)(h, k);
+    u[5 * ldu] = g2;
+}
+SDQ__KERNEL void SDQ__K(win_weight)(float *u, size_t ldu, const float *g, size_t ldg, size_t n) {
+    SDQ__V x[9], t[18], r[36];
+    size_t i, j;
+    for (i = 0; i < n; i += 16) {
+        for (j = 0; j < 9; j++) x[j] = SDQ__N(load)(g + j * ldg + i, n - i);
+        for (j = 0; j < 3; j++) SDQ__N(win_w)(t + j, 3, x + j, 3);
+        for (j = 0; j < 6; j++) SDQ__N(win_w)(r + 6 * j, 1, t + 3 * j, 1);
+        for (j = 0; j < 36; j++) SDQ__N(store)(u + j * ldu + i, r[j], n - i);
+    }
+}
+/* o = A^T m: 4 vectors of 6. */
+SDQ__WORD void SDQ__N(win_out)(SDQ__V *o, const SDQ__V *m, size_t step) {
+    const SDQ__V m1 = m[step], m2 = m[2 * step], m3 = m[3 * step], m4 = m[4 * step];
+    const SDQ__V s1 = SDQ__N(add)(m1, m2), d1 = SDQ__N(sub)(m1, m2);
+    const SDQ__V s2 = SDQ__N(add)(m3, m4), d2 = SDQ__N(sub)(m3, m4);
+    o[0] = SDQ__N(add)(SDQ__N(add)(m[0], s1), s2);
+    o[step] = SDQ__N(fma)(SDQ__N(set1)(2.0f), d2, d1);
+    o[2 * step] = SDQ__N(fma)(SDQ__N(set1)(4.0f), s2, s1);
+    o[3 * step] = SDQ__N(add)(SDQ__N(fma)(SDQ__N(set1)(8.0f), d2, d1), m[5 * step]);
+}
+SDQ__KERNEL void SDQ__K(win_output)(float *const *y, const float *m, size_t ldm, const float *bias,
+                                    const float *const *res, size_t n) {
+    SDQ__V x[36], t[24], o[16];
+    size_t i, j;
+    for (i = 0; i < n; i += 16) {
+        for (j = 0; j < 36; j++) x[j] = SDQ__N(load)(m + j * ldm + i, n - i);
+        for (j = 0; j < 6; j++) SDQ__N(win_out)(t + j, x + j, 6);
+        for (j = 0; j < 4; j++) {
+            SDQ__V r[4];
+            size_t k;
+            SDQ__N(win_out)(r, t + 6 * j, 1);
+            for (k = 0; k < 4; k++) o[4 * j + k] = r[k];
+        }
+        for (j = 0; j < 16; j++) {
+            if (!y[j]) continue;
+            if (bias) o[j] = SDQ__N(add)(o[j], SDQ__N(load)(bias + i, n - i));
+            if (res) o[j] = SDQ__N(add)(o[j], SDQ__N(load)(res[j] + i, n - i));
+            SDQ__N(store)(y[j] + i, o[j], n - i);
+        }
     }
 }
 

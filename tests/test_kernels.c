@@ -671,6 +671,85 @@ static void test_quantize_rows(int tier) {
     guard_free(&gq);
 }
 
+/* ---- Winograd's transforms: L x L^T of every element, against matrices in doubles ---- */
+
+static const double win_b[6][6] = {{4, 0, -5, 0, 1, 0}, {0, -4, -4, 1, 1, 0}, {0, 4, -4, -1, 1, 0},
+    {0, -2, -1, 2, 1, 0}, {0, 2, -1, -2, 1, 0}, {0, 4, 0, -5, 0, 1}};
+static const double win_g[6][6] = {{.25}, {-1 / 6., -1 / 6., -1 / 6.}, {-1 / 6., 1 / 6., -1 / 6.},
+    {1 / 24., 1 / 12., 1 / 6.}, {1 / 24., -1 / 12., 1 / 6.}, {0, 0, 1}};
+static const double win_a[6][6] = {{1, 1, 1, 1, 1, 0}, {0, 1, -1, 2, -2, 0}, {0, 1, 1, 4, 4, 0},
+    {0, 1, -1, 8, -8, 1}};
+
+/* Element (i,j) of L x L^T, x of k x k; *mag: the same of absolute values. */
+static double sandwich(const double l[6][6], const double *x, size_t k, size_t i, size_t j,
+                       double *mag) {
+    double sum = 0;
+    size_t r, c;
+    *mag = 0;
+    for (r = 0; r < k; r++)
+        for (c = 0; c < k; c++) {
+            sum += l[i][r] * x[r * k + c] * l[j][c];
+            *mag += fabs(l[i][r] * x[r * k + c] * l[j][c]);
+        }
+    return sum;
+}
+
+typedef struct win_buffers { guarded in, out; float *x, *y; } win_buffers;
+
+/* Which: 0 input, 1 weight, 2 output. in and out: numbers on one side of a square. */
+static void winograd_once(int tier, win_buffers *w, int which, size_t n) {
+    static const size_t in[] = {6, 3, 6}, out[] = {6, 6, 4};
+    static const double (*const matrix[])[6] = {win_b, win_g, win_a};
+    const size_t k = in[which], m = out[which], ld = n + 3;
+    const size_t nx = (k * k - 1) * ld + n, ny = (m * m - 1) * ld + n;
+    float plain[36 * 64], bias[64], res[16 * 64];
+    const float *d[36], *r[16];
+    float *to[2][16];
+    size_t i, j, c, t;
+    w->x = (float *)guard_place(&w->in, 4 * nx, 1);
+    w->y = (float *)guard_place(&w->out, 4 * ny, 1);
+    for (i = 0; i < nx; i++) w->x[i] = sdqt_normal();
+    for (i = 0; i < 64; i++) bias[i] = which == 2 ? sdqt_normal() : 0;
+    for (i = 0; i < 16 * 64; i++) res[i] = which == 2 ? sdqt_normal() : 0;
+    for (i = 0; i < 36; i++) d[i] = w->x + (i < k * k ? i : 0) * ld;
+    for (i = 0; i < 16; i++) {
+        r[i] = res + i * 64;
+        to[0][i] = i == 5 ? NULL : plain + i * ld;      /* a pixel outside the picture */
+        to[1][i] = i == 5 ? NULL : w->y + (i < m * m ? i : 0) * ld;
+    }
+    memset(plain, 0xa5, sizeof plain);
+    for (t = 0; t < 2; t++) {
+        const sdq__kernels *f = sdq__k_table(t ? (sdq_tier)tier : SDQ_TIER_SCALAR);
+        float *y = t ? w->y : plain;
+        if (which == 0) f->win_input(y, ld, d, n);
+        else if (which == 1) f->win_weight(y, ld, w->x, ld, n);
+        else f->win_output(to[t], w->x, ld, bias, r, n);
+    }
+    SDQT_THAT(memcmp(plain, w->y, 4 * ny) == 0, "transform %d, n=%zu: tiers differ", which, n);
+    SDQT_CHECK(guard_intact(&w->out, w->y, 4 * ny));
+    for (i = 0; i < m * m; i++)
+        for (c = 0; c < n; c++) {
+            double x[36], mag, want;
+            if (which == 2 && i == 5) continue;
+            for (j = 0; j < k * k; j++) x[j] = (double)w->x[j * ld + c];
+            want = sandwich(matrix[which], x, k, i / m, i % m, &mag)
+                 + (double)bias[c] + (double)res[(i % 16) * 64 + c];
+            mag += fabs((double)bias[c]) + fabs((double)res[(i % 16) * 64 + c]);
+            SDQT_NEAR(w->y[i * ld + c], want, 8 * 6e-8 * mag);
+        }
+}
+static void test_winograd(int tier) {
+    win_buffers w;
+    size_t n;
+    int which;
+    w.in = guard_new(4 * 36 * 64);
+    w.out = guard_new(4 * 36 * 64);
+    for (n = 1; n <= 50; n += n < 34 ? 1 : 16)
+        for (which = 0; which < 3; which++) winograd_once(tier, &w, which, n);
+    guard_free(&w.in);
+    guard_free(&w.out);
+}
+
 /* softmax_tile_u8 against its definition, and the same bits as on the scalar tier; nothing is
  * written between and behind the rows. 255 exp(x) may fall to either side of an edge. */
 static void softmax_u8_once(const sdq__kernels *k, guarded *gs, guarded *gp, size_t rows, size_t n) {
@@ -1019,6 +1098,7 @@ static const sdqt_case cases[] = {
     {"quantize", test_quantize, 1},
     {"quantize_rows", test_quantize_rows, 1},
     {"softmax_u8", test_softmax_u8, 1},
+    {"winograd", test_winograd, 1},
     {"softmax_rows", test_softmax_rows, 1},
     {"half", test_half, 1},
     {"gemm_f32", test_gemm_f32, 1},

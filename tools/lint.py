@@ -14,7 +14,7 @@ PREFIX = {
     "util": "u_", "error": "fail err_", "parallel": "par_", "cpu": "cpu_",
     "memory": "mem_ alloc free strdup grow push",       # words used everywhere: short on purpose
     "kernel-list": "k_", "random": "rng_", "tensor": "t_ keep", "qmath": "q_",
-    "gemm": "gemm_ qgemm_", "attention": "att_ qatt_", "tape": "tape_", "ops": "op_", "layer": "ly_",
+    "gemm": "gemm_ qgemm_ win_", "attention": "att_ qatt_", "tape": "tape_", "ops": "op_", "layer": "ly_",
     "io": "io_", "json": "js_ str_", "safetensors": "st_", "image": "img_", "dataset": "data_",
     "tokenizer": "tok_", "optim": "opt_", "single-file": "sf_", "model": "md_", "blocks": "bk_", "text": "tx_",
     "unet": "un_", "vae": "va_", "model-file": "md_", "scheduler": "sch_", "pipeline": "pl_",
