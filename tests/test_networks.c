@@ -421,7 +421,7 @@ static void test_scaling(int tier) {
     (void)tier;
     SDQT_CHECK(sdq_ctx_create(NULL, &ctx) == SDQ_OK);
     for (i = 0; i < 4; i++) {
-        SDQT_CHECK(sdq__md_create(ctx, "config.json", text[i], strlen(text[i]), SDQ_PART_VAE, NULL,
+        SDQT_CHECK(sdq__md_create(ctx, "config.json", text[i], strlen(text[i]), SDQ_PART_VAE, NULL, 0,
                                   &m) == SDQ_OK);
         SDQT_CHECK(sdq_model_set_scaling(ctx, m, 0.25f) == SDQ_OK);
         SDQT_THAT(strcmp(m->config, want[i]) == 0, "%s", m->config);
@@ -628,7 +628,7 @@ static void test_refused_config(int tier) {
     SDQT_CHECK(sdq_ctx_create(NULL, &ctx) == SDQ_OK);
     for (p = SDQ_PART_TEXT; p < SDQ_PART_COUNT; p++) {
         (void)snprintf(text, sizeof text, "{\"unknown_key\": [1, {}], %s", good[p]);
-        SDQT_THAT(sdq__md_create(ctx, "c.json", text, strlen(text), (sdq_part)p, NULL, &m)
+        SDQT_THAT(sdq__md_create(ctx, "c.json", text, strlen(text), (sdq_part)p, NULL, 0, &m)
                   == SDQ_OK, "%s", sdq_error_text(ctx));
         sdq_model_free(ctx, m);
     }
@@ -636,7 +636,7 @@ static void test_refused_config(int tier) {
         const refusal *r = &refusals[i];
         sdq_status st;
         build_config(text, sizeof text, r->add, good[r->part]);
-        st = sdq__md_create(ctx, "c.json", text, strlen(text), r->part, NULL, &m);
+        st = sdq__md_create(ctx, "c.json", text, strlen(text), r->part, NULL, 0, &m);
         SDQT_THAT(st == r->status && !m, "%s: status %d: %s", r->add, (int)st, sdq_error_text(ctx));
         SDQT_THAT(strstr(sdq_error_text(ctx), r->says)
                   && strncmp(sdq_error_text(ctx), "c.json: ", 8) == 0,
@@ -646,7 +646,7 @@ static void test_refused_config(int tier) {
     }
     for (i = 0; i < 3; i++) {
         static const char *const broken[] = {"[1]", "{\"in_channels\": 4", ""};
-        SDQT_CHECK(sdq__md_create(ctx, "c.json", broken[i], strlen(broken[i]), SDQ_PART_UNET, NULL,
+        SDQT_CHECK(sdq__md_create(ctx, "c.json", broken[i], strlen(broken[i]), SDQ_PART_UNET, NULL, 0,
                                   &m) == SDQ_ERR_FORMAT && !m);
         sdq_clear_error(ctx);
     }
@@ -677,7 +677,7 @@ static void test_accepted_config(int tier) {
         sdq_model *m = NULL;
         sdq_model_info info;
         build_config(text, sizeof text, cases[i].add, good[cases[i].part]);
-        if (!SDQT_THAT(sdq__md_create(ctx, "c.json", text, strlen(text), cases[i].part, NULL, &m)
+        if (!SDQT_THAT(sdq__md_create(ctx, "c.json", text, strlen(text), cases[i].part, NULL, 0, &m)
                        == SDQ_OK, "%s: %s", cases[i].add, sdq_error_text(ctx))) continue;
         info = sdq_model_get_info(m);
         SDQT_THAT(info.sample_size == cases[i].h && info.sample_width == cases[i].w,
@@ -718,7 +718,7 @@ static void test_fitting(int tier) {
                                                                : "\"layers_per_block\": 1", good[k]);
             build_config(text, sizeof text, cases[i].part == (sdq_part)k ? cases[i].add
                                             : "\"layers_per_block\": 1", base + 1);
-            SDQT_THAT(sdq__md_create(ctx, "c.json", text, strlen(text), (sdq_part)k, NULL, &m[k])
+            SDQT_THAT(sdq__md_create(ctx, "c.json", text, strlen(text), (sdq_part)k, NULL, 0, &m[k])
                       == SDQ_OK, "%s: %s", text, sdq_error_text(ctx));
         }
         p.text = m[SDQ_PART_TEXT];
@@ -1049,6 +1049,40 @@ static void test_out_of_memory(int tier) {
     drop_scratch();
 }
 
+/* ---- the decoder in int8 ---- */
+
+/* Measured on latents of unit size: 51.5 dB. */
+static void test_vae_int8(int tier) {
+    sdq_ctx *ctx;
+    sdq_ctx_desc cd;
+    sdq_pipeline *p[2] = {NULL, NULL};
+    sdq_pipeline_desc d;
+    sdq_image im[2];
+    sdq_rng rng;
+    size_t i;
+    memset(&cd, 0, sizeof cd);
+    cd.tier = (sdq_tier)tier;
+    memset(&d, 0, sizeof d);
+    if (sdq_ctx_create(&cd, &ctx) != SDQ_OK) exit(2);
+    for (i = 0; i < 2; i++) {
+        sdq_tensor *z = sdq_tensor_4d(ctx, 1, 16, 16, 4);
+        d.vae_int8 = (int)i;
+        SDQT_THAT(sdq_pipeline_load(ctx, "examples/emoji/model", &d, &p[i]) == SDQ_OK, "%s",
+                  sdq_error_text(ctx));
+        sdq_rng_init(&rng, SDQ_RNG_TORCH, 1);
+        sdq_rng_normal(&rng, sdq_f32(z), 16 * 16 * 4);
+        SDQT_THAT(sdq_decode_latents(ctx, p[i], z, &im[i]) == SDQ_OK, "%s", sdq_error_text(ctx));
+    }
+    if (ctx->status == SDQ_OK) {
+        const double psnr = sdq_psnr(im[0].px, im[1].px, im[0].w * im[0].h * im[0].c);
+        SDQT_THAT(psnr > 45 && psnr < 70, "%g dB", psnr);
+        if (getenv("SDQT_SHOW")) printf("decoder: %g dB\n", psnr);
+        for (i = 0; i < 2; i++) sdq_image_free(ctx, &im[i]);
+    }
+    for (i = 0; i < 2; i++) sdq_pipeline_free(ctx, p[i]);
+    sdq_ctx_free(ctx);
+}
+
 static const sdqt_case cases[] = {
     {"golden", test_golden, 1},
     {"bits", test_bits, 1},
@@ -1068,5 +1102,6 @@ static const sdqt_case cases[] = {
     {"refused_file", test_refused_file, 0},
     {"refused_input", test_refused_input, 0},
     {"out_of_memory", test_out_of_memory, 0},
+    {"vae_int8", test_vae_int8, 1},
 };
 int main(int argc, char **argv) { return SDQT_MAIN(argc, argv, cases); }

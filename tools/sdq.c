@@ -1426,6 +1426,7 @@ static const flag txt2img_flags[] = {
     {"k-first", "N", NULL, NULL},
     {"k-last", "N", NULL, NULL},
     {"float-evals", "LIST", NULL, "float evaluations, such as 0,1,45-50 or -1 for the last"},
+    {"vae", "fp32|int8", "fp32", "the decoder of the pictures"},
     {"int8-only", NULL, NULL, "do not load the float UNet; float evaluations use int8 weights"},
     {"save-latents", "FILE", NULL, "write `latents` (NCHW), as diffusers' output_type=\"latent\""},
     {"init-latents,latents", "FILE", NULL, "begin with `latents` of a file, diffusers' latents="},
@@ -1710,6 +1711,7 @@ static sdq_status output_from_args(job *j, output *o) {
 
 static sdq_status cmd_txt2img(job *j) {
     static const char *const rngs[] = {"cpu,torch,std-default", "cuda,philox,gpu"};
+    static const char *const vaes[] = {"fp32,float", "int8"};
     const char *model;
     sdq_pipeline_desc pd;
     sdq_txt2img_desc d;
@@ -1731,6 +1733,7 @@ static sdq_status cmd_txt2img(job *j) {
     TRY(output_from_args(j, &o));
     pd.unet_int8 = arg_text(&j->a, "unet");
     pd.int8_only = arg_on(&j->a, "int8-only");
+    TRY(arg_choice(j, "vae", vaes, 2, &pd.vae_int8));
     TRY(load_pipeline(j, model, &pd, &j->pipe));
     TRY(check_length(j, d.prompt));
     TRY(precision_from_args(j, &d));
