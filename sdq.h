@@ -2555,9 +2555,10 @@ typedef struct sdq__gemm {
     const struct sdq__kernels *k;
     sdq__geom g;
     const float *x, *zero;      /* rows of ldx floats; at least kc zeros */
-    const float *b;             /* packed panels */
+    const float *b;             /* packed panels, */
+    const uint16_t *bh;         /* or halves, which become floats a piece at a time */
     const float *bias, *res;
-    float *y;
+    float *y, *piece;           /* piece: SDQ__GEMM_KB * 32 floats per thread, for bh */
     size_t *rows;               /* source rows of a block, plan.rows * taps per thread */
     float *pair;                /* geglu: [plan.rows][64] per thread, else NULL */
     size_t m, n, kc, ldx, ldr, ldy;
@@ -2600,14 +2601,24 @@ static void sdq__gemm_pack(float *dst, const float *b, size_t ldb, size_t n, siz
     }
 }
 
+/* n numbers of the weights from `from` on. */
+static const float *sdq__gemm_weights(const sdq__gemm *w, int thread, size_t from, size_t n) {
+    float *piece = w->piece + (size_t)thread * SDQ__GEMM_KB * SDQ__NR;
+    if (w->b) return w->b + from;
+    w->k->from_f16(piece, w->bh + from, n);
+    return piece;
+}
+
 /* One piece (taps t0.., channels c0..) of a block of rows, for the panels of a group, to y. src:
  * source rows of the block's tiles, [tile][tap][row]. */
-static void sdq__gemm_piece(const sdq__gemm *w, const sdq__part *at, const size_t *src, float *y,
-                            size_t ldy, size_t t0, size_t taps, size_t c0, size_t cn) {
+static void sdq__gemm_piece(const sdq__gemm *w, const sdq__part *at, int thread, const size_t *src,
+                            float *y, size_t ldy, size_t t0, size_t taps, size_t c0, size_t cn) {
     const size_t all = w->g.kh * w->g.kw;
     const int first = t0 == 0 && c0 == 0, last = t0 + taps == all && c0 + cn == w->kc;
     size_t p, m, i;
     for (p = at->p0; p < at->p1; p++) {
+        const float *b = sdq__gemm_weights(w, thread, ((p * all + t0) * w->kc + c0) * SDQ__NR,
+                                           taps * cn * SDQ__NR);
         for (m = at->m0; m < at->m1; m += SDQ__MR) {
             const float *a[SDQ__MAX_TAPS * SDQ__MR];
             const size_t *s = src + (m - at->m0) / SDQ__MR * all * SDQ__MR;
@@ -2622,7 +2633,7 @@ static void sdq__gemm_piece(const sdq__gemm *w, const sdq__part *at, const size_
             }
             t.a = a;
             t.astep = 1;
-            t.b = w->b + ((p * all + t0) * w->kc + c0) * SDQ__NR;
+            t.b = b;
             t.bias = last && w->bias ? w->bias + p * SDQ__NR : NULL;
             t.res = last && w->res ? w->res + m * w->ldr + p * SDQ__NR : NULL;
             t.ldr = w->ldr;
@@ -2635,20 +2646,20 @@ static void sdq__gemm_piece(const sdq__gemm *w, const sdq__part *at, const size_
 }
 
 /* All pieces. */
-static void sdq__gemm_block(const sdq__gemm *w, const sdq__part *at, const size_t *src, float *y,
-                            size_t ldy) {
+static void sdq__gemm_block(const sdq__gemm *w, const sdq__part *at, int thread, const size_t *src,
+                            float *y, size_t ldy) {
     const size_t taps = w->g.kh * w->g.kw;
     const size_t kb = w->plan.weights_first && !w->pair ? SDQ__GEMM_KB_LEAST : SDQ__GEMM_KB;
     size_t t, c;
     if (w->kc <= kb) {
         const size_t step = sdq__u_max(1, kb / w->kc);
         for (t = 0; t < taps; t += step)
-            sdq__gemm_piece(w, at, src, y, ldy, t, sdq__u_min(step, taps - t), 0, w->kc);
+            sdq__gemm_piece(w, at, thread, src, y, ldy, t, sdq__u_min(step, taps - t), 0, w->kc);
         return;
     }
     for (t = 0; t < taps; t++)
         for (c = 0; c < w->kc; c += kb)
-            sdq__gemm_piece(w, at, src, y, ldy, t, 1, c, sdq__u_min(kb, w->kc - c));
+            sdq__gemm_piece(w, at, thread, src, y, ldy, t, 1, c, sdq__u_min(kb, w->kc - c));
 }
 
 /* h gelu(g) of rows of 64 products, h and g, to y. */
@@ -2667,7 +2678,7 @@ static void sdq__gemm_task(void *arg, size_t task, int thread) {
     for (m = at.m0; m < at.m1; m += SDQ__MR)
         sdq__gemm_gather(&w->g, m, sdq__u_min(SDQ__MR, at.m1 - m), src + (m - at.m0) * taps);
     if (!w->pair) {
-        sdq__gemm_block(w, &at, src, w->y + at.m0 * w->ldy + at.p0 * SDQ__NR, w->ldy);
+        sdq__gemm_block(w, &at, thread, src, w->y + at.m0 * w->ldy + at.p0 * SDQ__NR, w->ldy);
         return;
     }
     for (p = at.p0; p < at.p1; p++) {
@@ -2677,7 +2688,7 @@ static void sdq__gemm_task(void *arg, size_t task, int thread) {
             sdq__part one = at;
             one.p0 = p + half * w->plan.all;
             one.p1 = one.p0 + 1;
-            sdq__gemm_block(w, &one, src, pair + half * SDQ__NR, 2 * SDQ__NR);
+            sdq__gemm_block(w, &one, thread, src, pair + half * SDQ__NR, 2 * SDQ__NR);
         }
         sdq__gemm_geglu(w->k, w->y + at.m0 * w->ldy + p * SDQ__NR, w->ldy, pair, at.m1 - at.m0);
     }
@@ -2697,6 +2708,8 @@ static void sdq__gemm_run(sdq_ctx *ctx, sdq__gemm *w, int geglu) {
                              SDQ__GEMM_MB_MOST);
     w->rows = SDQ__PUSH_N(ctx, size_t, (size_t)ctx->threads * w->plan.rows * taps);
     w->pair = geglu ? sdq__gemm_pairs(ctx, w->plan.rows) : NULL;
+    if (w->bh)
+        w->piece = SDQ__PUSH_N(ctx, float, (size_t)ctx->threads * SDQ__GEMM_KB * SDQ__NR);
     if (ctx->status == SDQ_OK)
         sdq__par_for(ctx, w->plan.blocks * w->plan.groups, sdq__gemm_task, w);
     sdq_arena_release(ctx, mark);
@@ -2743,7 +2756,8 @@ static void sdq__gemm_small(const struct sdq__kernels *kern, const float *a, siz
 typedef struct sdq__win {
     const struct sdq__kernels *k;
     const float *x, *zero;              /* [n][h][w][c]; c zeros */
-    const float *b, *bias, *res;        /* panels [panel][9][c][32] */
+    const float *b, *bias, *res;        /* panels [panel][9][c][32], */
+    const uint16_t *bh;                 /* or halves */
     float *y;                           /* [n][h][w][oc] */
     float *v, *scratch;                 /* v: [36][count][c] */
     size_t n, h, w, c, oc, th, tw;      /* th, tw: tiles down and across */
@@ -2794,6 +2808,18 @@ static void sdq__win_output(const sdq__win *w, const float *m, size_t t0, size_t
     }
 }
 
+/* The weights of a panel, transformed: u[36][c][32]. */
+static void sdq__win_weights(const sdq__win *w, float *u, size_t p) {
+    const size_t step = w->c * SDQ__NR, at = p * 9 * step;
+    float g[9 * SDQ__NR];
+    size_t i, j;
+    for (i = 0; i < step; i += SDQ__NR) {
+        for (j = 0; w->bh && j < 9; j++)
+            w->k->from_f16(g + j * SDQ__NR, w->bh + at + j * step + i, SDQ__NR);
+        w->k->win_weight(u + i, step, w->bh ? g : w->b + at + i, w->bh ? SDQ__NR : step, SDQ__NR);
+    }
+}
+
 /* A part of the tiles, one panel of results. */
 static void sdq__win_product_task(void *arg, size_t task, int thread) {
     const sdq__win *w = (const sdq__win *)arg;
@@ -2801,10 +2827,8 @@ static void sdq__win_product_task(void *arg, size_t task, int thread) {
     const size_t blocks = sdq__u_div_up(w->count, SDQ__WIN_TILES);
     const size_t last = (part + 1) * blocks / w->parts;
     float *u = w->scratch + (size_t)thread * sdq__win_scratch(w->c), *m = u + 36 * SDQ__NR * w->c;
-    const float *g = w->b + p * 9 * w->c * SDQ__NR;
     size_t b, i;
-    for (i = 0; i < w->c; i++)
-        w->k->win_weight(u + i * SDQ__NR, w->c * SDQ__NR, g + i * SDQ__NR, w->c * SDQ__NR, SDQ__NR);
+    sdq__win_weights(w, u, p);
     for (b = part * blocks / w->parts; b < last; b++) {
         const size_t t0 = b * SDQ__WIN_TILES, tiles = sdq__u_min(SDQ__WIN_TILES, w->count - t0);
         for (i = 0; i < 36; i++)
@@ -2828,7 +2852,8 @@ static void sdq__win_run(sdq_ctx *ctx, const sdq__gemm *f) {
     sdq__win w;
     memset(&w, 0, sizeof w);
     w.k = ctx->k;
-    w.x = f->x; w.zero = f->zero; w.b = f->b; w.bias = f->bias; w.res = f->res; w.y = f->y;
+    w.x = f->x; w.zero = f->zero; w.b = f->b; w.bh = f->bh;
+    w.bias = f->bias; w.res = f->res; w.y = f->y;
     w.n = f->g.n; w.h = f->g.h; w.w = f->g.w;
     w.c = f->kc;
     w.oc = f->n;
@@ -4746,7 +4771,8 @@ struct sdq_layer {
     size_t in, out, kh, kw, stride, pad[4];
     size_t concat;              /* channels of the first half of a concatenated input; 0: none */
     sdq_tensor w, b;            /* [out,kh,kw,in], [out]; data NULL when absent */
-    float *wp;                  /* FLOAT: packed once, when w is not there to change */
+    float *wp;                  /* FLOAT: packed once, when w is not there to change, */
+    uint16_t *wh;               /* or the same as halves, if that is exact: what the file had */
     sdq_quant quant;
     sdq__qpart part[2];
     size_t parts;
@@ -4759,6 +4785,7 @@ struct sdq_layer {
 };
 
 static size_t sdq__ly_taps(const sdq_layer *l) { return l->kh * l->kw; }
+static int sdq__ly_frozen(const sdq_layer *l) { return l->wp || l->wh; }
 static size_t sdq__ly_k(const sdq_layer *l) { return sdq__ly_taps(l) * l->in; }
 
 SDQ_API sdq_tensor *sdq_layer_weight(sdq_layer *l) { return l->w.data ? &l->w : NULL; }
@@ -4784,6 +4811,7 @@ SDQ_API void sdq_layer_free(sdq_ctx *ctx, sdq_layer *l) {
     sdq__t_free(ctx, &l->b);
     sdq__t_free(ctx, &l->sw);
     sdq__free(ctx, l->wp);
+    sdq__free(ctx, l->wh);
     sdq__free(ctx, l->w_mn);
     sdq__free(ctx, l->w_mx);
     sdq__free(ctx, l->bias_sum);
@@ -4861,7 +4889,7 @@ SDQ_API sdq_status sdq_layer_create(sdq_ctx *ctx, const sdq_layer_desc *desc, sd
 
 SDQ_API sdq_quant sdq_layer_quant(const sdq_layer *l) { return l->quant; }
 SDQ_API sdq_status sdq_layer_set_quant(sdq_ctx *ctx, sdq_layer *l, const sdq_quant *quant) {
-    if (l->wp || l->part[0].w.b)
+    if (sdq__ly_frozen(l) || l->part[0].w.b)
         return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: has no float weights any more", l->name);
     if ((unsigned)quant->range >= SDQ_RANGE_COUNT)
         return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: range %d", l->name, (int)quant->range);
@@ -5006,6 +5034,47 @@ static const float *sdq__ly_panels(sdq_ctx *ctx, const sdq_layer *l) {
     return dst;
 }
 
+/* A float that is a half's value as that half. */
+static uint16_t sdq__ly_half(float x) {
+    const uint32_t u = sdq__u_bits(x), sign = u >> 16 & 0x8000u, a = u & 0x7fffffffu;
+    const uint32_t small = (uint32_t)(a < 0x38800000u ? sdq__u_float(a) * 16777216.0f : 0.0f);
+    return (uint16_t)(sign | (a < 0x38800000u ? small : (a - 0x38000000u) >> 13));
+}
+/* Panel p, through a panel of floats in `w`, to halves. */
+typedef struct sdq__halves { sdq__pack w; uint16_t *dst; } sdq__halves;
+static void sdq__ly_halves_task(void *arg, size_t p, int thread) {
+    const sdq__halves *h = (const sdq__halves *)arg;
+    const size_t k = h->w.taps * h->w.in, n = sdq__u_min(SDQ__NR, h->w.out - p * SDQ__NR);
+    float *panel = h->w.dst + (size_t)thread * SDQ__NR * k;
+    size_t i;
+    sdq__gemm_pack_t(panel, h->w.w + p * SDQ__NR * k, k, n, k);
+    for (i = 0; i < SDQ__NR * k; i++) h->dst[p * SDQ__NR * k + i] = sdq__ly_half(panel[i]);
+}
+
+/* Give up float weights that can change for packed ones. halves: they all are values of halves. */
+static sdq_status sdq__ly_freeze(sdq_ctx *ctx, sdq_layer *l, int halves) {
+    const size_t count = sdq__gemm_packed_count(l->out, sdq__ly_k(l));
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    sdq__halves h;
+    if (!l->w.data || sdq__ly_frozen(l)) return ctx->status;
+    memset(&h, 0, sizeof h);
+    h.w.w = sdq_f32(&l->w); h.w.out = l->out; h.w.taps = sdq__ly_taps(l); h.w.in = l->in;
+    if (halves) {
+        h.w.dst = SDQ__PUSH_N(ctx, float, (size_t)ctx->threads * SDQ__NR * sdq__ly_k(l));
+        h.dst = h.w.dst ? SDQ__NEW_N(ctx, uint16_t, count) : NULL;
+        l->wh = h.dst;
+        if (h.dst) sdq__par_for(ctx, sdq__gemm_panels(l->out), sdq__ly_halves_task, &h);
+    } else {
+        h.w.dst = l->wp = SDQ__NEW_N(ctx, float, count);
+        if (l->wp) sdq__par_for(ctx, sdq__gemm_panels(l->out), sdq__ly_pack_task, &h.w);
+    }
+    sdq_arena_release(ctx, mark);
+    if (!sdq__ly_frozen(l)) return ctx->status;
+    sdq__free(ctx, l->w.data);
+    l->w.data = NULL;
+    return SDQ_OK;
+}
+
 static float *sdq__ly_zeros(sdq_ctx *ctx, size_t n) {
     float *z = SDQ__PUSH_N(ctx, float, n);
     if (z) memset(z, 0, n * sizeof(float));
@@ -5019,7 +5088,8 @@ static void sdq__ly_forward_float(sdq_ctx *ctx, const sdq_layer *l, const sdq_te
     memset(&w, 0, sizeof w);
     w.g = sdq__ly_geom(l, x);
     w.x = sdq_f32(x);
-    w.b = sdq__ly_panels(ctx, l);
+    w.bh = l->wh;
+    w.b = w.bh ? NULL : sdq__ly_panels(ctx, l);
     w.zero = sdq__ly_zeros(ctx, l->in);
     w.bias = l->b.data ? sdq_f32(&l->b) : NULL;
     w.res = res ? sdq_f32(res) : NULL;
@@ -5028,8 +5098,8 @@ static void sdq__ly_forward_float(sdq_ctx *ctx, const sdq_layer *l, const sdq_te
     w.n = w.ldr = l->out;
     w.ldy = sdq__t_chan(y);
     w.kc = w.ldx = l->in;
-    if (!w.b || !w.zero) return;
-    if (l->wp && sdq__win_fits(&w.g, l->in, l->out)) sdq__win_run(ctx, &w);
+    if ((!w.b && !w.bh) || !w.zero) return;
+    if (sdq__ly_frozen(l) && sdq__win_fits(&w.g, l->in, l->out)) sdq__win_run(ctx, &w);
     else sdq__gemm_run(ctx, &w, w.ldy < l->out);
     sdq_arena_release(ctx, mark);
 }
@@ -6824,6 +6894,16 @@ static void sdq__st_set_close(sdq_ctx *ctx, sdq__st_set *s) {
     sdq__free(ctx, (void *)s->files);
     sdq__free(ctx, s->path);
     sdq__free(ctx, s);
+}
+
+/* As sdq__st_forget: e is an entry of one of the files, or a part of one. */
+static void sdq__st_set_forget(const sdq__st_set *s, const sdq_entry *e) {
+    const uintptr_t at = (uintptr_t)e->data;
+    size_t i;
+    for (i = 0; i < s->count; i++) {
+        const uintptr_t first = (uintptr_t)s->files[i]->bytes;
+        if (at >= first && at - first < s->files[i]->size) sdq__st_forget(s->files[i], e);
+    }
 }
 
 /* The entry of that name in any of the files, or NULL. */
@@ -12428,44 +12508,58 @@ static sdq_status sdq__md_surplus(sdq_ctx *ctx, const sdq__sf_source *src, const
     return st;
 }
 
-/* A hash of the weights as they were loaded: float, in the order of this library. How the file
- * stored them does not matter. Never 0, which says that they came from no file. */
-static uint64_t sdq__md_hash(const sdq_model *m) {
-    uint64_t h = 0;
+/* A hash of a parameter as it was loaded: float, in the order of this library. How the file
+ * stored it does not matter. */
+static uint64_t sdq__md_hash(const sdq__param *p) {
+    const size_t count = p->dim[0] * p->dim[1] * p->dim[2] * p->dim[3];
+    return sdq__u_hash_array(p->name, (size_t)p->rank, p->dim, sdq__md_tensor(p)->data,
+                             count * sizeof(float));
+}
+
+/* frozen: layers are packed as they are read, and one of them at a time is there as floats. The
+ * hash of a UNet, for its int8 files, is never 0, which says that weights came from no file. */
+static sdq_status sdq__md_fill(sdq_ctx *ctx, sdq_model *m, const sdq__sf_source *src, int frozen) {
+    uint64_t hash = 0;
+    sdq_entry e;
     size_t i;
     for (i = 0; i < m->params; i++) {
         const sdq__param *p = &m->param[i];
-        const size_t count = p->dim[0] * p->dim[1] * p->dim[2] * p->dim[3];
-        h += sdq__u_hash_array(p->name, (size_t)p->rank, p->dim, sdq__md_tensor(p)->data,
-                               count * sizeof(float));
+        const int pack = frozen && p->layer && p->rank > 1;
+        if (!sdq__md_find(src, p->name, &e)) continue;
+        if (pack) SDQ__TRY(sdq__t_alloc(ctx, &p->layer->w));
+        SDQ__TRY(sdq__md_read(ctx, p, &e));
+        sdq__st_set_forget(src->set, &e);
+        if (m->info.part == SDQ_PART_UNET) hash += sdq__md_hash(p);
+        if (pack) SDQ__TRY(sdq__ly_freeze(ctx, p->layer, e.dtype == SDQ_F16));
     }
-    return h ? h : 1;
-}
-
-static sdq_status sdq__md_fill(sdq_ctx *ctx, sdq_model *m, const sdq__sf_source *src) {
-    sdq_entry e;
-    size_t i;
-    for (i = 0; i < m->params; i++)
-        if (sdq__md_find(src, m->param[i].name, &e)) SDQ__TRY(sdq__md_read(ctx, &m->param[i], &e));
-    if (m->info.part == SDQ_PART_UNET) m->source = sdq__md_hash(m);     /* the one for int8 files */
+    if (m->info.part == SDQ_PART_UNET) m->source = hash ? hash : 1;
     return sdq__md_surplus(ctx, src, m);
 }
 
-SDQ_API sdq_status sdq_model_load(sdq_ctx *ctx, const char *path, sdq_part part,
-                                  sdq_model **out) {
+static sdq_status sdq__md_load(sdq_ctx *ctx, const char *path, sdq_part part, int frozen,
+                               sdq_model **out) {
     sdq__md_place p;
     sdq_model *m = NULL;
     sdq_status st;
-    if (!out) return SDQ_ERR_ARGUMENT;
     *out = NULL;
     SDQ__TRY_DONE(sdq__md_place_open(ctx, path, part, 1, &p));
-    SDQ__TRY_DONE(sdq__md_create(ctx, p.file, p.config.s, p.config.len, part, &p.src, 0, &m));
-    st = sdq__md_fill(ctx, m, &p.src);
+    SDQ__TRY_DONE(sdq__md_create(ctx, p.file, p.config.s, p.config.len, part, &p.src, frozen, &m));
+    st = sdq__md_fill(ctx, m, &p.src, frozen);
 done:
     sdq__md_place_close(ctx, &p);
     if (st == SDQ_OK) *out = m;
     else sdq_model_free(ctx, m);
     return st;
+}
+SDQ_API sdq_status sdq_model_load(sdq_ctx *ctx, const char *path, sdq_part part,
+                                  sdq_model **out) {
+    return out ? sdq__md_load(ctx, path, part, 0, out) : SDQ_ERR_ARGUMENT;
+}
+
+SDQ_API sdq_status sdq_model_freeze(sdq_ctx *ctx, sdq_model *m) {
+    size_t i;
+    for (i = 0; i < m->layers; i++) SDQ__TRY(sdq__ly_freeze(ctx, m->layer[i], 0));
+    return SDQ_OK;
 }
 
 /* The network with zero weights, or without them. */
@@ -13740,9 +13834,10 @@ static sdq_status sdq__pl_load(sdq_ctx *ctx, sdq_pipeline *p, const sdq_pipeline
                          "UNet of a folder predicts is in its scheduler_config.json", p->folder);
     if (p->single) SDQ__TRY(sdq__pl_open_single(ctx, p, d, &sd2));
     else SDQ__TRY(sdq__pl_open_folder(ctx, p));
-    SDQ__TRY(sdq_model_load(ctx, p->folder, SDQ_PART_TEXT, &p->text));
-    SDQ__TRY(sdq_model_load(ctx, p->folder, SDQ_PART_VAE, &p->vae));
-    if (!d->int8_only) SDQ__TRY(sdq_model_load(ctx, p->folder, SDQ_PART_UNET, &p->unet));
+    SDQ__TRY(sdq__md_load(ctx, p->folder, SDQ_PART_TEXT, 1, &p->text));
+    SDQ__TRY(sdq__md_load(ctx, p->folder, SDQ_PART_VAE, !d->vae_int8, &p->vae));
+    if (!d->int8_only)
+        SDQ__TRY(sdq__md_load(ctx, p->folder, SDQ_PART_UNET, !d->trainable, &p->unet));
     SDQ__TRY(sdq__pl_int8(ctx, p, d));
     if (p->single) {
         SDQ__TRY(sdq__pl_single_scheduler(ctx, p));
@@ -13789,10 +13884,8 @@ SDQ_API sdq_status sdq_pipeline_load(sdq_ctx *ctx, const char *path,
     p->vae_int8 = d.vae_int8;
     st = ctx->status;
     if (st == SDQ_OK) st = sdq__pl_load(ctx, p, &d);
-    if (st == SDQ_OK) st = sdq_model_freeze(ctx, p->text);
     if (st == SDQ_OK && d.vae_int8) st = sdq__pl_vae_int8(ctx, p->vae);
     if (st == SDQ_OK) st = sdq_model_freeze(ctx, p->vae);
-    if (st == SDQ_OK && p->unet && !d.trainable) st = sdq_model_freeze(ctx, p->unet);
     if (st == SDQ_OK) *out = p;
     else sdq_pipeline_free(ctx, p);
     return st;
@@ -15209,24 +15302,6 @@ SDQ_API sdq_status sdq_model_convert(sdq_ctx *ctx, sdq_model *m) {
     return SDQ_OK;
 }
 
-static sdq_status sdq__cv_freeze(sdq_ctx *ctx, sdq_layer *l) {
-    sdq__pack w;
-    if (!l->w.data || l->wp) return SDQ_OK;
-    l->wp = SDQ__NEW_N(ctx, float, sdq__gemm_packed_count(l->out, sdq__ly_k(l)));
-    if (!l->wp) return ctx->status;
-    memset(&w, 0, sizeof w);
-    w.dst = l->wp; w.w = sdq_f32(&l->w); w.out = l->out; w.taps = sdq__ly_taps(l); w.in = l->in;
-    sdq__par_for(ctx, sdq__gemm_panels(l->out), sdq__ly_pack_task, &w);
-    sdq__free(ctx, l->w.data);
-    l->w.data = NULL;
-    return SDQ_OK;
-}
-SDQ_API sdq_status sdq_model_freeze(sdq_ctx *ctx, sdq_model *m) {
-    size_t i;
-    for (i = 0; i < m->layers; i++) SDQ__TRY(sdq__cv_freeze(ctx, m->layer[i]));
-    return SDQ_OK;
-}
-
 /* The packed weights of a layer as [out,kh,kw,in]. */
 static void sdq__cv_unpack(const sdq_layer *l, int8_t *dst) {
     const size_t taps = sdq__ly_taps(l);
@@ -15379,13 +15454,16 @@ static sdq_tensor *sdq__cv_thaw(sdq_ctx *ctx, const sdq_layer *l) {
     sdq_tensor *t = sdq__t_raw(ctx, SDQ_F32, 4, l->w.dim);
     size_t o, i;
     for (o = 0; t && o < l->out; o++)
-        for (i = 0; i < k; i++)
-            sdq_f32(t)[o * k + i] = l->wp[(o / SDQ__NR * k + i) * SDQ__NR + o % SDQ__NR];
+        for (i = 0; i < k; i++) {
+            const size_t at = (o / SDQ__NR * k + i) * SDQ__NR + o % SDQ__NR;
+            sdq_f32(t)[o * k + i] = l->wh ? sdq__u_from_f16(l->wh[at]) : l->wp[at];
+        }
     return t;
 }
 
 static void sdq__cv_param(sdq__cv_out *o, const sdq__param *p) {
-    const sdq_tensor *t = p->rank > 1 && p->layer && p->layer->wp ? sdq__cv_thaw(o->ctx, p->layer)
+    const sdq_tensor *t = p->rank > 1 && p->layer && sdq__ly_frozen(p->layer)
+                              ? sdq__cv_thaw(o->ctx, p->layer)
                                                                   : sdq__md_tensor(p);
     const size_t n = p->dim[0] * p->dim[1] * p->dim[2] * p->dim[3];
     const int bias = p->rank == 1;
@@ -15607,7 +15685,8 @@ static sdq_status sdq__cv_read_float(sdq_ctx *ctx, const sdq_file *f, const char
         if (!(fabsf(sdq_f32(sdq__md_tensor(p))[i]) <= FLT_MAX))
             return sdq__fail(ctx, SDQ_ERR_NUMERIC, "%s: %s has a value that is not finite", path,
                              p->name);
-    return SDQ_OK;
+    if (p->rank == 1 || !p->layer) return SDQ_OK;
+    return sdq__ly_freeze(ctx, p->layer, e->dtype == SDQ_F16);
 }
 
 /* The file has more arrays than were read: name one. */
@@ -15732,7 +15811,6 @@ SDQ_API sdq_status sdq_model_load_int8(sdq_ctx *ctx, const char *folder, const c
     SDQ__TRY_DONE(sdq__cv_read_attention(ctx, f, path, m));
     SDQ__TRY_DONE(sdq__cv_read_params(ctx, f, path, m));
     SDQ__TRY_DONE(sdq__cv_read_policy(ctx, f, path, policy ? policy : &unused));
-    SDQ__TRY_DONE(sdq_model_freeze(ctx, m));
     *out = m;
     m = NULL;
 done:

@@ -28,7 +28,6 @@ EXCEPTIONS = {
     ("upward", "sdq__md_is>sdq_part_name"): "the public table of names stands with its own kind",
     ("upward", "sdq__pl_int8>sdq_model_load_int8"):
         "a folder may hold an int8 network; its file format belongs to >>convert",
-    ("upward", "sdq_pipeline_load>sdq_model_freeze"): "the same",
 }
 BANNED = ("printf fprintf vprintf vfprintf puts fputs putchar perror abort exit _exit _Exit "
           "quick_exit system getenv time clock clock_gettime gettimeofday rand srand random").split()
