@@ -101,6 +101,9 @@ adopted() { drawn "$out/v" l1 "--scheduler ddim" && drawn $model l2 "--scheduler
 ok "steps_offset and clip_sample as the pipeline has them" adopted
 rm "$out/v/scheduler/scheduler_config.json"
 says "no scheduler" 1 "scheduler_config.json: is missing" s txt2img --model "$out/v" -p cat -o "$out/x.png"
+says "logs that resuming cannot repeat" 2 "divisor of --save-every" s train --what vae --model $model --data $data --out "$out/v2" --steps 4 --save-every 4 --log-every 3
+says "no log rows" 2 "1 or more" s train --what vae --model $model --data $data --out "$out/v2" --steps 4 --log-every 0
+ok "an int8 decoder" s txt2img --model $model --vae int8 -p cat --steps 1 -o "$out/x.png"
 says "karras for pndm" 1 "Karras" s txt2img --model $model --karras -p cat -o "$out/x.png"
 variant v; sed -i 's/"timestep_spacing": "leading"/"timestep_spacing": "trailing"/' "$out/v/scheduler/scheduler_config.json"
 says "trailing, 61 steps" 1 "timestep_spacing" s txt2img --model "$out/v" --steps 61 -p cat -o "$out/x.png"

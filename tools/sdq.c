@@ -964,7 +964,11 @@ static sdq_status train_read_flags(job *j, trainer *t) {
     TRY(arg_size(j, "save-every", &t->fit.save_every));
     t->fit.state = arg_text(&j->a, "state");
     t->log_every = 1;
-    return arg_size(j, "log-every", &t->log_every);
+    TRY(arg_size(j, "log-every", &t->log_every));
+    if (t->log_every == 0 || (t->fit.save_every && t->fit.save_every % t->log_every))
+        return bad_value(j, "log-every", arg_text(&j->a, "log-every"),
+                         "1 or more, and a divisor of --save-every, so that a resumed log is equal");
+    return SDQ_OK;
 }
 
 /* ---- the log: rows after the checkpoint's step are dropped before a run goes on ---- */
