@@ -572,6 +572,7 @@ static const flag recipe_flags[] = {
     {"quantize-time", "0|1", NULL, NULL},
     {"quantize-context", "0|1", NULL, NULL},
     {"quantize-shortcuts", "0|1", NULL, NULL},
+    {"quantize-last-self", "0|1", NULL, NULL},
     {"quantize-attention", "0|1", NULL, NULL},
     {"split-skip", "0|1", NULL, NULL},
     {"bias-correction", "0|1", NULL, NULL},
@@ -596,10 +597,11 @@ static int index_of(const char *const *word, size_t n, const char *s) {
 /* Set one field by its name; 0 when the value is not possible, -1 when there is no such field. */
 static int recipe_set(sdq_recipe *r, const char *name, const char *value) {
     static const char *const number[] = {"quantize-outputs", "quantize-edges", "quantize-time",
-        "quantize-context", "quantize-shortcuts", "quantize-attention", "split-skip",
-        "bias-correction", "learn-scales", "calibrate-on-data", "coherent"};
+        "quantize-context", "quantize-shortcuts", "quantize-last-self", "quantize-attention",
+        "split-skip", "bias-correction", "learn-scales", "calibrate-on-data", "coherent"};
     int *const into[] = {&r->quantize_outputs, &r->quantize_edges, &r->quantize_time,
-        &r->quantize_context, &r->quantize_shortcuts, &r->quantize_attention, &r->split_skip,
+        &r->quantize_context, &r->quantize_shortcuts, &r->quantize_last_self,
+        &r->quantize_attention, &r->split_skip,
         &r->bias_correction, &r->learn_scales, &r->calibrate_on_data, &r->coherent};
     static const char *const set_word[] = {"all", "small", "scales", "ranges"};
     static const char *const real[] = {"moving", "noise-loss", "teacher-loss"};

@@ -35,6 +35,10 @@ static const eval_row eval_rows[] = {
     {"block-ptq", "--range-conv block --range-linear block", 0, NULL, "reference-qat-k5", "int8",
      NULL},
     {"block-qat", "--range-conv block --range-linear block", 1, NULL, "block-ptq", "int8", NULL},
+    {"attention-ptq", "--range-conv position --quantize-attention 1", 0, NULL, "position-ptq", "int8",
+     NULL},
+    {"fine-ptq", "--range-conv block --range-linear block --quantize-last-self 0", 0, NULL,
+     "block-ptq", "int8", NULL},
     {"best-k3", NULL, 0, "best", "best", "k=3", NULL},
     {"best-schedule", NULL, 0, "best", "best", "schedule", NULL},
 };
@@ -78,7 +82,7 @@ static const flag eval_flags[] = {
     {"held", "FOLDER,..", NULL, "held-out pictures with captions"},
     {"rows", "NAME,..", NULL,
      "fp32, reference-ptq, -qat, -qat-k3, -qat-k5; static-, picture-, position-,\n"
-     "                                        block- with ptq, qat; best-k3, best-schedule [all]"},
+     "                                        block- with ptq, qat; attention-ptq, fine-ptq; best-k3, best-schedule [all]"},
     {"net", "NAME:MODE:FILE", NULL,
      "a row for an int8 file of yours; MODE is int8, k=N or schedule; repeatable"},
     {"out,o", "FOLDER", "build/eval", "results, also of every picture: a stopped run goes on"},
