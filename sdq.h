@@ -14849,9 +14849,9 @@ SDQ_API void sdq_recipe_to_str(const sdq_recipe *r, char *buf, size_t size) {
         "moving=%g weight_scale=%d calibrate_on_data=%d noise_loss=%g teacher_loss=%g coherent=%d",
         sdq__rc_range[r->range_linear], sdq__rc_range[r->range_conv], r->quantize_outputs,
         r->quantize_edges, r->quantize_time, r->quantize_context, r->quantize_shortcuts,
-        r->quantize_last_self, r->quantize_attention, r->split_skip, r->bias_correction, r->learn_scales,
-        sdq__rc_train_set[r->train_set], (double)r->moving, (int)r->weight_scale,
-        r->calibrate_on_data, (double)r->noise_loss, (double)r->teacher_loss, r->coherent);
+        r->quantize_last_self, r->quantize_attention, r->split_skip, r->bias_correction,
+        r->learn_scales, sdq__rc_train_set[r->train_set], (double)r->moving,
+        (int)r->weight_scale, r->calibrate_on_data, (double)r->noise_loss, (double)r->teacher_loss, r->coherent);
 }
 
 /* "up_blocks.N." with N the last one. */
