@@ -14851,7 +14851,8 @@ SDQ_API void sdq_recipe_to_str(const sdq_recipe *r, char *buf, size_t size) {
         r->quantize_edges, r->quantize_time, r->quantize_context, r->quantize_shortcuts,
         r->quantize_last_self, r->quantize_attention, r->split_skip, r->bias_correction,
         r->learn_scales, sdq__rc_train_set[r->train_set], (double)r->moving,
-        (int)r->weight_scale, r->calibrate_on_data, (double)r->noise_loss, (double)r->teacher_loss, r->coherent);
+        (int)r->weight_scale, r->calibrate_on_data, (double)r->noise_loss,
+        (double)r->teacher_loss, r->coherent);
 }
 
 /* "up_blocks.N." with N the last one. */
