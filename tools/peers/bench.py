@@ -8,7 +8,7 @@ names a diffusers folder of its shapes, OpenVINO's networks, sdq's int8 files, s
 
 Every program is a process of its own that stays alive. The programs of a group load and warm up,
 then each round runs every one of them once. Reported are medians, and the median of sdq's time
-divided by the peer's of the same round: below 1, sdq is faster; two numbers are those of sdq's two
+divided by the peer's of the same round: below 1, sdq is faster; several numbers are those of sdq's
 rows, in their order. Memory is what is resident of the whole process, mapped files included: the
 most it ever was, loading and warming up included, and at the end. The last column is the share of
 the processors that other work took meanwhile: more than a few per cent spoil the numbers.
@@ -33,13 +33,13 @@ PACKAGES = ("openvino", "nncf", "torch", "diffusers")
 # Groups: what it is, then (program, threads or None for --threads); sdq's own come first.
 GROUPS = {
     "int8": ("UNet evaluation, int8",
-             [("sdq unet-int8", None), ("sdq unet-int8-static", None),
+             [("sdq unet-int8", None), ("sdq unet-int8-static", None), ("sdq unet-int8-attention", None),
               ("openvino-unet-int8", None), ("openvino-unet-int8-bf16", None)]),
     "fp32": ("UNet evaluation, fp32",
              [("sdq unet-fp32", None), ("openvino-unet-fp32", None),
               ("torch-unet-fp32", None)]),
-    "vae": ("VAE decode, fp32",
-            [("sdq vae-fp32", None), ("openvino-vae-fp32", None), ("torch-vae-fp32", None)]),
+    "vae": ("VAE decode",
+            [("sdq vae-fp32", None), ("sdq vae-int8", None), ("openvino-vae-fp32", None), ("torch-vae-fp32", None)]),
     "scaling": ("UNet evaluation, int8, by threads",
                 [("sdq unet-int8", 1), ("sdq unet-int8", 2),
                  ("openvino-unet-int8", 1), ("openvino-unet-int8", 2)]),
@@ -50,6 +50,8 @@ GROUPS = {
 SHOWN = {
     "sdq unet-int8": "sdq, a range per position (default recipe)",
     "sdq unet-int8-static": "sdq, static ranges",
+    "sdq unet-int8-attention": "sdq, a range per position, attention int8",
+    "sdq vae-int8": "sdq int8, VAE",
     "sdq unet-fp32": "sdq fp32",
     "sdq vae-fp32": "sdq fp32, VAE",
     "openvino-unet-int8": "OpenVINO, rest fp32",
@@ -102,7 +104,7 @@ def build(args):
         subprocess.run([os.environ.get("CC", "cc"), *CFLAGS, "-I", ROOT, source, "-o", program,
                         "-lm"], check=True)
     (args.work / "int8").mkdir(exist_ok=True)
-    for name in ("unet-int8", "unet-int8-static"):
+    for name in ("unet-int8", "unet-int8-static", "unet-int8-attention"):
         path = args.work / "int8" / f"{name}.safetensors"
         if not path.exists() or path.stat().st_mtime < program.stat().st_mtime:
             maker = Program(f"sdq {name}", args.threads, args)

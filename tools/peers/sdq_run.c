@@ -31,16 +31,19 @@ typedef struct work {
     sdq_part part;
     sdq_mode mode;
     sdq_range range;            /* int8: of the inputs; DEFAULT: what the default recipe says */
+    int attention;              /* its products in int8, too */
     sdq_model *model;
     sdq_prompt_cache *prompt;
     sdq_time_table *times;
 } work;
 
 static work works[] = {
-    {"unet-fp32", SDQ_PART_UNET, SDQ_FLOAT, SDQ_RANGE_DEFAULT, NULL, NULL, NULL},
-    {"unet-int8", SDQ_PART_UNET, SDQ_INT8, SDQ_RANGE_DEFAULT, NULL, NULL, NULL},
-    {"unet-int8-static", SDQ_PART_UNET, SDQ_INT8, SDQ_RANGE_STATIC, NULL, NULL, NULL},
-    {"vae-fp32", SDQ_PART_VAE, SDQ_FLOAT, SDQ_RANGE_DEFAULT, NULL, NULL, NULL},
+    {"unet-fp32", SDQ_PART_UNET, SDQ_FLOAT, SDQ_RANGE_DEFAULT, 0, NULL, NULL, NULL},
+    {"unet-int8", SDQ_PART_UNET, SDQ_INT8, SDQ_RANGE_DEFAULT, 0, NULL, NULL, NULL},
+    {"unet-int8-static", SDQ_PART_UNET, SDQ_INT8, SDQ_RANGE_STATIC, 0, NULL, NULL, NULL},
+    {"unet-int8-attention", SDQ_PART_UNET, SDQ_INT8, SDQ_RANGE_DEFAULT, 1, NULL, NULL, NULL},
+    {"vae-fp32", SDQ_PART_VAE, SDQ_FLOAT, SDQ_RANGE_DEFAULT, 0, NULL, NULL, NULL},
+    {"vae-int8", SDQ_PART_VAE, SDQ_INT8, SDQ_RANGE_POSITION, 0, NULL, NULL, NULL},
 };
 enum { WORKS = sizeof works / sizeof works[0] };
 
@@ -99,6 +102,7 @@ static sdq_status make(sdq_ctx *ctx, const char *folder, const char *cache, cons
     sdq_model *m;
     sdq_status st;
     if (w->range != SDQ_RANGE_DEFAULT) r.range_conv = r.range_linear = w->range;
+    r.quantize_attention = w->attention;
     int8_path(path, sizeof path, cache, w);
     sdq_recipe_to_str(&r, about, sizeof about);
     TRY(sdq_model_load(ctx, folder, SDQ_PART_UNET, &m));
@@ -114,13 +118,32 @@ static sdq_status make(sdq_ctx *ctx, const char *folder, const char *cache, cons
     return st;
 }
 
+/* The decoder as sdq_pipeline_desc.vae_int8 makes it. */
+static sdq_status decoder_int8(sdq_ctx *ctx, sdq_model *vae, sdq_range range) {
+    size_t i;
+    for (i = 0; i < sdq_model_layer_count(vae); i++) {
+        const char *name;
+        sdq_layer *l = sdq_model_layer(vae, i, &name);
+        sdq_quant q = sdq_layer_quant(l);
+        q.enabled = strncmp(name, "decoder.", 8) == 0 && strcmp(name, "decoder.conv_in") != 0
+                 && strcmp(name, "decoder.conv_out") != 0;
+        q.range = range;
+        TRY(sdq_layer_set_quant(ctx, l, &q));
+        TRY(sdq_layer_convert(ctx, l));
+    }
+    return SDQ_OK;
+}
+
 static sdq_status load(sdq_ctx *ctx, const char *folder, const char *cache, work *w) {
     const sdq_mark mark = sdq_arena_mark(ctx);
     char path[4096];
     sdq_unet_input in;
     int8_path(path, sizeof path, cache, w);
-    if (w->mode == SDQ_INT8) TRY(sdq_model_load_int8(ctx, folder, path, &w->model, NULL));
+    if (w->mode == SDQ_INT8 && w->part == SDQ_PART_UNET)
+        TRY(sdq_model_load_int8(ctx, folder, path, &w->model, NULL));
     else TRY(sdq_model_load(ctx, folder, w->part, &w->model));
+    if (w->mode == SDQ_INT8 && w->part == SDQ_PART_VAE)
+        TRY(decoder_int8(ctx, w->model, w->range));
     TRY(sdq_model_freeze(ctx, w->model));
     if (w->part == SDQ_PART_UNET) {
         TRY(unet_input(ctx, w->model, &in));
@@ -157,7 +180,7 @@ static sdq_status answer(sdq_ctx *ctx, const char *folder, const char *cache, co
     double seconds = 0.0;
     size_t i;
     for (i = 0; i < WORKS && strcmp(name, works[i].name) != 0; i++) continue;
-    if (i == WORKS || (making && works[i].mode != SDQ_INT8)) {
+    if (i == WORKS || (making && (works[i].mode != SDQ_INT8 || works[i].part != SDQ_PART_UNET))) {
         fprintf(stderr, "sdq_run: no such work: %s\n", line);
         return SDQ_ERR_ARGUMENT;
     }
