@@ -87,7 +87,10 @@
  * Quantizing
  *     sdq_recipe_default() or _reference() -> sdq_recipe_apply(unet) -> sdq_states_collect (the
  *     sampler's own trajectories; prompts only) -> sdq_calibrate_states -> [training] ->
- *     sdq_model_convert -> sdq_model_save_int8.
+ *     sdq_model_convert -> sdq_model_save_int8. Finer ranges are worth more than anything else
+ *     (range_conv, range_linear: STATIC, PICTURE, POSITION, BLOCK), then float layers near the end
+ *     of the network (quantize_shortcuts, quantize_last_self). quantize_attention is for speed.
+ *     The decoder needs no calibration: sdq_pipeline_desc.vae_int8.
  *
  * Training
  *     Any function that computes a loss with ops can be trained by sdq_fit: it must draw its
@@ -110,6 +113,9 @@
  *     whether a picture is drawn alone or in a batch. int8 sums are exact. Every float sum has a
  *     fixed order: a product is one chain of fused multiply-adds over k, a reduction runs in 16
  *     lanes joined as a tree. exp, erf and their relatives are this file's own polynomials.
+ *     Large 3x3 convolutions (32x32 pixels and more) of layers whose float weights cannot change
+ *     any more are done by Winograd's method: faster, and equal to the direct sum but for 5e-6.
+ *     So the float UNet of a pipeline that is loaded for training differs in the last bits.
  *     Rounding is half to even. Compile without -ffast-math; the header refuses it.
  *
  * Memory and ownership
