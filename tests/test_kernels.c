@@ -1071,7 +1071,8 @@ static void test_gemm_u8s8(int tier) {
  * must have the same names, apart from those with tests of their own. */
 static void test_list(int tier) {
     static const char *const own[] = {"gemm_f32", "gemm_u8s8", "quantize_u8", "quantize_s8",
-                                      "quantize_rows", "dequantize_u8", "from_f16", "from_bf16"};
+                                      "quantize_rows", "dequantize_u8", "from_f16", "from_bf16",
+                                      "softmax_tile_u8", "win_input", "win_weight", "win_output"};
     static const char *const names[] = {
 #define SDQ__X(ret, name, args, cls) #name,
         SDQ__KERNEL_LIST(SDQ__X)
