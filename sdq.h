@@ -2610,8 +2610,9 @@ static void sdq__gemm_pack(float *dst, const float *b, size_t ldb, size_t n, siz
 
 /* n numbers of the weights from `from` on. */
 static const float *sdq__gemm_weights(const sdq__gemm *w, int thread, size_t from, size_t n) {
-    float *piece = w->piece + (size_t)thread * SDQ__GEMM_KB * SDQ__NR;
+    float *piece;
     if (w->b) return w->b + from;
+    piece = w->piece + (size_t)thread * SDQ__GEMM_KB * SDQ__NR;
     w->k->from_f16(piece, w->bh + from, n);
     return piece;
 }
