@@ -17303,12 +17303,7 @@ SDQ__KERNEL void SDQ__K(win_output)(float *const *y, const float *m, size_t ldm,
     for (i = 0; i < n; i += 16) {
         for (j = 0; j < 36; j++) x[j] = SDQ__N(load)(m + j * ldm + i, n - i);
         for (j = 0; j < 6; j++) SDQ__N(win_out)(t + j, x + j, 6);
-        for (j = 0; j < 4; j++) {
-            SDQ__V r[4];
-            size_t k;
-            SDQ__N(win_out)(r, t + 6 * j, 1);
-            for (k = 0; k < 4; k++) o[4 * j + k] = r[k];
-        }
+        for (j = 0; j < 4; j++) SDQ__N(win_out)(o + 4 * j, t + 6 * j, 1);
         for (j = 0; j < 16; j++) {
             if (!y[j]) continue;
             if (bias) o[j] = SDQ__N(add)(o[j], SDQ__N(load)(bias + i, n - i));
