@@ -89,7 +89,7 @@
  *     sampler's own trajectories; prompts only) -> sdq_calibrate_states -> [training] ->
  *     sdq_model_convert -> sdq_model_save_int8. Finer ranges are worth more than anything else
  *     (range_conv, range_linear: STATIC, PICTURE, POSITION, BLOCK), then float layers near the end
- *     of the network (quantize_shortcuts, quantize_last_self). quantize_attention is for speed.
+ *     of the network (quantize_shortcuts, quantize_last_self). attention_bits is for speed.
  *     The decoder needs no calibration: sdq_pipeline_desc.vae_int8.
  *
  * Training
@@ -332,10 +332,11 @@ SDQ_API sdq_tensor *sdq_layer_norm(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *gamm
  * causal: position i sees keys 0..i (tq == tk). */
 SDQ_API sdq_tensor *sdq_attention(sdq_ctx *ctx, sdq_tensor *q, sdq_tensor *k, sdq_tensor *v,
                                   int heads, int causal);
-/* The same with int8 products, forward; backward is that of sdq_attention (straight through).
- * Not causal. Heads of more than 640 channels are computed in float. */
-SDQ_API sdq_tensor *sdq_attention_int8(sdq_ctx *ctx, sdq_tensor *q, sdq_tensor *k, sdq_tensor *v,
-                                       int heads);
+/* The same with integer products of 8 or 16 bits, forward; backward is that of sdq_attention
+ * (straight through). 16 bits are as good as float. Not causal. Heads of more than 640 channels are
+ * computed in float. */
+SDQ_API sdq_tensor *sdq_attention_int(sdq_ctx *ctx, sdq_tensor *q, sdq_tensor *k, sdq_tensor *v,
+                                      int heads, int bits);
 SDQ_API sdq_tensor *sdq_upsample(sdq_ctx *ctx, sdq_tensor *x, size_t h, size_t w); /* nearest */
 SDQ_API sdq_tensor *sdq_concat(sdq_ctx *ctx, sdq_tensor *a, sdq_tensor *b);        /* channels */
 SDQ_API sdq_tensor *sdq_slice(sdq_ctx *ctx, sdq_tensor *x, size_t first, size_t count);
@@ -1212,7 +1213,8 @@ typedef struct sdq_recipe {
     int quantize_context;       /* keys and values of cross-attention in int8 */
     int quantize_shortcuts;     /* shortcuts of the last up block in int8 */
     int quantize_last_self;     /* self-attention layers of the last up block in int8 */
-    int quantize_attention;     /* products of self-attention in int8: faster, see README */
+    int attention_bits;         /* products of self-attention: 32 (float), 16 (faster, and as good)
+                                 * or 8 (faster still, see README); 0: 32 */
     int split_skip;             /* halves of concat(hidden, skip) get their own ranges */
     int bias_correction;
     int learn_scales;           /* LSQ: weight scales and static input scales are trained */
@@ -1799,7 +1801,9 @@ typedef struct sdq__ftile {
  * wsum[g*32+j]. Definition, with acc the exact int32 sum of the segment's products:
  *   f = +0;  for g: f = fmaf(s[g][i], (float)(acc[g] - z[g][i] * wsum[g][j]), f)
  *   y = fmaf(f, sw[j], bias[j])  (bias NULL: f * sw[j]),  then + res[i][j] where given
- * taps*quads is a multiple of seg. If `more`, + y[i][j] (old) comes last. */
+ * taps*quads is a multiple of seg. If `more`, + y[i][j] (old) comes last. wsum NULL: there are no
+ * zero points.
+ * For gemm_s16 rows and weights are groups of two s16 instead; no sum of a segment leaves int32. */
 typedef struct sdq__qtile {
     const uint8_t *const *a;    /* [taps][mr] row pointers */
     const int8_t *b;
@@ -1825,6 +1829,7 @@ typedef struct sdq__adamw_step {
     /* GEMM tiles */ \
     X(void, gemm_f32, (const sdq__ftile *t), EXACT) \
     X(void, gemm_u8s8, (const sdq__qtile *t), EXACT) \
+    X(void, gemm_s16, (const sdq__qtile *t), EXACT) \
     /* Winograd's transforms, see >>gemm; element by element of n: 36 numbers B^T d B of the 6x6 \
        pixels at d; 36 numbers G g G^T of the 9 at g, ldg apart; 16 numbers A^T m A of the 36 at \
        m, ldm apart, to the rows y (NULL: left out), + bias (or NULL), + res (or NULL) */ \
@@ -1842,6 +1847,8 @@ typedef struct sdq__adamw_step {
     X(void, quantize_u8, (uint8_t *q, const float *x, size_t n, float inv, int32_t z), EXACT) \
     /* q = clamp(rint(x * inv), -128, 127); NaN gives 0 */ \
     X(void, quantize_s8, (int8_t *q, const float *x, size_t n, float inv), EXACT) \
+    /* q = clamp(rint(x * inv), -32767, 32767); NaN gives 0 */ \
+    X(void, quantize_s16, (int16_t *q, const float *x, size_t n, float inv), EXACT) \
     /* quantize_u8 of rows of n, ldx and ldq apart, each by the range of its own elements: scale \
        and zero point as in >>qmath go to s[r*lds], z[r*lds] */ \
     X(void, quantize_rows, \
@@ -1930,6 +1937,10 @@ typedef struct sdq__adamw_step {
        alpha = exp(m - m'); beta = exp(t - m'); l = fma(l, alpha, beta * sum p); m = m' */ \
     X(void, softmax_tile_u8, \
       (uint8_t *p, size_t ldp, const float *s, size_t lds, size_t rows, size_t n, float scale, \
+       float *m, float *l, float *alpha, float *beta), EXACT) \
+    /* the same with p = rint(2048 exp(s*scale - t)), exp to 3 in 10^6 */ \
+    X(void, softmax_tile_s16, \
+      (int16_t *p, size_t ldp, const float *s, size_t lds, size_t rows, size_t n, float scale, \
        float *m, float *l, float *alpha, float *beta), EXACT) \
     /* backward of a tile row: p = exp(s*scale - lse); s = p; dp = (p*(dp - delta))*scale */ \
     X(void, softmax_tile_bwd, \
@@ -3207,6 +3218,7 @@ static void sdq__qgemm_pack(sdq_ctx *ctx, sdq__qweight *w, const int8_t *q, size
 
 #define SDQ__ATT_Q 48
 #define SDQ__ATT_K 256
+#define SDQ__ATT_GROUP 4        /* tiles of queries of a task: all read a tile of keys and values */
 #define SDQ__ATT_BK 64          /* keys of a tile of the backward pass */
 
 typedef struct sdq__att {
@@ -3243,30 +3255,52 @@ static void sdq__att_scores(const sdq__att *w, const float *q, const float *kp, 
             if (j0 + j > i0 + i) s[i * lds + j] = -INFINITY;
 }
 
+/* Of a query: the largest score so far, and the sum of the weights relative to it. */
+typedef struct sdq__att_state {
+    float m[SDQ__ATT_GROUP * SDQ__ATT_Q], l[SDQ__ATT_GROUP * SDQ__ATT_Q];
+} sdq__att_state;
+
+static void sdq__att_state_init(sdq__att_state *a) {
+    size_t i;
+    for (i = 0; i < SDQ__ATT_GROUP * SDQ__ATT_Q; i++) { a->m[i] = -INFINITY; a->l[i] = 0.0f; }
+}
+
+/* nq queries from i0 on against nk keys from j on; s: room for their scores. */
+static void sdq__att_tile(const sdq__att *w, size_t head, size_t i0, size_t nq, size_t j, size_t nk,
+                          float *m, float *l, float *s) {
+    const size_t c = w->heads * w->d;
+    const size_t at = head / w->heads * w->tq * c + head % w->heads * w->d;
+    float *y = w->y + at + i0 * c, alpha[SDQ__ATT_Q];
+    size_t i;
+    sdq__att_scores(w, w->q + at, w->kp + head * w->kp_size, i0, nq, j, nk, s, SDQ__ATT_K);
+    w->k->softmax_tile(s, SDQ__ATT_K, nq, nk, w->scale, m, l, alpha);
+    for (i = 0; j > 0 && i < nq; i++)
+        if (alpha[i] != 1.0f) w->k->scale(y + i * c, y + i * c, w->d, alpha[i]);
+    sdq__gemm_small(w->k, s, SDQ__ATT_K, 1, w->vp + head * w->vp_size + j * SDQ__NR, w->tk, y, c,
+                    nq, w->d, nk, j > 0);
+}
+
 static void sdq__att_task(void *arg, size_t task, int thread) {
     const sdq__att *w = (const sdq__att *)arg;
-    const size_t c = w->heads * w->d, blocks = sdq__u_div_up(w->tq, SDQ__ATT_Q);
-    const size_t head = task / blocks, i0 = task % blocks * SDQ__ATT_Q;
-    const size_t nq = sdq__u_min(SDQ__ATT_Q, w->tq - i0);
-    const size_t at = head / w->heads * w->tq * c + head % w->heads * w->d;
-    const size_t tk = w->causal ? sdq__u_min(w->tk, i0 + nq) : w->tk;
-    float *s = w->scratch + (size_t)thread * w->scratch_size;
-    float *y = w->y + at + i0 * c, m[SDQ__ATT_Q], l[SDQ__ATT_Q], alpha[SDQ__ATT_Q];
+    const size_t rows = SDQ__ATT_GROUP * SDQ__ATT_Q, groups = sdq__u_div_up(w->tq, rows);
+    const size_t c = w->heads * w->d, head = task / groups, i0 = task % groups * rows;
+    const size_t n = sdq__u_min(rows, w->tq - i0);
+    const size_t at = (head / w->heads * w->tq + i0) * c + head % w->heads * w->d;
+    float *s = w->scratch + (size_t)thread * w->scratch_size, *y = w->y + at;
+    sdq__att_state a;
     size_t i, j;
-    for (i = 0; i < nq; i++) { m[i] = -INFINITY; l[i] = 0.0f; }
-    for (j = 0; j < tk; j += SDQ__ATT_K) {
-        const size_t nk = sdq__u_min(SDQ__ATT_K, tk - j);
-        sdq__att_scores(w, w->q + at, w->kp + head * w->kp_size, i0, nq, j, nk, s,
-                        SDQ__ATT_K);
-        w->k->softmax_tile(s, SDQ__ATT_K, nq, nk, w->scale, m, l, alpha);
-        for (i = 0; j > 0 && i < nq; i++)
-            if (alpha[i] != 1.0f) w->k->scale(y + i * c, y + i * c, w->d, alpha[i]);
-        sdq__gemm_small(w->k, s, SDQ__ATT_K, 1, w->vp + head * w->vp_size + j * SDQ__NR, w->tk,
-                        y, c, nq, w->d, nk, j > 0);
-    }
-    for (i = 0; i < nq; i++) {
-        w->k->scale(y + i * c, y + i * c, w->d, 1.0f / l[i]);
-        if (w->lse) w->lse[head * w->tq + i0 + i] = m[i] + (float)log((double)l[i]);
+    sdq__att_state_init(&a);
+    for (j = 0; j < w->tk; j += SDQ__ATT_K)
+        for (i = 0; i < n; i += SDQ__ATT_Q) {
+            const size_t nq = sdq__u_min(SDQ__ATT_Q, n - i);
+            const size_t tk = w->causal ? sdq__u_min(w->tk, i0 + i + nq) : w->tk;
+            if (j < tk)
+                sdq__att_tile(w, head, i0 + i, nq, j, sdq__u_min(SDQ__ATT_K, tk - j), a.m + i,
+                              a.l + i, s);
+        }
+    for (i = 0; i < n; i++) {
+        w->k->scale(y + i * c, y + i * c, w->d, 1.0f / a.l[i]);
+        if (w->lse) w->lse[head * w->tq + i0 + i] = a.m[i] + (float)log((double)a.l[i]);
     }
 }
 
@@ -3286,55 +3320,85 @@ static void sdq__att_forward(sdq_ctx *ctx, sdq__att *w) {
     w->scratch_size = SDQ__ATT_Q * SDQ__ATT_K;
     if (sdq__att_sizes(ctx, w)) {
         sdq__par_for(ctx, w->n * w->heads, sdq__att_pack_task, w);
-        sdq__par_for(ctx, w->n * w->heads * sdq__u_div_up(w->tq, SDQ__ATT_Q), sdq__att_task, w);
+        sdq__par_for(ctx, w->n * w->heads * sdq__u_div_up(w->tq, SDQ__ATT_GROUP * SDQ__ATT_Q),
+                     sdq__att_task, w);
     }
     sdq_arena_release(ctx, mark);
 }
 
-/* ---- the same with int8 products --------------------------------------------------------------
- * As SageAttention does (Zhang et al., arXiv 2410.02367). Softmax does not see what is added to
- * all keys, and the weights of the values add up to one: so keys and values are centered per
- * channel by the middle of their range, and the values' middle is added to the result.
- *   queries   u8, a range per token           keys     s8, a scale per token
- *   weights   u8, 255 for the largest score of the tile of 256 keys, so that one large score does
- *             not round those of other tiles to zero; their sum is that of the rounded ones
- *   values    s8, a scale per channel */
+/* ---- the same with integer products -----------------------------------------------------------
+ * As SageAttention does (Zhang et al., arXiv 2410.02367), in 8 or 16 bits. Softmax does not see
+ * what is added to all keys, and the weights of the values add up to one: so keys and values are
+ * centered per channel by the middle of their range, and the values' middle is added to the result.
+ *               8 bits                      16 bits
+ *   queries     u8, a range per token       +-sqrt((2^31 - 1) / d), a scale per token
+ *   keys        +-127, a scale per token    the same: d products fit into an int32
+ *   weights     0..255                      0..2048
+ *   values      +-127, a scale per channel  +-4095: 256 products fit into an int32
+ * The largest score of a tile of 256 keys gets the largest weight, so that one large score does
+ * not round those of other tiles to zero; the sum of the weights is that of the rounded ones.
+ * 16 bits are for speed: a processor does twice as many of these products as of float ones, and
+ * they are off by 2e-4 to 2e-3, a tenth of what 8 bits are. */
 
 typedef struct sdq__qatt {
     const sdq__att *f;          /* sizes, sources and destinations */
-    int8_t *kb, *vb;            /* [head][panel][quad][32][4] */
+    int bits;
+    size_t size;                /* bytes of a number; a group of the product has 4 bytes */
+    float key_most, value_most, weight_most;
+    char *kb, *vb;              /* [head][panel][group][32][4] */
     float *ks, *vs;             /* scales of keys [head][panel][32] and of values' channels */
     float *kmid, *vmid;         /* [head][channel] */
-    int32_t *ksum, *none;       /* sums of keys; zeros */
+    int32_t *ksum;              /* 8 bits: sums of keys; else NULL */
     struct sdq__qatt_block *block;
-    size_t kquads, vquads, kpanels, vpanels;
+    size_t kgroups, vgroups, kpanels, vpanels;
 } sdq__qatt;
 
 #define SDQ__QATT_D 640         /* largest head */
 
-/* Scratch of a thread: packing a block of tokens, or a block of queries. */
+/* Scratch of a thread: packing a block of tokens, or the queries of a task. */
 typedef struct sdq__qatt_block {
     float s[SDQ__ATT_Q * SDQ__ATT_K];
-    uint8_t p[SDQ__ATT_Q * SDQ__ATT_K], q[SDQ__ATT_Q * SDQ__QATT_D];
-    float qs[SDQ__ATT_Q], m[SDQ__ATT_Q], l[SDQ__ATT_Q], alpha[SDQ__ATT_Q], beta[SDQ__ATT_Q];
-    int32_t qz[SDQ__ATT_Q], none[SDQ__ATT_Q];
-    float a[2][SDQ__QATT_D], b[2][SDQ__QATT_D];
+    int16_t p[SDQ__ATT_Q * SDQ__ATT_K];                                 /* or bytes */
+    int16_t q[SDQ__ATT_GROUP * SDQ__ATT_Q * SDQ__QATT_D];
+    float qs[SDQ__ATT_GROUP * SDQ__ATT_Q], alpha[SDQ__ATT_Q], beta[SDQ__ATT_Q];
+    int32_t qz[SDQ__ATT_GROUP * SDQ__ATT_Q];
+    sdq__att_state a;
+    float by[2][SDQ__QATT_D], plus[2][SDQ__QATT_D];     /* centering keys, values */
     float x[4 * SDQ__QATT_D];
-    int8_t xq[4 * SDQ__QATT_D];
+    int16_t xq[4 * SDQ__QATT_D];                                        /* or bytes */
 } sdq__qatt_block;
 
-static float sdq__qatt_scale(float largest) {
-    return largest > 0.0f && largest <= FLT_MAX ? largest / 127.0f : 1.0f;
+static float sdq__qatt_scale(float largest, float most) {
+    return largest > 0.0f && largest <= FLT_MAX ? largest / most : 1.0f;
+}
+/* 16 bits: the largest number of which d squares fit into an int32. */
+static float sdq__qatt_most(size_t d) {
+    const float most = floorf(sqrtf(2147483647.0f / (float)d)) - 1.0f;  /* - 1: sqrtf rounds */
+    return most < 32767.0f ? most : 32767.0f;
+}
+static void sdq__qatt_round(const sdq__qatt *w, void *q, const float *x, float inv) {
+    if (w->bits == 8) w->f->k->quantize_s8((int8_t *)q, x, w->f->d, inv);
+    else w->f->k->quantize_s16((int16_t *)q, x, w->f->d, inv);
+}
+/* The scale of a token's numbers x, rounded to q and filled up with zeros to whole groups. */
+static float sdq__qatt_token(const sdq__qatt *w, char *q, const float *x) {
+    const size_t bytes = w->f->d * w->size;
+    float mn = 0.0f, mx = 0.0f, s;
+    w->f->k->minmax(x, w->f->d, &mn, &mx);
+    s = sdq__qatt_scale(mx > -mn ? mx : -mn, w->key_most);
+    sdq__qatt_round(w, q, x, 1.0f / s);
+    memset(q + bytes, 0, 4 * w->kgroups - bytes);
+    return s;
 }
 
-/* Per channel a and b so that fma(x, a, b) is centered; with scales, between -127 and 127. */
+/* Per channel a and b so that fma(x, a, b) is centered; with scales, between -most and most. */
 static void sdq__qatt_center(const sdq__att *f, const float *x, float *a, float *b, float *scale,
-                             float *middle) {
+                             float most, float *middle) {
     size_t j;
     for (j = 0; j < f->d; j++) { a[j] = INFINITY; b[j] = -INFINITY; }
     f->k->minmax_cols(x, f->tk, f->heads * f->d, f->d, a, b);
     for (j = 0; j < f->d; j++) {
-        const float mid = 0.5f * a[j] + 0.5f * b[j], s = sdq__qatt_scale(b[j] - mid);
+        const float mid = 0.5f * a[j] + 0.5f * b[j], s = sdq__qatt_scale(b[j] - mid, most);
         a[j] = scale ? 1.0f / s : 1.0f;
         b[j] = -mid * a[j];
         if (scale) scale[j] = s;
@@ -3343,59 +3407,59 @@ static void sdq__qatt_center(const sdq__att *f, const float *x, float *a, float 
 }
 
 /* Key j of a head, centered: its column of the panels. */
-static void sdq__qatt_key(const sdq__qatt *w, size_t head, size_t j, const float *x, int8_t *q) {
-    const size_t d = w->f->d, at = head * w->kpanels * SDQ__NR + j;
-    int8_t *to = w->kb + (at / SDQ__NR * w->kquads * SDQ__NR + j % SDQ__NR) * 4;
-    float mn = 0.0f, mx = 0.0f;
+static void sdq__qatt_key(const sdq__qatt *w, size_t head, size_t j, const float *x, char *q) {
+    const size_t at = head * w->kpanels * SDQ__NR + j;
+    char *to = w->kb + (at / SDQ__NR * w->kgroups * SDQ__NR + j % SDQ__NR) * 4;
     size_t i;
-    w->f->k->minmax(x, d, &mn, &mx);
-    w->ks[at] = sdq__qatt_scale(mx > -mn ? mx : -mn);
-    w->f->k->quantize_s8(q, x, d, 1.0f / w->ks[at]);
-    memset(q + d, 0, 4 * w->kquads - d);
-    for (i = 0; i < d; i++) w->ksum[at] += q[i];
-    for (i = 0; i < w->kquads; i++) memcpy(to + i * SDQ__NR * 4, q + 4 * i, 4);
+    w->ks[at] = sdq__qatt_token(w, q, x);
+    for (i = 0; w->ksum && i < w->f->d; i++) w->ksum[at] += ((const int8_t *)q)[i];
+    for (i = 0; i < w->kgroups; i++) memcpy(to + i * SDQ__NR * 4, q + 4 * i, 4);
 }
 
-/* n <= 4 values of a head from j on, centered and scaled: a quad of every panel. */
+/* n values of a head from j on, centered and scaled: a group of every panel. */
 static void sdq__qatt_value(const sdq__qatt *w, size_t head, size_t j, size_t n, const float *x,
-                            int8_t *q) {
-    const size_t d = w->f->d;
-    int8_t *to = w->vb + (head * w->vpanels * w->vquads + j / 4) * SDQ__NR * 4;
+                            char *q) {
+    const size_t d = w->f->d, size = w->size, per = 4 / size;
+    char *to = w->vb + (head * w->vpanels * w->vgroups + j / per) * SDQ__NR * 4;
     size_t p, c, l;
-    for (l = 0; l < 4; l++) {
-        if (l < n) w->f->k->quantize_s8(q + l * d, x + l * d, d, 1.0f);
-        else memset(q + l * d, 0, d);
+    for (l = 0; l < per; l++) {
+        if (l < n) sdq__qatt_round(w, q + l * d * size, x + l * d, 1.0f);
+        else memset(q + l * d * size, 0, d * size);
     }
-    for (p = 0; p < d; p += SDQ__NR, to += w->vquads * SDQ__NR * 4)
+    for (p = 0; p < d; p += SDQ__NR, to += w->vgroups * SDQ__NR * 4)
         for (c = 0; c < SDQ__NR && p + c < d; c++)
-            for (l = 0; l < 4; l++) to[4 * c + l] = q[l * d + p + c];
+            for (l = 0; l < per; l++) {
+                const char *from = q + (l * d + p + c) * size;
+                if (size == 1) to[4 * c + l] = *from;
+                else memcpy(to + 4 * c + 2 * l, from, 2);
+            }
 }
 
 static void sdq__qatt_pack_task(void *arg, size_t head, int thread) {
     const sdq__qatt *w = (const sdq__qatt *)arg;
     const sdq__att *f = w->f;
-    const size_t d = f->d, c = f->heads * d;
+    const size_t d = f->d, c = f->heads * d, per = 4 / w->size;
     const size_t at = head / f->heads * f->tk * c + head % f->heads * d;
     sdq__qatt_block *s = w->block + thread;
     size_t j, i;
-    sdq__qatt_center(f, f->key + at, s->a[0], s->b[0], NULL, w->kmid + head * d);
-    sdq__qatt_center(f, f->v + at, s->a[1], s->b[1], w->vs + head * w->vpanels * SDQ__NR,
-                     w->vmid + head * d);
-    for (j = 0; j < f->tk; j += 4) {
-        const size_t n = sdq__u_min(4, f->tk - j);
+    sdq__qatt_center(f, f->key + at, s->by[0], s->plus[0], NULL, w->key_most, w->kmid + head * d);
+    sdq__qatt_center(f, f->v + at, s->by[1], s->plus[1], w->vs + head * w->vpanels * SDQ__NR,
+                     w->value_most, w->vmid + head * d);
+    for (j = 0; j < f->tk; j += per) {
+        const size_t n = sdq__u_min(per, f->tk - j);
         for (i = 0; i < n; i++) {
-            f->k->affine(s->x, f->key + at + (j + i) * c, s->a[0], s->b[0], d);
-            sdq__qatt_key(w, head, j + i, s->x, s->xq);
+            f->k->affine(s->x, f->key + at + (j + i) * c, s->by[0], s->plus[0], d);
+            sdq__qatt_key(w, head, j + i, s->x, (char *)s->xq);
         }
         for (i = 0; i < n; i++)
-            f->k->affine(s->x + i * d, f->v + at + (j + i) * c, s->a[1], s->b[1], d);
-        sdq__qatt_value(w, head, j, n, s->x, s->xq);
+            f->k->affine(s->x + i * d, f->v + at + (j + i) * c, s->by[1], s->plus[1], d);
+        sdq__qatt_value(w, head, j, n, s->x, (char *)s->xq);
     }
 }
 
 /* y[m][n] (+)= (scale of row) (scale of column) a b. In t are b, quads, wsum, sw, y, ldy, more;
  * a has rows of lda bytes; panel: bytes from one panel of b to the next. */
-static void sdq__qatt_product(const sdq__att *f, sdq__qtile t, const uint8_t *a, size_t lda,
+static void sdq__qatt_product(const sdq__qatt *w, sdq__qtile t, const void *a, size_t lda,
                               size_t panel, const float *s, const int32_t *z, size_t m, size_t n) {
     const uint8_t *row[SDQ__MR];
     float *y = t.y;
@@ -3403,88 +3467,113 @@ static void sdq__qatt_product(const sdq__att *f, sdq__qtile t, const uint8_t *a,
     t.taps = 1;
     t.seg = t.quads;
     t.a = row;
-    for (p = 0; p < n; p += SDQ__NR, t.b += panel, t.sw += SDQ__NR, t.wsum += SDQ__NR) {
+    for (p = 0; p < n; p += SDQ__NR, t.b += panel, t.sw += SDQ__NR) {
         t.nr = sdq__u_min(SDQ__NR, n - p);
         for (i = 0; i < m; i += SDQ__MR) {
             t.mr = sdq__u_min(SDQ__MR, m - i);
-            for (r = 0; r < t.mr; r++) row[r] = a + (i + r) * lda;
+            for (r = 0; r < t.mr; r++) row[r] = (const uint8_t *)a + (i + r) * lda;
             t.s = s + i;
             t.z = z + i;
             t.y = y + i * t.ldy + p;
-            f->k->gemm_u8s8(&t);
+            if (w->bits == 8) w->f->k->gemm_u8s8(&t);
+            else w->f->k->gemm_s16(&t);
         }
+        if (t.wsum) t.wsum += SDQ__NR;
     }
 }
 
-/* Scores of a block of nq queries against nk keys from j on, to b->s. */
-static void sdq__qatt_scores(const sdq__qatt *w, sdq__qatt_block *b, size_t head, size_t nq,
-                             size_t j, size_t nk) {
-    const size_t at = head * w->kpanels * SDQ__NR + j;
-    sdq__qtile t;
-    memset(&t, 0, sizeof t);
-    t.quads = w->kquads;
-    t.b = w->kb + at * w->kquads * 4;
-    t.sw = w->ks + at;
-    t.wsum = w->ksum + at;
-    t.y = b->s;
-    t.ldy = SDQ__ATT_K;
-    sdq__qatt_product(w->f, t, b->q, 4 * w->kquads, w->kquads * SDQ__NR * 4, b->qs, b->qz, nq, nk);
+/* n queries of a task, in integers. */
+static void sdq__qatt_queries(const sdq__qatt *w, sdq__qatt_block *b, const float *q, size_t n) {
+    const size_t c = w->f->heads * w->f->d, ld = 4 * w->kgroups;
+    size_t i;
+    if (w->bits == 8) {
+        memset(b->q, 0, n * ld);
+        w->f->k->quantize_rows((uint8_t *)b->q, ld, q, c, n, w->f->d, b->qs, b->qz, 1);
+    } else {
+        for (i = 0; i < n; i++) b->qs[i] = sdq__qatt_token(w, (char *)b->q + i * ld, q + i * c);
+    }
 }
 
-/* y += the weights b->p of nk keys from j on, times b->beta, times their values. */
+/* Scores of nq queries of the task, from i on, against nk keys from j on, to b->s. */
+static void sdq__qatt_scores(const sdq__qatt *w, sdq__qatt_block *b, size_t head, size_t i,
+                             size_t nq, size_t j, size_t nk) {
+    const size_t at = head * w->kpanels * SDQ__NR + j, ld = 4 * w->kgroups;
+    sdq__qtile t;
+    memset(&t, 0, sizeof t);
+    t.quads = w->kgroups;
+    t.b = (const int8_t *)w->kb + at * w->kgroups * 4;
+    t.sw = w->ks + at;
+    t.wsum = w->ksum ? w->ksum + at : NULL;
+    t.y = b->s;
+    t.ldy = SDQ__ATT_K;
+    sdq__qatt_product(w, t, (const char *)b->q + i * ld, ld, ld * SDQ__NR, b->qs + i, b->qz + i, nq,
+                      nk);
+}
+
+/* The weights of these scores, to b->p; after the last of them zeros up to a whole group. */
+static void sdq__qatt_weights(const sdq__qatt *w, sdq__qatt_block *b, size_t i, size_t nq,
+                              size_t nk) {
+    const struct sdq__kernels *k = w->f->k;
+    const size_t per = 4 / w->size, pad = sdq__u_round_up(nk, per) - nk;
+    float *m = b->a.m + i, *l = b->a.l + i;
+    if (w->bits == 8)
+        k->softmax_tile_u8((uint8_t *)b->p, SDQ__ATT_K, b->s, SDQ__ATT_K, nq, nk, w->f->scale, m, l,
+                           b->alpha, b->beta);
+    else k->softmax_tile_s16(b->p, SDQ__ATT_K, b->s, SDQ__ATT_K, nq, nk, w->f->scale, m, l,
+                             b->alpha, b->beta);
+    for (i = 0; pad && i < nq; i++)
+        memset((char *)b->p + (i * SDQ__ATT_K + nk) * w->size, 0, pad * w->size);
+}
+
+/* y += the weights of nk keys from j on, times b->beta, times their values. */
 static void sdq__qatt_sum(const sdq__qatt *w, sdq__qatt_block *b, size_t head, float *y, size_t nq,
                           size_t j, size_t nk) {
-    const size_t pad = sdq__u_round_up(nk, 4) - nk;
-    size_t i;
     sdq__qtile t;
-    for (i = 0; pad && i < nq; i++) memset(b->p + i * SDQ__ATT_K + nk, 0, pad);
     memset(&t, 0, sizeof t);
-    t.quads = (nk + pad) / 4;
-    t.b = w->vb + (head * w->vpanels * w->vquads + j / 4) * SDQ__NR * 4;
+    t.quads = sdq__u_div_up(nk * w->size, 4);
+    t.b = (const int8_t *)w->vb + (head * w->vpanels * w->vgroups + j * w->size / 4) * SDQ__NR * 4;
     t.sw = w->vs + head * w->vpanels * SDQ__NR;
-    t.wsum = w->none;
     t.y = y;
     t.ldy = w->f->heads * w->f->d;
     t.more = j > 0;
-    sdq__qatt_product(w->f, t, b->p, SDQ__ATT_K, w->vquads * SDQ__NR * 4, b->beta, b->none, nq,
-                      w->f->d);
+    sdq__qatt_product(w, t, b->p, SDQ__ATT_K * w->size, w->vgroups * SDQ__NR * 4, b->beta, b->qz,
+                      nq, w->f->d);
 }
 
 static void sdq__qatt_task(void *arg, size_t task, int thread) {
     const sdq__qatt *w = (const sdq__qatt *)arg;
     const sdq__att *f = w->f;
     const struct sdq__kernels *k = f->k;
-    const size_t d = f->d, c = f->heads * d, blocks = sdq__u_div_up(f->tq, SDQ__ATT_Q);
-    const size_t head = task / blocks, i0 = task % blocks * SDQ__ATT_Q;
-    const size_t nq = sdq__u_min(SDQ__ATT_Q, f->tq - i0), ld = 4 * w->kquads;
+    const size_t rows = SDQ__ATT_GROUP * SDQ__ATT_Q, groups = sdq__u_div_up(f->tq, rows);
+    const size_t d = f->d, c = f->heads * d, head = task / groups, i0 = task % groups * rows;
+    const size_t n = sdq__u_min(rows, f->tq - i0);
     const size_t at = (head / f->heads * f->tq + i0) * c + head % f->heads * d;
     sdq__qatt_block *b = w->block + thread;
     float *y = f->y + at;
-    size_t i, j;
-    for (i = 0; i < nq; i++) { b->m[i] = -INFINITY; b->l[i] = 0.0f; }
-    memset(b->q, 0, nq * ld);
-    memset(b->none, 0, sizeof b->none);
-    k->quantize_rows(b->q, ld, f->q + at, c, nq, d, b->qs, b->qz, 1);
-    for (j = 0; j < f->tk; j += SDQ__ATT_K) {
-        const size_t nk = sdq__u_min(SDQ__ATT_K, f->tk - j);
-        sdq__qatt_scores(w, b, head, nq, j, nk);
-        k->softmax_tile_u8(b->p, SDQ__ATT_K, b->s, SDQ__ATT_K, nq, nk, f->scale, b->m, b->l,
-                           b->alpha, b->beta);
-        for (i = 0; j > 0 && i < nq; i++)
-            if (b->alpha[i] != 1.0f) k->scale(y + i * c, y + i * c, d, b->alpha[i]);
-        sdq__qatt_sum(w, b, head, y, nq, j, nk);
-    }
-    for (i = 0; i < nq; i++) {
-        k->scale(y + i * c, y + i * c, d, 1.0f / b->l[i]);
+    size_t i, j, r;
+    sdq__att_state_init(&b->a);
+    sdq__qatt_queries(w, b, f->q + at, n);
+    for (j = 0; j < f->tk; j += SDQ__ATT_K)
+        for (i = 0; i < n; i += SDQ__ATT_Q) {
+            const size_t nk = sdq__u_min(SDQ__ATT_K, f->tk - j), nq = sdq__u_min(SDQ__ATT_Q, n - i);
+            sdq__qatt_scores(w, b, head, i, nq, j, nk);
+            sdq__qatt_weights(w, b, i, nq, nk);
+            for (r = 0; j > 0 && r < nq; r++)
+                if (b->alpha[r] != 1.0f)
+                    k->scale(y + (i + r) * c, y + (i + r) * c, d, b->alpha[r]);
+            sdq__qatt_sum(w, b, head, y + i * c, nq, j, nk);
+        }
+    for (i = 0; i < n; i++) {
+        k->scale(y + i * c, y + i * c, d, 1.0f / b->a.l[i]);
         k->add(y + i * c, y + i * c, w->vmid + head * d, d);
     }
-    for (i = 0; f->lse && i < nq; i++)      /* of the scores before the keys were centered */
+    for (i = 0; f->lse && i < n; i++)       /* of the scores before the keys were centered */
         f->lse[head * f->tq + i0 + i] =
-            fmaf(f->scale, k->dot(f->q + at + i * c, w->kmid + head * d, d), b->m[i])
-            + (float)log((double)b->l[i] / 255.0);
+            fmaf(f->scale, k->dot(f->q + at + i * c, w->kmid + head * d, d), b->a.m[i])
+            + (float)log((double)(b->a.l[i] / w->weight_most));
 }
 
-static void sdq__qatt_forward(sdq_ctx *ctx, sdq__att *f) {
+static void sdq__qatt_forward(sdq_ctx *ctx, sdq__att *f, int bits) {
     const sdq_mark mark = sdq_arena_mark(ctx);
     const size_t heads = f->n * f->heads;
     sdq__qatt w;
@@ -3492,24 +3581,28 @@ static void sdq__qatt_forward(sdq_ctx *ctx, sdq__att *f) {
     w.f = f;
     f->k = ctx->k;
     f->scale = 1.0f / sqrtf((float)f->d);
-    w.kquads = sdq__u_div_up(f->d, 4);
-    w.vquads = sdq__u_div_up(f->tk, 4);
+    w.bits = bits;
+    w.size = (size_t)bits / 8;
+    w.key_most = bits == 8 ? 127.0f : sdq__qatt_most(f->d);
+    w.value_most = bits == 8 ? 127.0f : 4095.0f;
+    w.weight_most = bits == 8 ? 255.0f : 2048.0f;
+    w.kgroups = sdq__u_div_up(f->d * w.size, 4);
+    w.vgroups = sdq__u_div_up(f->tk * w.size, 4);
     w.kpanels = sdq__gemm_panels(f->tk);
     w.vpanels = sdq__gemm_panels(f->d);
-    w.kb = SDQ__PUSH_N(ctx, int8_t, heads * w.kpanels * w.kquads * SDQ__NR * 4);
-    w.vb = SDQ__PUSH_N(ctx, int8_t, heads * w.vpanels * w.vquads * SDQ__NR * 4);
+    w.kb = SDQ__PUSH_N(ctx, char, heads * w.kpanels * w.kgroups * SDQ__NR * 4);
+    w.vb = SDQ__PUSH_N(ctx, char, heads * w.vpanels * w.vgroups * SDQ__NR * 4);
     w.ks = SDQ__PUSH_N(ctx, float, heads * w.kpanels * SDQ__NR);
     w.vs = SDQ__PUSH_N(ctx, float, heads * w.vpanels * SDQ__NR);
     w.kmid = SDQ__PUSH_N(ctx, float, heads * f->d);
     w.vmid = SDQ__PUSH_N(ctx, float, heads * f->d);
-    w.ksum = SDQ__PUSH_N(ctx, int32_t, heads * w.kpanels * SDQ__NR);
-    w.none = SDQ__PUSH_N(ctx, int32_t, w.vpanels * SDQ__NR);
+    if (bits == 8) w.ksum = SDQ__PUSH_N(ctx, int32_t, heads * w.kpanels * SDQ__NR);
     w.block = SDQ__PUSH_N(ctx, sdq__qatt_block, (size_t)ctx->threads);
     if (ctx->status == SDQ_OK) {
-        memset(w.ksum, 0, heads * w.kpanels * SDQ__NR * sizeof *w.ksum);
-        memset(w.none, 0, w.vpanels * SDQ__NR * sizeof *w.none);
+        if (w.ksum) memset(w.ksum, 0, heads * w.kpanels * SDQ__NR * sizeof *w.ksum);
         sdq__par_for(ctx, heads, sdq__qatt_pack_task, &w);
-        sdq__par_for(ctx, heads * sdq__u_div_up(f->tq, SDQ__ATT_Q), sdq__qatt_task, &w);
+        sdq__par_for(ctx, heads * sdq__u_div_up(f->tq, SDQ__ATT_GROUP * SDQ__ATT_Q), sdq__qatt_task,
+                     &w);
     }
     sdq_arena_release(ctx, mark);
 }
@@ -4303,7 +4396,7 @@ static void sdq__op_att_back(sdq_ctx *ctx, sdq__node *n) {
     sdq__att_backward(ctx, &w);
 }
 static sdq_tensor *sdq__op_attention(sdq_ctx *ctx, sdq_tensor *q, sdq_tensor *k, sdq_tensor *v,
-                                     int heads, int causal, int int8) {
+                                     int heads, int causal, int bits) {
     sdq_tensor *y;
     sdq__node *n;
     sdq__att w;
@@ -4327,18 +4420,23 @@ static sdq_tensor *sdq__op_attention(sdq_ctx *ctx, sdq_tensor *q, sdq_tensor *k,
         n->p[0] = w.lse = SDQ__PUSH_N(ctx, float, w.n * w.heads * w.tq);
         if (!w.lse) return NULL;
     }
-    if (int8) sdq__qatt_forward(ctx, &w);
+    if (bits < 32) sdq__qatt_forward(ctx, &w, bits);
     else sdq__att_forward(ctx, &w);
     return ctx->status == SDQ_OK ? y : NULL;
 }
 SDQ_API sdq_tensor *sdq_attention(sdq_ctx *ctx, sdq_tensor *q, sdq_tensor *k, sdq_tensor *v,
                                   int heads, int causal) {
-    return sdq__op_attention(ctx, q, k, v, heads, causal, 0);
+    return sdq__op_attention(ctx, q, k, v, heads, causal, 32);
 }
-SDQ_API sdq_tensor *sdq_attention_int8(sdq_ctx *ctx, sdq_tensor *q, sdq_tensor *k, sdq_tensor *v,
-                                       int heads) {
+SDQ_API sdq_tensor *sdq_attention_int(sdq_ctx *ctx, sdq_tensor *q, sdq_tensor *k, sdq_tensor *v,
+                                      int heads, int bits) {
     const int large = q && heads > 0 && q->dim[2] / (size_t)heads > SDQ__QATT_D;
-    return sdq__op_attention(ctx, q, k, v, heads, 0, !large);
+    if (bits != 8 && bits != 16) {
+        sdq__fail(ctx, SDQ_ERR_ARGUMENT, "attention with products of %d bits: expected 8 or 16",
+                  bits);
+        return NULL;
+    }
+    return sdq__op_attention(ctx, q, k, v, heads, 0, large ? 32 : bits);
 }
 
 /* ---- nearest upsampling: y[i][j] = x[i h/H][j w/W];  dx[..] += dy ---- */
@@ -11140,7 +11238,7 @@ static sdq_tensor *sdq__bk_resnet(sdq_ctx *ctx, const sdq__resnet *r, sdq_tensor
 typedef struct sdq__attn {
     sdq_layer *q, *k, *v, *out;
     int heads;
-    int int8;               /* products in int8 where the layers are */
+    int bits;               /* of its products where the layers are int8; 0: float */
 } sdq__attn;
 
 static void sdq__bk_attn_build(sdq__builder *b, sdq__attn *a, size_t c, size_t context,
@@ -11156,8 +11254,9 @@ static void sdq__bk_attn_build(sdq__builder *b, sdq__attn *a, size_t c, size_t c
 static sdq_tensor *sdq__bk_attend(sdq_ctx *ctx, const sdq__attn *a, sdq_tensor *x, sdq_tensor *k,
                                   sdq_tensor *v, sdq_tensor *residual, sdq_mode mode) {
     sdq_tensor *q = sdq_layer_forward(ctx, a->q, x, NULL, mode);
-    sdq_tensor *y = a->int8 && mode != SDQ_FLOAT ? sdq_attention_int8(ctx, q, k, v, a->heads)
-                                                 : sdq_attention(ctx, q, k, v, a->heads, 0);
+    sdq_tensor *y = a->bits && mode != SDQ_FLOAT
+                  ? sdq_attention_int(ctx, q, k, v, a->heads, a->bits)
+                  : sdq_attention(ctx, q, k, v, a->heads, 0);
     return sdq_layer_forward(ctx, a->out, y, residual, mode);
 }
 static sdq_tensor *sdq__bk_self(sdq_ctx *ctx, const sdq__attn *a, sdq_tensor *x,
@@ -11645,10 +11744,10 @@ static void sdq__un_build(sdq__builder *b) {
     u->conv_out = sdq__md_conv3(b, "conv_out", c, info->out, 1, 1);
 }
 
-/* Self-attention with int8 products, or in float. */
-static void sdq__un_attention_int8(sdq__unet *u, int on) {
+/* Self-attention with products of 8 or 16 bits, or, 0, in float. */
+static void sdq__un_attention(sdq__unet *u, int bits) {
     size_t i;
-    for (i = 0; i < u->blocks; i++) u->block[i]->self.int8 = on;
+    for (i = 0; i < u->blocks; i++) u->block[i]->self.bits = bits;
 }
 
 static void sdq__un_free(sdq_ctx *ctx, sdq__unet *u) {
@@ -14852,11 +14951,11 @@ SDQ_API void sdq_recipe_to_str(const sdq_recipe *r, char *buf, size_t size) {
         buf, size,
         "range_linear=%s range_conv=%s quantize_outputs=%d quantize_edges=%d "
         "quantize_time=%d quantize_context=%d quantize_shortcuts=%d quantize_last_self=%d "
-        "quantize_attention=%d split_skip=%d bias_correction=%d learn_scales=%d train_set=%s "
+        "attention_bits=%d split_skip=%d bias_correction=%d learn_scales=%d train_set=%s "
         "moving=%g weight_scale=%d calibrate_on_data=%d noise_loss=%g teacher_loss=%g coherent=%d",
         sdq__rc_range[r->range_linear], sdq__rc_range[r->range_conv], r->quantize_outputs,
         r->quantize_edges, r->quantize_time, r->quantize_context, r->quantize_shortcuts,
-        r->quantize_last_self, r->quantize_attention, r->split_skip, r->bias_correction,
+        r->quantize_last_self, r->attention_bits ? r->attention_bits : 32, r->split_skip, r->bias_correction,
         r->learn_scales, sdq__rc_train_set[r->train_set], (double)r->moving,
         (int)r->weight_scale, r->calibrate_on_data, (double)r->noise_loss,
         (double)r->teacher_loss, r->coherent);
@@ -14891,6 +14990,10 @@ SDQ_API sdq_status sdq_recipe_apply(sdq_ctx *ctx, sdq_model *unet, const sdq_rec
                                     const char *const *keep_float) {
     char last_up[40];
     size_t i;
+    const int bits = r->attention_bits;
+    if (bits != 0 && bits != 8 && bits != 16 && bits != 32)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "recipe: attention_bits is %d, expected 32, 16 or 8",
+                         bits);
     sdq__rc_last_up(unet, last_up, sizeof last_up);
     for (i = 0; i < unet->layers; i++) {
         sdq_layer *l = unet->layer[i];
@@ -14905,7 +15008,7 @@ SDQ_API sdq_status sdq_recipe_apply(sdq_ctx *ctx, sdq_model *unet, const sdq_rec
         q.learn_scales = r->learn_scales;
         SDQ__TRY(sdq_layer_set_quant(ctx, l, &q));
     }
-    if (unet->unet) sdq__un_attention_int8(unet->unet, r->quantize_attention);
+    if (unet->unet) sdq__un_attention(unet->unet, bits % 32);
     return SDQ_OK;
 }
 
@@ -15304,7 +15407,7 @@ SDQ_API sdq_status sdq_optim_add_student(sdq_ctx *ctx, sdq_optim *o, sdq_model *
  *   NAME.output_range  F32 [2], the published recipe only
  * Everything else is stored under its diffusers name and shape, F16 where that is exact, else F32.
  * The metadata: sdq.config (config.json of the UNet), sdq.layer.NAME (range and split),
- * sdq.recipe, sdq.schedule, sdq.attention ("int8", or missing), sdq.source (hash of the float
+ * sdq.recipe, sdq.schedule, sdq.attention ("int8", "int16", or missing: float), sdq.source (hash of the float
  * UNet's weights), sdq.hash (of all else).
  * ======================================================================== */
 
@@ -15520,7 +15623,8 @@ SDQ_API sdq_status sdq_model_save_int8(sdq_ctx *ctx, const sdq_model *m, const c
     sdq__cv_meta(&o, "sdq.config", m->config);
     sdq__cv_meta(&o, "sdq.recipe", recipe);
     sdq__cv_meta_hash(&o, "sdq.source", m->source);
-    if (m->unet->blocks && m->unet->block[0]->self.int8) sdq__cv_meta(&o, "sdq.attention", "int8");
+    if (m->unet->blocks && m->unet->block[0]->self.bits)
+        sdq__cv_meta(&o, "sdq.attention", m->unet->block[0]->self.bits == 8 ? "int8" : "int16");
     if (policy && policy->count)
         sdq__cv_meta(&o, "sdq.schedule", sdq__cv_policy_text(ctx, policy));
     for (i = 0; i < m->params; i++) sdq__cv_param(&o, &m->param[i]);
@@ -15676,10 +15780,12 @@ static sdq_status sdq__cv_read_policy(sdq_ctx *ctx, const sdq_file *f, const cha
 static sdq_status sdq__cv_read_attention(sdq_ctx *ctx, const sdq_file *f, const char *path,
                                          sdq_model *m) {
     const char *text = sdq_file_meta(f, "sdq.attention");
-    if (text && strcmp(text, "int8") != 0)
-        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: sdq.attention is \"%.40s\", expected \"int8\"",
-                         path, text);
-    sdq__un_attention_int8(m->unet, text != NULL);
+    const int bits = !text ? 0 : strcmp(text, "int8") == 0 ? 8 : strcmp(text, "int16") == 0 ? 16 : -1;
+    if (bits < 0)
+        return sdq__fail(ctx, SDQ_ERR_FORMAT,
+                         "%s: sdq.attention is \"%.40s\", expected \"int8\" or \"int16\"", path,
+                         text);
+    sdq__un_attention(m->unet, bits);
     return SDQ_OK;
 }
 
@@ -16167,6 +16273,10 @@ SDQ__WORD void SDQ__N(store_s8)(int8_t *p, SDQ__V v, size_t n) {
     size_t l;
     for (l = 0; l < 16 && l < n; l++) p[l] = (int8_t)v.f[l];
 }
+SDQ__WORD void SDQ__N(store_s16)(int16_t *p, SDQ__V v, size_t n) {
+    size_t l;
+    for (l = 0; l < 16 && l < n; l++) p[l] = (int16_t)v.f[l];
+}
 /* A signaling NaN becomes quiet, as in the conversion instruction. */
 SDQ__WORD float SDQ__N(quiet_f16)(uint16_t h) {
     const uint32_t u = sdq__u_bits(sdq__u_from_f16(h));
@@ -16302,6 +16412,11 @@ SDQ__WORD void SDQ__N(store_s8)(int8_t *p, SDQ__V v, size_t n) {
     const __m128i q = _mm_packs_epi16(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
     SDQ__N(store_bytes)(p, q, n);
 }
+SDQ__WORD void SDQ__N(store_s16)(int16_t *p, SDQ__V v, size_t n) {
+    const __m256i x = SDQ__N(int16)(v);
+    if (n >= 16) _mm256_storeu_si256((__m256i *)(void *)p, x);
+    else memcpy(p, &x, 2 * n);
+}
 /* Exponent and mantissa, moved 13 bits up, are the number times 2^-112 (normal), too small by
  * the implicit one (subnormal: made from the integer instead) or inf/NaN (exponent all ones). */
 SDQ__WORD __m256 SDQ__N(from_f16)(__m128i h) {
@@ -16374,6 +16489,25 @@ SDQ__WORD SDQ__I SDQ__N(quad_dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b) {
     acc.b = _mm256_add_epi32(acc.b, _mm256_madd_epi16(a.odd, b.odd_b));
     return acc;
 }
+/* Pairs of int16, instead: a[0] b[2l] + a[1] b[2l + 1]. */
+SDQ__WORD SDQ__QA SDQ__N(pair_a_load)(const uint8_t *p) {
+    SDQ__QA r;
+    int32_t q;
+    memcpy(&q, p, 4);
+    r.even = r.odd = _mm256_set1_epi32(q);
+    return r;
+}
+SDQ__WORD SDQ__QB SDQ__N(pair_b_load)(const int8_t *p) {
+    SDQ__QB r;
+    r.even_a = r.odd_a = _mm256_loadu_si256((const __m256i *)(const void *)p);
+    r.even_b = r.odd_b = _mm256_loadu_si256((const __m256i *)(const void *)(p + 32));
+    return r;
+}
+SDQ__WORD SDQ__I SDQ__N(pair_dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b) {
+    acc.a = _mm256_add_epi32(acc.a, _mm256_madd_epi16(a.even, b.even_a));
+    acc.b = _mm256_add_epi32(acc.b, _mm256_madd_epi16(a.even, b.even_b));
+    return acc;
+}
 SDQ__WORD SDQ__I SDQ__N(int_load)(const int32_t *p) {
     SDQ__I r;
     r.a = _mm256_loadu_si256((const __m256i *)(const void *)p);
@@ -16383,6 +16517,9 @@ SDQ__WORD SDQ__I SDQ__N(int_load)(const int32_t *p) {
 SDQ__WORD void SDQ__N(int_store)(int32_t *p, SDQ__I v) {
     _mm256_storeu_si256((__m256i *)(void *)p, v.a);
     _mm256_storeu_si256((__m256i *)(void *)(p + 8), v.b);
+}
+SDQ__WORD SDQ__V SDQ__N(to_float)(SDQ__I v) {
+    return SDQ__N(pair)(_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b));
 }
 /* (float)(acc - z * w) */
 SDQ__WORD SDQ__V SDQ__N(unbias)(SDQ__I acc, int32_t z, const int32_t *w) {
@@ -16462,6 +16599,11 @@ SDQ__WORD void SDQ__N(store_u8)(uint8_t *p, SDQ__V v, size_t n) {
 SDQ__WORD void SDQ__N(store_s8)(int8_t *p, SDQ__V v, size_t n) {
     SDQ__N(store_bytes)(p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)), n);
 }
+SDQ__WORD void SDQ__N(store_s16)(int16_t *p, SDQ__V v, size_t n) {
+    const __m256i q = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(v));
+    if (n >= 16) _mm256_storeu_si256((__m256i *)(void *)p, q);
+    else _mm256_mask_storeu_epi16(p, SDQ__N(mask)(n), q);
+}
 SDQ__WORD SDQ__V SDQ__N(load_f16)(const uint16_t *p, size_t n) {
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(SDQ__N(mask)(n), p));
 }
@@ -16484,6 +16626,11 @@ SDQ__WORD SDQ__QB SDQ__N(quad_b_load)(const int8_t *p) { return _mm512_loadu_si5
 SDQ__WORD SDQ__I SDQ__N(quad_dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b) {
     return _mm512_dpbusd_epi32(acc, a, b);
 }
+SDQ__WORD SDQ__QA SDQ__N(pair_a_load)(const uint8_t *p) { return SDQ__N(quad_set1)(p); }
+SDQ__WORD SDQ__QB SDQ__N(pair_b_load)(const int8_t *p) { return _mm512_loadu_si512(p); }
+SDQ__WORD SDQ__I SDQ__N(pair_dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b) {
+    return _mm512_dpwssd_epi32(acc, a, b);
+}
 #else                   /* vpmaddwd, as in the AVX2 tier */
 typedef struct SDQ__QA { __m512i even, odd; } SDQ__QA;
 typedef struct SDQ__QB { __m512i even, odd; } SDQ__QB;
@@ -16505,9 +16652,23 @@ SDQ__WORD SDQ__I SDQ__N(quad_dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b) {
     acc = _mm512_add_epi32(acc, _mm512_madd_epi16(a.even, b.even));
     return _mm512_add_epi32(acc, _mm512_madd_epi16(a.odd, b.odd));
 }
+SDQ__WORD SDQ__QA SDQ__N(pair_a_load)(const uint8_t *p) {
+    SDQ__QA r;
+    r.even = r.odd = SDQ__N(quad_set1)(p);
+    return r;
+}
+SDQ__WORD SDQ__QB SDQ__N(pair_b_load)(const int8_t *p) {
+    SDQ__QB r;
+    r.even = r.odd = _mm512_loadu_si512(p);
+    return r;
+}
+SDQ__WORD SDQ__I SDQ__N(pair_dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b) {
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(a.even, b.even));
+}
 #endif
 SDQ__WORD SDQ__I SDQ__N(int_load)(const int32_t *p) { return _mm512_loadu_si512(p); }
 SDQ__WORD void SDQ__N(int_store)(int32_t *p, SDQ__I v) { _mm512_storeu_si512(p, v); }
+SDQ__WORD SDQ__V SDQ__N(to_float)(SDQ__I v) { return _mm512_cvtepi32_ps(v); }
 SDQ__WORD SDQ__V SDQ__N(unbias)(SDQ__I acc, int32_t z, const int32_t *w) {
     const __m512i zw = _mm512_mullo_epi32(_mm512_set1_epi32(z), SDQ__N(int_load)(w));
     return _mm512_cvtepi32_ps(_mm512_sub_epi32(acc, zw));
@@ -16536,26 +16697,40 @@ SDQ__KERNEL void SDQ__K(gemm_f32)(const sdq__ftile *t) {
     }
 }
 
+/* acc[j] += the products of a group: four bytes of a row, or two int16. */
+static void SDQ__N(quads)(int32_t *acc, const uint8_t *a, const int8_t *b) {
+    size_t j;
+    for (j = 0; j < 4 * SDQ__NR; j++) acc[j / 4] += (int32_t)a[j % 4] * (int32_t)b[j];
+}
+static void SDQ__N(pairs)(int32_t *acc, const uint8_t *a, const int8_t *b) {
+    int16_t x[2], y[2 * SDQ__NR];
+    size_t j;
+    memcpy(x, a, sizeof x);
+    memcpy(y, b, sizeof y);
+    for (j = 0; j < 2 * SDQ__NR; j++) acc[j / 2] += (int32_t)x[j % 2] * (int32_t)y[j];
+}
 /* f[j] += the scaled integer sum of row i over segment g. */
-static void SDQ__N(qrow)(const sdq__qtile *t, size_t g, size_t i, float *f) {
-    const int32_t z = t->z[g * t->mr + i];
+static void SDQ__N(qrow)(const sdq__qtile *t, size_t g, size_t i, int pairs, float *f) {
     int32_t acc[SDQ__NR];
     size_t n, j;
     memset(acc, 0, sizeof acc);
     for (n = g * t->seg; n < (g + 1) * t->seg; n++) {
         const uint8_t *a = t->a[n / t->quads * t->mr + i] + n % t->quads * 4;
         const int8_t *b = t->b + n * 4 * SDQ__NR;
-        for (j = 0; j < 4 * SDQ__NR; j++) acc[j / 4] += (int32_t)a[j % 4] * (int32_t)b[j];
+        if (pairs) SDQ__N(pairs)(acc, a, b);
+        else SDQ__N(quads)(acc, a, b);
     }
-    for (j = 0; j < SDQ__NR; j++)
-        f[j] = fmaf(t->s[g * t->mr + i], (float)(acc[j] - z * t->wsum[g * SDQ__NR + j]), f[j]);
+    for (j = 0; j < SDQ__NR; j++) {
+        if (t->wsum) acc[j] -= t->z[g * t->mr + i] * t->wsum[g * SDQ__NR + j];
+        f[j] = fmaf(t->s[g * t->mr + i], (float)acc[j], f[j]);
+    }
 }
-SDQ__KERNEL void SDQ__K(gemm_u8s8)(const sdq__qtile *t) {
+static void SDQ__N(qtile)(const sdq__qtile *t, int pairs) {
     size_t g, i, j;
     for (i = 0; i < t->mr; i++) {
         float *y = t->y + i * t->ldy, f[SDQ__NR];
         memset(f, 0, sizeof f);
-        for (g = 0; g < t->taps * t->quads / t->seg; g++) SDQ__N(qrow)(t, g, i, f);
+        for (g = 0; g < t->taps * t->quads / t->seg; g++) SDQ__N(qrow)(t, g, i, pairs, f);
         for (j = 0; j < t->nr; j++) {
             f[j] = t->bias ? fmaf(f[j], t->sw[j], t->bias[j]) : f[j] * t->sw[j];
             if (t->res) f[j] += t->res[i * t->ldr + j];
@@ -16563,6 +16738,8 @@ SDQ__KERNEL void SDQ__K(gemm_u8s8)(const sdq__qtile *t) {
         }
     }
 }
+SDQ__KERNEL void SDQ__K(gemm_u8s8)(const sdq__qtile *t) { SDQ__N(qtile)(t, 0); }
+SDQ__KERNEL void SDQ__K(gemm_s16)(const sdq__qtile *t) { SDQ__N(qtile)(t, 1); }
 
 #else
 /* ---- GEMM tiles: vectors ----
@@ -16588,6 +16765,17 @@ SDQ__KERNEL void SDQ__K(gemm_u8s8)(const sdq__qtile *t) {
     else if (limit > 8 && n <= 8) tile(8, pair, 0); \
     else tile(limit, pair, 0)
 
+/* A group of 4 bytes: a quad of u8 and s8, or a pair of s16. */
+SDQ__WORD SDQ__QA SDQ__N(group_a)(const uint8_t *p, int pairs) {
+    return pairs ? SDQ__N(pair_a_load)(p) : SDQ__N(quad_a_load)(p);
+}
+SDQ__WORD SDQ__QB SDQ__N(group_b)(const int8_t *p, int pairs) {
+    return pairs ? SDQ__N(pair_b_load)(p) : SDQ__N(quad_b_load)(p);
+}
+SDQ__WORD SDQ__I SDQ__N(group_dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b, int pairs) {
+    return pairs ? SDQ__N(pair_dot)(acc, a, b) : SDQ__N(quad_dot)(acc, a, b);
+}
+
 /* Where a segment begins: segment g, quad q of the tap that a points to. */
 typedef struct SDQ__N(segment) {
     const uint8_t *const *a;
@@ -16601,7 +16789,8 @@ typedef struct SDQ__N(segment) {
 SDQ__WORD void SDQ__N(qtile_end)(const sdq__qtile *t, const SDQ__N(segment) *s, size_t i, size_t j,
                                  SDQ__I acc, float *sum, size_t n) {
     const size_t gi = s->g * t->mr + i;
-    const SDQ__V v = SDQ__N(unbias)(acc, t->z[gi], t->wsum + s->g * SDQ__NR + j);
+    const SDQ__V v = t->wsum ? SDQ__N(unbias)(acc, t->z[gi], t->wsum + s->g * SDQ__NR + j)
+                             : SDQ__N(to_float)(acc);
     SDQ__V f = s->g > 0 ? SDQ__N(load)(sum, 16) : SDQ__N(set1)(0.0f), sw;
     float *y = t->y + i * t->ldy + j;
     f = SDQ__N(fma)(SDQ__N(set1)(t->s[gi]), v, f);
@@ -16615,9 +16804,10 @@ SDQ__WORD void SDQ__N(qtile_end)(const sdq__qtile *t, const SDQ__N(segment) *s, 
 }
 
 /* The integer sums of one segment. Segments and taps are two cuts of one sequence of quads: a
- * run of quads ends where either does. */
+ * run of quads ends where either does. pairs: of int16, instead of quads. */
 SDQ__WORD void SDQ__N(qtile)(const sdq__qtile *t, const SDQ__N(segment) *s, size_t i, size_t j,
-                             int32_t *acc, float *sum, size_t rows, int wide, int full) {
+                             int32_t *acc, float *sum, int pairs, size_t rows, int wide,
+                             int full) {
     const size_t have = t->mr - i;
     const sdq__qtile d = *t;
     const SDQ__N(segment) e = *s;
@@ -16633,11 +16823,12 @@ SDQ__WORD void SDQ__N(qtile)(const sdq__qtile *t, const SDQ__N(segment) *s, size
 #undef SDQ__ROW
         run = sdq__u_min(left, t->quads - q);
         for (k = 0; k < run; k++, b += 4 * SDQ__NR) {
-            const SDQ__QB bl = SDQ__N(quad_b_load)(b), bh = wide ? SDQ__N(quad_b_load)(b + 64) : bl;
+            const SDQ__QB bl = SDQ__N(group_b)(b, pairs);
+            const SDQ__QB bh = wide ? SDQ__N(group_b)(b + 64, pairs) : bl;
 #define SDQ__ROW(r) if (rows > r) { \
-                const SDQ__QA x = SDQ__N(quad_a_load)(a##r + 4 * k); \
-                l##r = SDQ__N(quad_dot)(l##r, x, bl); \
-                if (wide) h##r = SDQ__N(quad_dot)(h##r, x, bh); \
+                const SDQ__QA x = SDQ__N(group_a)(a##r + 4 * k, pairs); \
+                l##r = SDQ__N(group_dot)(l##r, x, bl, pairs); \
+                if (wide) h##r = SDQ__N(group_dot)(h##r, x, bh, pairs); \
             }
             SDQ__ROWS(SDQ__ROW)
 #undef SDQ__ROW
@@ -16654,11 +16845,12 @@ SDQ__WORD void SDQ__N(qtile)(const sdq__qtile *t, const SDQ__N(segment) *s, size
 #undef SDQ__ROW
 }
 
-SDQ__KERNEL void SDQ__N(qtile_of)(const sdq__qtile *t, const SDQ__N(segment) *s, size_t i, size_t j,
-                                  float *sum, size_t n) {
+SDQ__WORD void SDQ__N(qtile_of)(const sdq__qtile *t, const SDQ__N(segment) *s, size_t i, size_t j,
+                                float *sum, size_t n, int pairs) {
     SDQ__ALIGNED int32_t acc[SDQ__MR][SDQ__NR];
     size_t r, c;
-#define SDQ__QTILE(rows, wide, full) SDQ__N(qtile)(t, s, i, j, acc[0], sum, rows, wide, full)
+#define SDQ__QTILE(rows, wide, full) \
+    SDQ__N(qtile)(t, s, i, j, acc[0], sum, pairs, rows, wide, full)
     SDQ__PICK(SDQ__QTILE, SDQ__QTILE_ROWS);
 #undef SDQ__QTILE
     for (r = 0; r < n && !full; r++)
@@ -16667,7 +16859,7 @@ SDQ__KERNEL void SDQ__N(qtile_of)(const sdq__qtile *t, const SDQ__N(segment) *s,
                               sum + r * SDQ__NR + c, t->nr - j - c);
 }
 
-SDQ__KERNEL void SDQ__K(gemm_u8s8)(const sdq__qtile *t) {
+SDQ__WORD void SDQ__N(qtiles)(const sdq__qtile *t, int pairs) {
     SDQ__ALIGNED float sum[SDQ__MR][SDQ__NR];
     size_t left = t->taps * t->quads, i, j;
     SDQ__N(segment) s;
@@ -16679,13 +16871,16 @@ SDQ__KERNEL void SDQ__K(gemm_u8s8)(const sdq__qtile *t) {
         s.last = left == 0;
         for (j = 0; j < t->nr; j += 16 * SDQ__TILE_VECS)
             for (i = 0; i < t->mr; i += SDQ__QTILE_ROWS)
-                SDQ__N(qtile_of)(t, &s, i, j, sum[i] + j, sdq__u_min(t->mr - i, SDQ__QTILE_ROWS));
+                SDQ__N(qtile_of)(t, &s, i, j, sum[i] + j, sdq__u_min(t->mr - i, SDQ__QTILE_ROWS),
+                                 pairs);
         s.b += t->seg * 4 * SDQ__NR;
         for (s.q += t->seg; s.q >= t->quads; s.q -= t->quads) s.a += t->mr;
     }
 }
+SDQ__KERNEL void SDQ__K(gemm_u8s8)(const sdq__qtile *t) { SDQ__N(qtiles)(t, 0); }
+SDQ__KERNEL void SDQ__K(gemm_s16)(const sdq__qtile *t) { SDQ__N(qtiles)(t, 1); }
 
-/* The VNNI tier is the AVX-512 tier with another gemm_u8s8: it ends here. */
+/* The VNNI tier is the AVX-512 tier with other integer products: it ends here. */
 #if SDQ__TIER < 4
 
 /* After the sums v of row i, columns j..j+15, of which n exist: + bias, + res. */
@@ -16944,6 +17139,14 @@ SDQ__KERNEL void SDQ__K(quantize_s8)(int8_t *q, const float *x, size_t n, float 
     for (i = 0; i < n; i += 16) {
         const SDQ__V v = SDQ__N(nan_to_0)(SDQ__N(mul)(SDQ__N(load)(x + i, n - i), s));
         SDQ__N(store_s8)(q + i, SDQ__N(clamp)(SDQ__N(rint)(v), -128.0f, 127.0f), n - i);
+    }
+}
+SDQ__KERNEL void SDQ__K(quantize_s16)(int16_t *q, const float *x, size_t n, float inv) {
+    const SDQ__V s = SDQ__N(set1)(inv);
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        const SDQ__V v = SDQ__N(nan_to_0)(SDQ__N(mul)(SDQ__N(load)(x + i, n - i), s));
+        SDQ__N(store_s16)(q + i, SDQ__N(clamp)(SDQ__N(rint)(v), -32767.0f, 32767.0f), n - i);
     }
 }
 SDQ__KERNEL void SDQ__K(dequantize_u8)(float *y, const uint8_t *q, size_t n, float s, int32_t z) {
@@ -17357,46 +17560,53 @@ SDQ__KERNEL void SDQ__K(softmax_tile)(float *s, size_t lds, size_t rows, size_t 
         l[r] = fmaf(l[r], alpha[r], SDQ__N(sum)(acc));
     }
 }
-/* 255 * 2^x, x <= 0, to 1.1 in 10^4, which is enough for bytes; NaN is as small as can be. */
-SDQ__WORD SDQ__V SDQ__N(byte_exp2)(SDQ__V x) {
+/* top 2^x, x <= 0; NaN is as small as can be. To 1.1 in 10^4, which is enough for bytes, or, fine,
+ * to 3 in 10^6: 2^r, |r| <= 0.5, by minimax of the relative error. */
+SDQ__WORD SDQ__V SDQ__N(weight)(SDQ__V x, float top, int fine) {
     const SDQ__V y = SDQ__N(max)(x, SDQ__N(set1)(-30.0f)), n = SDQ__N(rint)(y);
     const SDQ__V r = SDQ__N(sub)(y, n);
-    SDQ__V q = SDQ__N(set1)(0.0549809409f);
-    q = SDQ__N(fma)(q, r, SDQ__N(set1)(0.242214225f));
-    q = SDQ__N(fma)(q, r, SDQ__N(set1)(0.693287098f));
+    SDQ__V q = SDQ__N(set1)(fine ? 0.00958285574f : 0.0549809409f);
+    if (fine) q = SDQ__N(fma)(q, r, SDQ__N(set1)(0.0559064299f));
+    q = SDQ__N(fma)(q, r, SDQ__N(set1)(fine ? 0.240240991f : 0.242214225f));
+    q = SDQ__N(fma)(q, r, SDQ__N(set1)(fine ? 0.693124175f : 0.693287098f));
     q = SDQ__N(fma)(q, r, SDQ__N(set1)(1.0f));
-    return SDQ__N(mul)(SDQ__N(scale2)(q, n), SDQ__N(set1)(255.0f));
+    return SDQ__N(rint)(SDQ__N(mul)(SDQ__N(scale2)(q, n), SDQ__N(set1)(top)));
 }
-SDQ__KERNEL void SDQ__K(softmax_tile_u8)(uint8_t *p, size_t ldp, const float *s, size_t lds,
-                                         size_t rows, size_t n, float scale, float *m, float *l,
-                                         float *alpha, float *beta) {
+/* Row r of a tile: its weights, their sum and the maximum of its scores, before scaling. */
+SDQ__WORD float SDQ__N(weights)(void *p, const float *s, size_t n, float scale, float *highest,
+                                int fine) {
     const SDQ__V none = SDQ__N(set1)(0.0f), vs = SDQ__N(set1)(scale * 1.44269504f);
+    SDQ__V top = SDQ__N(set1)(-INFINITY), acc = none, shift, q;
     const size_t whole = n / 16 * 16;
-    size_t r, i;
-    for (r = 0; r < rows; r++) {        /* beta: the maximum of the tile; alpha: the sum */
-        const float *row = s + r * lds;
-        SDQ__V top = SDQ__N(set1)(-INFINITY), acc = none, shift, q;
-        for (i = 0; i < whole; i += 16) top = SDQ__N(max)(SDQ__N(load)(row + i, 16), top);
-        if (i < n) {
-            q = SDQ__N(load)(row + i, n - i);
-            top = SDQ__N(max)(SDQ__N(first_n)(q, n - i, top), top);
-        }
-        beta[r] = SDQ__N(highest)(top) * scale;
-        shift = SDQ__N(set1)(beta[r] * -1.44269504f);
-        for (i = 0; i < whole; i += 16) {
-            q = SDQ__N(fma)(SDQ__N(load)(row + i, 16), vs, shift);
-            q = SDQ__N(rint)(SDQ__N(byte_exp2)(q));
-            SDQ__N(store_u8)(p + r * ldp + i, q, 16);
-            acc = SDQ__N(add)(acc, q);
-        }
-        if (i < n) {
-            q = SDQ__N(fma)(SDQ__N(load)(row + i, n - i), vs, shift);
-            q = SDQ__N(first_n)(SDQ__N(rint)(SDQ__N(byte_exp2)(q)), n - i, none);
-            SDQ__N(store_u8)(p + r * ldp + i, q, n - i);
-            acc = SDQ__N(add)(acc, q);
-        }
-        alpha[r] = SDQ__N(sum)(acc);
+    const float most = fine ? 2048.0f : 255.0f;
+    uint8_t *bytes = (uint8_t *)p;
+    int16_t *words = (int16_t *)p;
+    size_t i;
+    for (i = 0; i < whole; i += 16) top = SDQ__N(max)(SDQ__N(load)(s + i, 16), top);
+    if (i < n) {
+        q = SDQ__N(load)(s + i, n - i);
+        top = SDQ__N(max)(SDQ__N(first_n)(q, n - i, top), top);
     }
+    *highest = SDQ__N(highest)(top) * scale;
+    shift = SDQ__N(set1)(*highest * -1.44269504f);
+    for (i = 0; i < whole; i += 16) {
+        q = SDQ__N(weight)(SDQ__N(fma)(SDQ__N(load)(s + i, 16), vs, shift), most, fine);
+        if (fine) SDQ__N(store_s16)(words + i, q, 16);
+        else SDQ__N(store_u8)(bytes + i, q, 16);
+        acc = SDQ__N(add)(acc, q);
+    }
+    if (i < n) {
+        q = SDQ__N(weight)(SDQ__N(fma)(SDQ__N(load)(s + i, n - i), vs, shift), most, fine);
+        q = SDQ__N(first_n)(q, n - i, none);
+        if (fine) SDQ__N(store_s16)(words + i, q, n - i);
+        else SDQ__N(store_u8)(bytes + i, q, n - i);
+        acc = SDQ__N(add)(acc, q);
+    }
+    return SDQ__N(sum)(acc);
+}
+/* alpha: the sums of the weights; beta: the maxima of the tile. */
+SDQ__WORD void SDQ__N(softmax_join)(size_t rows, float *m, float *l, float *alpha, float *beta) {
+    size_t r;
     for (r = 0; r < rows; r += 16) {
         const SDQ__V old = SDQ__N(load)(m + r, rows - r), t = SDQ__N(load)(beta + r, rows - r);
         const SDQ__V peak = SDQ__N(max)(t, old), sum = SDQ__N(load)(alpha + r, rows - r);
@@ -17407,6 +17617,22 @@ SDQ__KERNEL void SDQ__K(softmax_tile_u8)(uint8_t *p, size_t ldp, const float *s,
         SDQ__N(store)(beta + r, b, rows - r);
         SDQ__N(store)(l + r, SDQ__N(fma)(vl, a, SDQ__N(mul)(b, sum)), rows - r);
     }
+}
+SDQ__KERNEL void SDQ__K(softmax_tile_u8)(uint8_t *p, size_t ldp, const float *s, size_t lds,
+                                         size_t rows, size_t n, float scale, float *m, float *l,
+                                         float *alpha, float *beta) {
+    size_t r;
+    for (r = 0; r < rows; r++)
+        alpha[r] = SDQ__N(weights)(p + r * ldp, s + r * lds, n, scale, beta + r, 0);
+    SDQ__N(softmax_join)(rows, m, l, alpha, beta);
+}
+SDQ__KERNEL void SDQ__K(softmax_tile_s16)(int16_t *p, size_t ldp, const float *s, size_t lds,
+                                          size_t rows, size_t n, float scale, float *m, float *l,
+                                          float *alpha, float *beta) {
+    size_t r;
+    for (r = 0; r < rows; r++)
+        alpha[r] = SDQ__N(weights)(p + r * ldp, s + r * lds, n, scale, beta + r, 1);
+    SDQ__N(softmax_join)(rows, m, l, alpha, beta);
 }
 SDQ__KERNEL void SDQ__K(softmax_tile_bwd)(float *s, float *dp, size_t n, float scale, float lse,
                                           float delta) {
@@ -17468,10 +17694,12 @@ static const sdq__kernels SDQ__K(table) = { SDQ__KERNEL_LIST(SDQ__X) };
 #undef SDQ__X
 #else
 #define sdq__k_gemm_u8s8_avx512 SDQ__K(gemm_u8s8)
+#define sdq__k_gemm_s16_avx512 SDQ__K(gemm_s16)
 #define SDQ__X(ret, name, args, cls) sdq__k_##name##_avx512,
 static const sdq__kernels SDQ__K(table) = { SDQ__KERNEL_LIST(SDQ__X) };
 #undef SDQ__X
 #undef sdq__k_gemm_u8s8_avx512
+#undef sdq__k_gemm_s16_avx512
 #endif
 
 #if defined(__GNUC__)

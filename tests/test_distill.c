@@ -667,7 +667,9 @@ static void test_training(int tier) {
     trains(tier, sdq_recipe_default(), 0, 5e-3f, 0.6);
     trains(tier, sdq_recipe_default(), 1, 5e-3f, 0.95);
     trains(tier, static_recipe(), 0, 5e-3f, 0.6);
-    r.quantize_attention = 1;
+    r.attention_bits = 8;
+    trains(tier, r, 0, 5e-3f, 0.6);
+    r.attention_bits = 16;
     trains(tier, r, 0, 5e-3f, 0.6);
 }
 

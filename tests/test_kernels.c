@@ -609,12 +609,27 @@ static void quantize_once(const sdq__kernels *k, guarded *gx, guarded *gq, size_
         SDQT_THAT(x[i] == (float)((double)(q[i] - z) * (double)inv), "dequantize n=%zu", n);
     SDQT_THAT(guard_intact(gx, x, xb), "dequantize_u8 n=%zu writes outside", n);
 }
+static void quantize_s16_once(const sdq__kernels *k, guarded *gx, guarded *gq, size_t n,
+                              int at_end) {
+    float *x = (float *)guard_place(gx, 4 * n, at_end);
+    int16_t *q = (int16_t *)guard_place(gq, 2 * n, at_end);
+    const float inv = sdqt_uniform(0.01f, 20000.0f);
+    size_t i;
+    for (i = 0; i < n; i++) x[i] = random_value(FILL_SPECIAL);
+    k->quantize_s16(q, x, n, inv);
+    for (i = 0; i < n; i++)
+        SDQT_THAT(q[i] == quantize_oracle(x[i], inv, 0, -32767, 32767), "s16: n=%zu %.9g * %.9g: %d",
+                  n, (double)x[i], (double)inv, q[i]);
+    SDQT_THAT(guard_intact(gq, q, 2 * n), "quantize_s16 n=%zu writes outside", n);
+}
 static void test_quantize(int tier) {
-    guarded gx = guard_new(4 * MAX_N), gq = guard_new(MAX_N);
+    guarded gx = guard_new(4 * MAX_N), gq = guard_new(2 * MAX_N);
     size_t n;
     for (n = 1; n <= MAX_N; n = n < 70 ? n + 1 : n == 70 ? 127 : n + 873) {
         quantize_once(sdq__k_table((sdq_tier)tier), &gx, &gq, n, 0);
         quantize_once(sdq__k_table((sdq_tier)tier), &gx, &gq, n, 1);
+        quantize_s16_once(sdq__k_table((sdq_tier)tier), &gx, &gq, n, 0);
+        quantize_s16_once(sdq__k_table((sdq_tier)tier), &gx, &gq, n, 1);
     }
     guard_free(&gx);
     guard_free(&gq);
@@ -750,56 +765,75 @@ static void test_winograd(int tier) {
     guard_free(&w.out);
 }
 
-/* softmax_tile_u8 against its definition, and the same bits as on the scalar tier; nothing is
- * written between and behind the rows. 255 exp(x) may fall to either side of an edge. */
-static void softmax_u8_once(const sdq__kernels *k, guarded *gs, guarded *gp, size_t rows, size_t n) {
-    enum { LDS = 300, LDP = 272, MOST = 20 };
-    const sdq__kernels *plain = sdq__k_table(SDQ_TIER_SCALAR);
-    float *s = (float *)guard_place(gs, 4 * ((rows - 1) * LDS + n), 1);
-    uint8_t *p = (uint8_t *)guard_place(gp, (rows - 1) * LDP + n, 1), bytes[MOST * LDP];
-    float m[2][MOST], l[2][MOST], alpha[2][MOST], beta[2][MOST];
+/* softmax_tile_u8 and _s16 against their definition, and the same bits as on the scalar tier;
+ * nothing is written between and behind the rows. top exp(x) may fall to either side of an edge. */
+enum { SM_LDS = 300, SM_LDP = 272, SM_MOST = 20 };
+
+static void softmax_call(const sdq__kernels *k, int fine, void *p, const float *s, size_t rows,
+                         size_t n, float *m, float *l, float *alpha, float *beta) {
+    if (fine) k->softmax_tile_s16((int16_t *)p, SM_LDP, s, SM_LDS, rows, n, 0.7f, m, l, alpha, beta);
+    else k->softmax_tile_u8((uint8_t *)p, SM_LDP, s, SM_LDS, rows, n, 0.7f, m, l, alpha, beta);
+}
+static int softmax_weight(const void *p, int fine, size_t i) {
+    return fine ? ((const int16_t *)p)[i] : ((const uint8_t *)p)[i];
+}
+static void softmax_once(const sdq__kernels *k, int fine, guarded *gs, guarded *gp, size_t rows,
+                         size_t n) {
+    const size_t size = fine ? 2 : 1;
+    const double most = fine ? 2048 : 255, error = fine ? 6e-6 : 1.3e-4;
+    static int16_t want[SM_MOST * SM_LDP];
+    float *s = (float *)guard_place(gs, 4 * ((rows - 1) * SM_LDS + n), 1);
+    char *p = (char *)guard_place(gp, size * ((rows - 1) * SM_LDP + n), 1);
+    float m[2][SM_MOST], l[2][SM_MOST], alpha[2][SM_MOST], beta[2][SM_MOST];
     size_t r, i;
     for (r = 0; r < rows; r++) {
         m[0][r] = m[1][r] = sdqt_below(3) ? sdqt_normal() : -INFINITY;
-        l[0][r] = l[1][r] = m[0][r] > -1e30f ? 255 + fabsf(sdqt_normal()) : 0;
-        for (i = 0; i < n; i++) s[r * LDS + i] = 4 * sdqt_normal();
-        if (n > 3 && sdqt_below(4) == 0) s[r * LDS + sdqt_below(n)] = NAN;
-        if (n > 3 && sdqt_below(4) == 0) s[r * LDS + sdqt_below(n)] = -INFINITY;
+        l[0][r] = l[1][r] = m[0][r] > -1e30f ? (float)most + fabsf(sdqt_normal()) : 0;
+        for (i = 0; i < n; i++) s[r * SM_LDS + i] = 4 * sdqt_normal();
+        if (n > 3 && sdqt_below(4) == 0) s[r * SM_LDS + sdqt_below(n)] = NAN;
+        if (n > 3 && sdqt_below(4) == 0) s[r * SM_LDS + sdqt_below(n)] = -INFINITY;
     }
-    plain->softmax_tile_u8(bytes, LDP, s, LDS, rows, n, 0.7f, m[1], l[1], alpha[1], beta[1]);
+    softmax_call(sdq__k_table(SDQ_TIER_SCALAR), fine, want, s, rows, n, m[1], l[1], alpha[1],
+                 beta[1]);
     for (r = 0; r < rows; r++) {
         const double old = (double)m[0][r];
         double top = -1e30, sum = 0, all;
-        for (i = 0; i < n; i++) top = fmax(top, (double)s[r * LDS + i]);
+        for (i = 0; i < n; i++) top = fmax(top, (double)s[r * SM_LDS + i]);
         top *= (double)0.7f;
         all = fmax(top, old);
         for (i = 0; i < n; i++) {
-            const double v = (double)s[r * LDS + i];
-            const double e = isnan(v) ? 0 : 255 * exp(v * (double)0.7f - top);
-            SDQT_THAT(fabs(bytes[r * LDP + i] - e) < 0.5 + 1.3e-4 * e, "byte %d for %g",
-                      bytes[r * LDP + i], e);
-            sum += bytes[r * LDP + i];
+            const double v = (double)s[r * SM_LDS + i];
+            const double e = isnan(v) ? 0 : most * exp(v * (double)0.7f - top);
+            const int q = softmax_weight(want, fine, r * SM_LDP + i);
+            SDQT_THAT(fabs(q - e) < 0.5 + error * e, "weight %d for %g", q, e);
+            sum += q;
         }
         SDQT_NEAR(m[1][r], all, 1e-6 * fabs(all));
         SDQT_NEAR(alpha[1][r], exp(old - all), 2e-6 * (1 + fabs(all)));
         SDQT_NEAR(beta[1][r], exp(top - all), 2e-6 * (1 + fabs(all)));
-        SDQT_NEAR(l[1][r], l[0][r] * exp(old - all) + sum * exp(top - all), 3e-6 * (300 + sum) * 20);
+        SDQT_NEAR(l[1][r], l[0][r] * exp(old - all) + sum * exp(top - all),
+                  3e-6 * (most + 45 + sum) * 20);
     }
-    k->softmax_tile_u8(p, LDP, s, LDS, rows, n, 0.7f, m[0], l[0], alpha[0], beta[0]);
+    softmax_call(k, fine, p, s, rows, n, m[0], l[0], alpha[0], beta[0]);
     for (r = 0; r < rows; r++) {
         SDQT_THAT(same(m[0][r], m[1][r]) && same(l[0][r], l[1][r]) && same(alpha[0][r], alpha[1][r])
-                  && same(beta[0][r], beta[1][r]) && !memcmp(p + r * LDP, bytes + r * LDP, n),
-                  "softmax_tile_u8: row %zu of %zu, n=%zu differs", r, rows, n);
-        for (i = n; i < LDP && r + 1 < rows; i++) SDQT_CHECK(p[r * LDP + i] == 0xa5);
+                  && same(beta[0][r], beta[1][r])
+                  && !memcmp(p + size * r * SM_LDP, (char *)want + size * r * SM_LDP, size * n),
+                  "softmax_tile, fine=%d: row %zu of %zu, n=%zu differs", fine, r, rows, n);
+        for (i = size * n; i < size * SM_LDP && r + 1 < rows; i++)
+            SDQT_CHECK((unsigned char)p[size * r * SM_LDP + i] == 0xa5);
     }
-    SDQT_CHECK(guard_intact(gp, p, (rows - 1) * LDP + n));
+    SDQT_CHECK(guard_intact(gp, p, size * ((rows - 1) * SM_LDP + n)));
 }
-static void test_softmax_u8(int tier) {
-    guarded gs = guard_new(4 * 300 * 20), gp = guard_new(272 * 20);
+static void test_softmax_int(int tier) {
+    guarded gs = guard_new(4 * SM_LDS * SM_MOST), gp = guard_new(2 * SM_LDP * SM_MOST);
     size_t n;
-    for (n = 1; n <= 256; n = n < 40 ? n + 1 : n + 27)
-        softmax_u8_once(sdq__k_table((sdq_tier)tier), &gs, &gp, 1 + sdqt_below(20), n);
-    softmax_u8_once(sdq__k_table((sdq_tier)tier), &gs, &gp, 20, 256);
+    int fine;
+    for (fine = 0; fine < 2; fine++) {
+        for (n = 1; n <= 256; n = n < 40 ? n + 1 : n + 27)
+            softmax_once(sdq__k_table((sdq_tier)tier), fine, &gs, &gp, 1 + sdqt_below(SM_MOST), n);
+        softmax_once(sdq__k_table((sdq_tier)tier), fine, &gs, &gp, SM_MOST, 256);
+    }
     guard_free(&gs);
     guard_free(&gp);
 }
@@ -980,19 +1014,27 @@ static void test_gemm_f32(int tier) {
     tile_free(w);
 }
 
-static void qtile_oracle(const sdq__qtile *t, float *y) {
+/* The products of a group of 4 bytes: of four u8 and s8, or of two s16. */
+static int64_t group_oracle(const uint8_t *a, const int8_t *b, int pairs) {
+    int16_t x[2], y[2];
+    if (!pairs) return (int64_t)a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3];
+    memcpy(x, a, 4);
+    memcpy(y, b, 4);
+    return (int64_t)x[0] * y[0] + (int64_t)x[1] * y[1];
+}
+static void qtile_oracle(const sdq__qtile *t, int pairs, float *y) {
     const size_t segs = t->taps * t->quads / t->seg;
-    size_t i, j, g, n, c;
+    size_t i, j, g, n;
     for (i = 0; i < t->mr; i++)
         for (j = 0; j < t->nr; j++) {
             float f = 0.0f;
             for (g = 0; g < segs; g++) {
                 int64_t acc = 0;
                 for (n = g * t->seg; n < (g + 1) * t->seg; n++)
-                    for (c = 0; c < 4; c++)
-                        acc += (int64_t)t->a[n / t->quads * t->mr + i][n % t->quads * 4 + c]
-                               * t->b[(n * 32 + j) * 4 + c];
-                acc -= (int64_t)t->z[g * t->mr + i] * t->wsum[g * 32 + j];
+                    acc += group_oracle(t->a[n / t->quads * t->mr + i] + n % t->quads * 4,
+                                        t->b + (n * 32 + j) * 4, pairs);
+                if (t->wsum) acc -= (int64_t)t->z[g * t->mr + i] * t->wsum[g * 32 + j];
+                SDQT_CHECK(acc >= INT32_MIN && acc <= INT32_MAX);
                 f = fmaf(t->s[g * t->mr + i], (float)acc, f);
             }
             f = t->bias ? fmaf(f, t->sw[j], t->bias[j]) : f * t->sw[j];
@@ -1006,8 +1048,18 @@ static void bytes_fill(void *p, size_t n) {
     size_t i;
     for (i = 0; i < n; i++) q[i] = (unsigned char)sdqt_rand();
 }
-/* One time in four every product is 255 * -128: where saturating instructions go wrong. */
-static void qtile_once(tile_memory *w, const sdq__kernels *k, size_t mr, size_t nr,
+/* n bytes of int16 between -most and most, or all at an end. */
+static void words_fill(void *p, size_t n, int most, int extreme) {
+    size_t i;
+    for (i = 0; i < n; i += 2) {
+        const int v = extreme ? most : (int)sdqt_below(2 * (size_t)most + 1) - most;
+        const int16_t x = (int16_t)v;
+        memcpy((char *)p + i, &x, 2);
+    }
+}
+/* One time in four every product is as large as can be (255 * -128; with int16 the sum is just
+ * below 2^31): where saturating instructions go wrong. */
+static void qtile_once(tile_memory *w, const sdq__kernels *k, int pairs, size_t mr, size_t nr,
                        unsigned flags) {
     static const size_t tap_choice[] = {1, 1, 2, 9};
     const int at_end = (int)sdqt_below(4) != 0, extreme = sdqt_below(4) == 0;
@@ -1017,6 +1069,7 @@ static void qtile_once(tile_memory *w, const sdq__kernels *k, size_t mr, size_t 
     int32_t *z, *wsum;
     float *s;
     size_t i, total, len, segs;
+    int most;
     memset(&t, 0, sizeof t);
     t.mr = mr;
     t.nr = nr;
@@ -1026,20 +1079,24 @@ static void qtile_once(tile_memory *w, const sdq__kernels *k, size_t mr, size_t 
     for (t.seg = 1 + sdqt_below(total); total % t.seg; t.seg++) {}
     if (sdqt_below(2)) t.seg = total;
     segs = total / t.seg;
+    most = (int)fmin(32767, floor(sqrt(2147440000.0 / (2 * (double)t.seg))));
     for (i = 0; i < t.taps * mr; i++) {
         uint8_t *p = (uint8_t *)guard_place(&w->a[i], 4 * t.quads, at_end);
         bytes_fill(p, 4 * t.quads);
         if (extreme) memset(p, 255, 4 * t.quads);
+        if (pairs) words_fill(p, 4 * t.quads, most, extreme);
         rows[i] = p;
     }
     t.a = rows;
     b = (int8_t *)guard_place(&w->b, total * 128, at_end);
     bytes_fill(b, total * 128);
     if (extreme) memset(b, -128, total * 128);
+    if (pairs) words_fill(b, total * 128, most, extreme);
     t.b = b;
     t.s = s = tile_floats(&w->s, segs * mr, at_end);
     t.z = z = (int32_t *)guard_place(&w->z, 4 * segs * mr, at_end);
     t.wsum = wsum = (int32_t *)guard_place(&w->wsum, 4 * segs * 32, at_end);
+    if (pairs || sdqt_below(4) == 0) t.wsum = NULL;
     for (i = 0; i < segs * mr; i++) z[i] = (int32_t)sdqt_below(256);
     for (i = 0; i < segs * 32; i++) wsum[i] = (int32_t)sdqt_below(40000) - 20000;
     t.sw = tile_floats(&w->sw, nr, at_end);
@@ -1050,29 +1107,34 @@ static void qtile_once(tile_memory *w, const sdq__kernels *k, size_t mr, size_t 
     t.more = (flags & 4) != 0;
     len = (mr - 1) * t.ldy + nr;
     t.y = tile_y(w, len, at_end);
-    qtile_oracle(&t, w->want);
-    k->gemm_u8s8(&t);
-    tile_compare(w, t.y, len, mr, nr, "gemm_u8s8");
+    qtile_oracle(&t, pairs, w->want);
+    if (pairs) k->gemm_s16(&t);
+    else k->gemm_u8s8(&t);
+    tile_compare(w, t.y, len, mr, nr, pairs ? "gemm_s16" : "gemm_u8s8");
 }
-static void test_gemm_u8s8(int tier) {
+static void qtiles(int tier, int pairs) {
     tile_memory *w = tile_new();
     size_t mr, nr;
     for (mr = 1; mr <= 12; mr++)
         for (nr = 1; nr <= 32; nr++) {
-            qtile_once(w, sdq__k_table((sdq_tier)tier), mr, nr, (unsigned)sdqt_below(8));
-            qtile_once(w, sdq__k_table((sdq_tier)tier), mr, nr, (unsigned)(mr + nr) & 7u);
+            qtile_once(w, sdq__k_table((sdq_tier)tier), pairs, mr, nr, (unsigned)sdqt_below(8));
+            qtile_once(w, sdq__k_table((sdq_tier)tier), pairs, mr, nr, (unsigned)(mr + nr) & 7u);
         }
     tile_free(w);
 }
+
+static void test_gemm_u8s8(int tier) { qtiles(tier, 0); }
+static void test_gemm_s16(int tier) { qtiles(tier, 1); }
 
 /* ---- the table and the guards themselves ---- */
 
 /* Every kernel of the list is there, and each is tested above: the list and the table of rows
  * must have the same names, apart from those with tests of their own. */
 static void test_list(int tier) {
-    static const char *const own[] = {"gemm_f32", "gemm_u8s8", "quantize_u8", "quantize_s8",
-                                      "quantize_rows", "dequantize_u8", "from_f16", "from_bf16",
-                                      "softmax_tile_u8", "win_input", "win_weight", "win_output"};
+    static const char *const own[] = {"gemm_f32", "gemm_u8s8", "gemm_s16", "quantize_u8",
+                                      "quantize_s8", "quantize_s16", "quantize_rows",
+                                      "dequantize_u8", "from_f16", "from_bf16", "softmax_tile_u8",
+                                      "softmax_tile_s16", "win_input", "win_weight", "win_output"};
     static const char *const names[] = {
 #define SDQ__X(ret, name, args, cls) #name,
         SDQ__KERNEL_LIST(SDQ__X)
@@ -1098,12 +1160,13 @@ static const sdqt_case cases[] = {
     {"functions", test_functions, 1},
     {"quantize", test_quantize, 1},
     {"quantize_rows", test_quantize_rows, 1},
-    {"softmax_u8", test_softmax_u8, 1},
+    {"softmax_int", test_softmax_int, 1},
     {"winograd", test_winograd, 1},
     {"softmax_rows", test_softmax_rows, 1},
     {"half", test_half, 1},
     {"gemm_f32", test_gemm_f32, 1},
     {"gemm_u8s8", test_gemm_u8s8, 1},
+    {"gemm_s16", test_gemm_s16, 1},
 };
 
 int main(int argc, char **argv) { return SDQT_MAIN(argc, argv, cases); }

@@ -573,7 +573,7 @@ static const flag recipe_flags[] = {
     {"quantize-context", "0|1", NULL, NULL},
     {"quantize-shortcuts", "0|1", NULL, NULL},
     {"quantize-last-self", "0|1", NULL, NULL},
-    {"quantize-attention", "0|1", NULL, NULL},
+    {"attention-bits", "32|16|8", NULL, NULL},
     {"split-skip", "0|1", NULL, NULL},
     {"bias-correction", "0|1", NULL, NULL},
     {"learn-scales", "0|1", NULL, NULL},
@@ -597,12 +597,11 @@ static int index_of(const char *const *word, size_t n, const char *s) {
 /* Set one field by its name; 0 when the value is not possible, -1 when there is no such field. */
 static int recipe_set(sdq_recipe *r, const char *name, const char *value) {
     static const char *const number[] = {"quantize-outputs", "quantize-edges", "quantize-time",
-        "quantize-context", "quantize-shortcuts", "quantize-last-self", "quantize-attention",
+        "quantize-context", "quantize-shortcuts", "quantize-last-self",
         "split-skip", "bias-correction", "learn-scales", "calibrate-on-data", "coherent"};
     int *const into[] = {&r->quantize_outputs, &r->quantize_edges, &r->quantize_time,
         &r->quantize_context, &r->quantize_shortcuts, &r->quantize_last_self,
-        &r->quantize_attention, &r->split_skip,
-        &r->bias_correction, &r->learn_scales, &r->calibrate_on_data, &r->coherent};
+        &r->split_skip, &r->bias_correction, &r->learn_scales, &r->calibrate_on_data, &r->coherent};
     static const char *const set_word[] = {"all", "small", "scales", "ranges"};
     static const char *const real[] = {"moving", "noise-loss", "teacher-loss"};
     float *const to[] = {&r->moving, &r->noise_loss, &r->teacher_loss};
@@ -616,6 +615,10 @@ static int recipe_set(sdq_recipe *r, const char *name, const char *value) {
     if (!strcmp(name, "weight-scale")) {
         r->weight_scale = (sdq_weight_scale)weight;
         return weight >= 0;
+    }
+    if (!strcmp(name, "attention-bits")) {
+        r->attention_bits = atoi(value);
+        return !strcmp(value, "32") || !strcmp(value, "16") || !strcmp(value, "8");
     }
     if (!strcmp(name, "train-set")) { r->train_set = (sdq_train_set)set; return set >= 0; }
     if (i >= 0) {

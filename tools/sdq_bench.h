@@ -376,7 +376,7 @@ typedef struct bench_net {
     const char *name;
     sdq_mode mode;
     sdq_range conv, linear;     /* of an int8 network */
-    int attention;              /* its attention in int8, too */
+    int attention;              /* bits of its attention; 0: as the recipe says */
     sdq_model *m;
     sdq_prompt_cache *prompt;
     sdq_time_table *times;
@@ -391,9 +391,9 @@ static const bench_net bench_nets[] = {
     {"int8, a range per position", SDQ_INT8, SDQ_RANGE_POSITION, SDQ_RANGE_POSITION, 0, NULL, NULL,
      NULL},
     {"int8, a range per block", SDQ_INT8, SDQ_RANGE_BLOCK, SDQ_RANGE_BLOCK, 0, NULL, NULL, NULL},
-    {"static ranges, attention int8", SDQ_INT8, SDQ_RANGE_STATIC, SDQ_RANGE_POSITION, 1, NULL,
+    {"static ranges, attention int8", SDQ_INT8, SDQ_RANGE_STATIC, SDQ_RANGE_POSITION, 8, NULL,
      NULL, NULL},
-    {"per position, attention int8", SDQ_INT8, SDQ_RANGE_POSITION, SDQ_RANGE_POSITION, 1, NULL,
+    {"per position, attention int8", SDQ_INT8, SDQ_RANGE_POSITION, SDQ_RANGE_POSITION, 8, NULL,
      NULL, NULL},
 };
 
@@ -405,7 +405,7 @@ static sdq_status bench_net_make(job *j, bench_net *b, const char *folder, sdq_u
         TRY(recipe_from_args(j, &r));
         r.range_conv = b->conv;
         r.range_linear = b->linear;
-        r.quantize_attention |= b->attention;
+        if (b->attention) r.attention_bits = b->attention;
         TRY(sdq_recipe_apply(j->ctx, b->m, &r, keep_float(j)));
         sdq_model_observe(b->m, 1);
         if (!sdq_unet_forward(j->ctx, b->m, in, SDQ_FLOAT)) return sdq_last_error(j->ctx);

@@ -35,7 +35,7 @@ static const eval_row eval_rows[] = {
     {"block-ptq", "--range-conv block --range-linear block", 0, NULL, "reference-qat-k5", "int8",
      NULL},
     {"block-qat", "--range-conv block --range-linear block", 1, NULL, "block-ptq", "int8", NULL},
-    {"attention-ptq", "--range-conv position --quantize-attention 1", 0, NULL, "position-ptq", "int8",
+    {"attention-ptq", "--range-conv position --attention-bits 8", 0, NULL, "position-ptq", "int8",
      NULL},
     {"fine-ptq", "--range-conv block --range-linear block --quantize-last-self 0", 0, NULL,
      "block-ptq", "int8", NULL},

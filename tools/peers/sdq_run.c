@@ -31,19 +31,21 @@ typedef struct work {
     sdq_part part;
     sdq_mode mode;
     sdq_range range;            /* int8: of the inputs; DEFAULT: what the default recipe says */
-    int attention;              /* its products in int8, too */
+    int attention;              /* bits of its products */
     sdq_model *model;
     sdq_prompt_cache *prompt;
     sdq_time_table *times;
 } work;
 
 static work works[] = {
-    {"unet-fp32", SDQ_PART_UNET, SDQ_FLOAT, SDQ_RANGE_DEFAULT, 0, NULL, NULL, NULL},
-    {"unet-int8", SDQ_PART_UNET, SDQ_INT8, SDQ_RANGE_DEFAULT, 0, NULL, NULL, NULL},
-    {"unet-int8-static", SDQ_PART_UNET, SDQ_INT8, SDQ_RANGE_STATIC, 0, NULL, NULL, NULL},
-    {"unet-int8-attention", SDQ_PART_UNET, SDQ_INT8, SDQ_RANGE_DEFAULT, 1, NULL, NULL, NULL},
-    {"vae-fp32", SDQ_PART_VAE, SDQ_FLOAT, SDQ_RANGE_DEFAULT, 0, NULL, NULL, NULL},
-    {"vae-int8", SDQ_PART_VAE, SDQ_INT8, SDQ_RANGE_POSITION, 0, NULL, NULL, NULL},
+    {"unet-fp32", SDQ_PART_UNET, SDQ_FLOAT, SDQ_RANGE_DEFAULT, 32, NULL, NULL, NULL},
+    {"unet-int8", SDQ_PART_UNET, SDQ_INT8, SDQ_RANGE_DEFAULT, 32, NULL, NULL, NULL},
+    {"unet-int8-static", SDQ_PART_UNET, SDQ_INT8, SDQ_RANGE_STATIC, 32, NULL, NULL, NULL},
+    {"unet-int8-attention16", SDQ_PART_UNET, SDQ_INT8, SDQ_RANGE_DEFAULT, 16, NULL, NULL, NULL},
+    {"unet-int8-static-attention16", SDQ_PART_UNET, SDQ_INT8, SDQ_RANGE_STATIC, 16, NULL, NULL, NULL},
+    {"unet-int8-attention", SDQ_PART_UNET, SDQ_INT8, SDQ_RANGE_DEFAULT, 8, NULL, NULL, NULL},
+    {"vae-fp32", SDQ_PART_VAE, SDQ_FLOAT, SDQ_RANGE_DEFAULT, 32, NULL, NULL, NULL},
+    {"vae-int8", SDQ_PART_VAE, SDQ_INT8, SDQ_RANGE_POSITION, 32, NULL, NULL, NULL},
 };
 enum { WORKS = sizeof works / sizeof works[0] };
 
@@ -102,7 +104,7 @@ static sdq_status make(sdq_ctx *ctx, const char *folder, const char *cache, cons
     sdq_model *m;
     sdq_status st;
     if (w->range != SDQ_RANGE_DEFAULT) r.range_conv = r.range_linear = w->range;
-    r.quantize_attention = w->attention;
+    r.attention_bits = w->attention;
     int8_path(path, sizeof path, cache, w);
     sdq_recipe_to_str(&r, about, sizeof about);
     TRY(sdq_model_load(ctx, folder, SDQ_PART_UNET, &m));
