@@ -1575,84 +1575,99 @@ SDQ_API const char *sdq_status_name(sdq_status status) {
 
 #define SDQ__LARGE ((size_t)1 << 18)    /* bytes of a block that is worth a mapping of its own */
 
-/* The default allocator. Large blocks are mappings of their own, so that what is freed goes back
- * to the system at once: malloc may keep it, and a pipeline that loads one network after the other
- * would hold them all. Every block has its mapped size in front of it, 0: malloc's. */
-static void *sdq__mem_malloc(void *user, size_t bytes) {
-    const size_t head = 64;     /* keeps the alignment, to a cache line where the block is mapped */
-    size_t *p = NULL, mapped = 0;
-    (void)user;
-    if (bytes > SIZE_MAX - head) return NULL;
-    bytes += head;
+/* Zeros that take no memory until they are touched, and that go back to the system at once when
+ * they are freed; NULL where there is nothing of that kind. */
+static void *sdq__mem_map(size_t bytes) {
 #if SDQ__MMAP && defined(MAP_ANONYMOUS)
-    if (bytes >= SDQ__LARGE) {
-        void *m = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (m == MAP_FAILED) return NULL;
-        p = (size_t *)m;
-        mapped = bytes;
-    }
+    void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return p == MAP_FAILED ? NULL : p;
+#else
+    (void)bytes;
+    return NULL;
 #endif
-    if (!p) p = (size_t *)malloc(bytes);
+}
+static void sdq__mem_unmap(void *p, size_t bytes) {
+#if SDQ__MMAP && defined(MAP_ANONYMOUS)
+    (void)munmap(p, bytes);
+#else
+    (void)p; (void)bytes;
+#endif
+}
+
+#define SDQ__HEAD 64        /* in front of a block: its mapped size, 0: malloc's. A cache line */
+
+/* The default allocator. malloc may keep what is freed, and a pipeline that loads one network after
+ * the other would hold them all: so large blocks are mappings. */
+static void *sdq__mem_malloc(void *user, size_t bytes) {
+    char *p = NULL;
+    size_t mapped = 0;
+    (void)user;
+    if (bytes > SIZE_MAX - SDQ__HEAD) return NULL;
+    bytes += SDQ__HEAD;
+    if (bytes >= SDQ__LARGE) p = (char *)sdq__mem_map(bytes);
+    if (p) mapped = bytes;
+    else p = (char *)malloc(bytes);
     if (!p) return NULL;
-    *p = mapped;
-    return (char *)p + head;
+    memcpy(p, &mapped, sizeof mapped);
+    return p + SDQ__HEAD;
 }
 static void sdq__mem_release(void *user, void *block) {
-    char *p = (char *)block - 64;
+    char *p = (char *)block - SDQ__HEAD;
     size_t mapped;
     (void)user;
     memcpy(&mapped, p, sizeof mapped);
-#if SDQ__MMAP && defined(MAP_ANONYMOUS)
-    if (mapped) { (void)munmap(p, mapped); return; }
-#endif
-    free(p);
+    if (mapped) sdq__mem_unmap(p, mapped);
+    else free(p);
 }
 
 /* A dry run: the same calls with the same sizes, but loops over data are left out and large blocks
  * stay untouched, so that what a drawing will need is known in milliseconds, from the very code
  * that will do it. What the program would hold is all blocks, but of the arena only what was ever
  * used of its chunks. Contexts of this kind are made by sdq_txt2img_memory alone. */
+typedef struct sdq__dry_block { void *p; size_t bytes; } sdq__dry_block;
 typedef struct sdq__dry {
     size_t held, most;          /* bytes now and at most */
-    struct { void *p; size_t bytes; } *large;
-    size_t n, cap;              /* large blocks; those that are freed leave a NULL */
+    sdq__dry_block *large;
+    size_t n, cap;
 } sdq__dry;
 
+/* Large blocks are listed: not even a size is written to them. */
 static void *sdq__dry_alloc(void *user, size_t bytes) {
     sdq__dry *d = (sdq__dry *)user;
-    size_t *p;
-    if (bytes < SDQ__LARGE) {
-        p = (size_t *)calloc(1, bytes + 64);
-        if (!p) return NULL;
-        *p = bytes;
-        d->held += bytes + 64;
-        return (char *)p + 64;
-    }
+    void *p = NULL, *more;
     if (d->n == d->cap) {
-        void *more = realloc(d->large, (2 * d->cap + 64) * sizeof *d->large);
+        more = realloc(d->large, (2 * d->cap + 64) * sizeof *d->large);
         if (!more) return NULL;
-        memcpy(&d->large, &more, sizeof more);
+        d->large = (sdq__dry_block *)more;
         d->cap = 2 * d->cap + 64;
     }
-    p = (size_t *)calloc(1, bytes);     /* of that size it is a mapping, without memory behind it */
-    if (!p) return NULL;
-    d->large[d->n].p = p;
-    d->large[d->n++].bytes = bytes;
+    if (bytes >= SDQ__LARGE) p = sdq__mem_map(bytes);
+    if (p) {
+        d->large[d->n].p = p;
+        d->large[d->n++].bytes = bytes;
+    } else {
+        p = calloc(1, bytes + SDQ__HEAD);
+        if (!p) return NULL;
+        memcpy(p, &bytes, sizeof bytes);
+        p = (char *)p + SDQ__HEAD;
+    }
     d->held += bytes;
     return p;
 }
-static void sdq__dry_release(void *user, void *p) {
+static void sdq__dry_release(void *user, void *block) {
     sdq__dry *d = (sdq__dry *)user;
-    size_t i;
-    for (i = d->n; i-- > 0;) {
-        if (d->large[i].p != p) continue;
-        d->held -= d->large[i].bytes;
-        d->large[i] = d->large[--d->n];
+    char *p = (char *)block - SDQ__HEAD;
+    size_t i = d->n, bytes;
+    while (i > 0 && d->large[i - 1].p != block) i--;
+    if (i > 0) {
+        bytes = d->large[i - 1].bytes;
+        sdq__mem_unmap(block, bytes);
+        d->large[i - 1] = d->large[--d->n];
+    } else {
+        memcpy(&bytes, p, sizeof bytes);
         free(p);
-        return;
     }
-    d->held -= *(size_t *)(void *)((char *)p - 64) + 64;
-    free((char *)p - 64);
+    d->held -= bytes;
 }
 static void sdq__dry_note(sdq_ctx *ctx, size_t extra) {
     if (!ctx->dry) return;
