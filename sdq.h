@@ -1632,7 +1632,7 @@ typedef struct sdq__dry {
 } sdq__dry;
 
 /* Large blocks are listed: not even a size is written to them. */
-static void *sdq__dry_alloc(void *user, size_t bytes) {
+static void *sdq__mem_dry_alloc(void *user, size_t bytes) {
     sdq__dry *d = (sdq__dry *)user;
     void *p = NULL, *more;
     if (d->n == d->cap) {
@@ -1654,7 +1654,7 @@ static void *sdq__dry_alloc(void *user, size_t bytes) {
     d->held += bytes;
     return p;
 }
-static void sdq__dry_release(void *user, void *block) {
+static void sdq__mem_dry_release(void *user, void *block) {
     sdq__dry *d = (sdq__dry *)user;
     char *p = (char *)block - SDQ__HEAD;
     size_t i = d->n, bytes;
@@ -1669,7 +1669,7 @@ static void sdq__dry_release(void *user, void *block) {
     }
     d->held -= bytes;
 }
-static void sdq__dry_note(sdq_ctx *ctx, size_t extra) {
+static void sdq__mem_note(sdq_ctx *ctx, size_t extra) {
     if (!ctx->dry) return;
     ctx->dry->most = sdq__u_max(ctx->dry->most, ctx->dry->held + extra + ctx->arena_touched
                                                     - ctx->arena_size);
@@ -1685,7 +1685,7 @@ static void *sdq__alloc(sdq_ctx *ctx, size_t count, size_t size) {
         sdq__fail(ctx, SDQ_ERR_OOM, "out of memory: %zu bytes asked for", bytes);
         return NULL;
     }
-    sdq__dry_note(ctx, 0);
+    sdq__mem_note(ctx, 0);
     if (!ctx->dry) memset(p, 0, bytes ? bytes : 1);     /* a dry block is of zeros as it is */
     return p;
 }
@@ -1721,7 +1721,7 @@ static int sdq__grow(sdq_ctx *ctx, void **items, size_t *cap, size_t need, size_
 #define SDQ__CHUNK ((size_t)1 << 22)   /* the first chunk; each new one doubles the arena */
 
 /* Free the last chunk. */
-static void sdq__chunk_drop(sdq_ctx *ctx) {
+static void sdq__mem_drop(sdq_ctx *ctx) {
     const sdq__chunk *c = &ctx->chunks[--ctx->chunk_count];
     sdq__free(ctx, c->base);
     ctx->arena_size -= c->size;
@@ -1729,9 +1729,9 @@ static void sdq__chunk_drop(sdq_ctx *ctx) {
 }
 
 /* Give back the chunks above the present height. */
-static void sdq__arena_trim(sdq_ctx *ctx) {
+static void sdq__mem_trim(sdq_ctx *ctx) {
     while (ctx->chunk_count > ctx->chunk_at && ctx->chunks[ctx->chunk_count - 1].used == 0)
-        sdq__chunk_drop(ctx);
+        sdq__mem_drop(ctx);
 }
 
 /* Uninitialised scratch, 64-byte aligned, until the arena is released to an older mark. */
@@ -1747,7 +1747,7 @@ static void *sdq__push(sdq_ctx *ctx, size_t bytes) {
             c = &ctx->chunks[ctx->chunk_at];
             if (c->size - c->used >= bytes) break;
             if (c->used == 0 && ctx->chunk_at + 1 == ctx->chunk_count) {   /* too small: replace */
-                sdq__chunk_drop(ctx);
+                sdq__mem_drop(ctx);
                 continue;
             }
             ctx->chunk_at++;
@@ -1771,7 +1771,7 @@ static void *sdq__push(sdq_ctx *ctx, size_t bytes) {
         void *p = c->base + pad + c->used;
         c->used += bytes;
         if (c->used > c->most) { ctx->arena_touched += c->used - c->most; c->most = c->used; }
-        sdq__dry_note(ctx, 0);
+        sdq__mem_note(ctx, 0);
         ctx->arena_now += bytes;
         ctx->arena_peak = sdq__u_max(ctx->arena_peak, ctx->arena_now);
         return p;
@@ -2168,19 +2168,6 @@ SDQ_API void sdq_ctx_free(sdq_ctx *ctx) {
     for (i = 0; i < ctx->chunk_count; i++) sdq__free(ctx, ctx->chunks[i].base);
     sdq__free(ctx, ctx->chunks);
     ctx->desc.release(ctx->desc.user, ctx);
-}
-/* A context like ctx that runs dry. */
-static sdq_status sdq__dry_ctx(const sdq_ctx *ctx, sdq__dry *dry, sdq_ctx **out) {
-    sdq_ctx_desc d = ctx->desc;
-    memset(dry, 0, sizeof *dry);
-    d.tier = ctx->tier;
-    d.threads = ctx->threads;
-    d.alloc = sdq__dry_alloc;
-    d.release = sdq__dry_release;
-    d.user = dry;
-    SDQ__TRY(sdq_ctx_create(&d, out));
-    (*out)->dry = dry;
-    return SDQ_OK;
 }
 SDQ_API sdq_tier sdq_ctx_tier(const sdq_ctx *ctx) { return ctx->tier; }
 SDQ_API int sdq_ctx_threads(const sdq_ctx *ctx) { return ctx->threads; }
@@ -12499,22 +12486,29 @@ SDQ_API sdq_tensor *sdq_vae_encode(sdq_ctx *ctx, const sdq_model *m, sdq_tensor 
 /* ---- decoding in bands ------------------------------------------------------------------------
  * The largest tensors of a decoder are the inputs and results of its last layers, and most of them
  * live for one layer only. In bands of rows they never exist whole: what stays is x and one more
- * tensor, between the two convolutions of a resnet, because the statistics of a group norm are those
- * of all pixels. The result takes the place of x, row by row.
+ * tensor, between the two convolutions of a resnet, because the statistics of a group norm are
+ * those of all pixels. The result takes the place of x, row by row.
  *
  * A 3x3 convolution sees one row beyond its band. Bands overlap by four: then Winograd's tiles, of
  * four rows, are those of the whole picture, and so is every bit. */
 
-#define SDQ__VA_BAND ((size_t)32 << 20)     /* bytes of a band's input, about */
+#define SDQ__VA_BAND ((size_t)32 << 20)     /* bytes of a band, about, at most */
+
+/* Bytes of a band: an eighth of the largest tensor, the input of the last level. */
+static size_t sdq__va_band_bytes(const sdq_model *m, const sdq_tensor *latent) {
+    const sdq__level *last = &m->vae->decoder.level[m->vae->levels - 1];
+    const size_t pixels = latent->dim[1] * latent->dim[2] * m->info.factor * m->info.factor;
+    return sdq__u_min(SDQ__VA_BAND, pixels * last->resnet[0].conv1->in * sizeof(float) / 8);
+}
 
 /* Rows from..to are wanted; first..last are computed. */
 typedef struct sdq__va_band { size_t from, to, first, last; } sdq__va_band;
 
-/* The band behind row `from` of x, or of a picture `scale` times as large; 0: there is none. 32 rows
- * at least, without which there is no Winograd. */
-static int sdq__va_cut(const sdq_tensor *x, size_t scale, size_t from, sdq__va_band *b) {
+/* The next band, of about so many bytes, of x or of a picture `scale` times as large; 0: there is
+ * none. It has 32 rows at least, without which there would be no Winograd. */
+static int sdq__va_cut(const sdq_tensor *x, size_t scale, size_t bytes, sdq__va_band *b) {
     const size_t h = x->dim[1] * scale, row = x->dim[2] * scale * x->dim[3] * sizeof(float);
-    const size_t step = sdq__u_max(SDQ__VA_BAND / row / 4 * 4, 32);
+    const size_t step = sdq__u_max(bytes / row / 4 * 4, 32), from = b->to;
     b->from = from;
     b->to = sdq__u_min(from + step, h);
     b->first = from < 4 ? 0 : from - 4;
@@ -12578,13 +12572,13 @@ static sdq_tensor *sdq__va_normed(sdq_ctx *ctx, const sdq_tensor *x, const sdq__
     return y;
 }
 
-/* layer(silu(norm(x))) to y, which x's rows need not fit in. */
+/* layer(silu(norm(x))) to y. */
 static int sdq__va_band_layer(sdq_ctx *ctx, const sdq__norm *n, sdq_layer *l, const sdq_tensor *x,
-                              float *y, sdq_mode mode) {
+                              float *y, size_t bytes, sdq_mode mode) {
     sdq__va_affine f;
     sdq__va_band b;
     int ok = sdq__va_stats(ctx, n, x, &f);
-    for (b.to = 0; ok && sdq__va_cut(x, 1, b.to, &b);) {
+    for (b.to = 0; ok && sdq__va_cut(x, 1, bytes, &b);) {
         const sdq_mark mark = sdq_arena_mark(ctx);
         ok = sdq__va_put(ctx, y, sdq_layer_forward(ctx, l, sdq__va_normed(ctx, x, &b, &f), NULL,
                                                    mode), &b);
@@ -12595,14 +12589,15 @@ static int sdq__va_band_layer(sdq_ctx *ctx, const sdq__norm *n, sdq_layer *l, co
 
 /* A resnet; the result takes the place of x, whose channels are as many or more. */
 static sdq_tensor *sdq__va_band_resnet(sdq_ctx *ctx, const sdq__resnet *r, sdq_tensor *x,
-                                       sdq_mode mode) {
+                                       size_t bytes, sdq_mode mode) {
     const sdq_mark mark = sdq_arena_mark(ctx);
     sdq_tensor *h = sdq__t_chans(ctx, x, r->out);
     sdq__va_affine f;
     sdq__va_band b;
-    int ok = h && sdq__va_band_layer(ctx, &r->norm1, r->conv1, x, sdq_f32(h), mode)
+    int ok = h && sdq__va_band_layer(ctx, &r->norm1, r->conv1, x, sdq_f32(h), bytes,
+                                     mode)
           && sdq__va_stats(ctx, &r->norm2, h, &f);
-    for (b.to = 0; ok && sdq__va_cut(h, 1, b.to, &b);) {
+    for (b.to = 0; ok && sdq__va_cut(h, 1, bytes, &b);) {
         const sdq_mark inner = sdq_arena_mark(ctx);
         sdq_tensor *t = sdq__va_normed(ctx, h, &b, &f);
         /* the rows before b.from have been replaced: what they become here is not wanted */
@@ -12617,12 +12612,12 @@ static sdq_tensor *sdq__va_band_resnet(sdq_ctx *ctx, const sdq__resnet *r, sdq_t
     return ok ? x : NULL;
 }
 
-static sdq_tensor *sdq__va_band_up(sdq_ctx *ctx, sdq_layer *l, const sdq_tensor *x,
+static sdq_tensor *sdq__va_band_up(sdq_ctx *ctx, sdq_layer *l, const sdq_tensor *x, size_t bytes,
                                    sdq_mode mode) {
     sdq_tensor *y = sdq_tensor_4d(ctx, 1, 2 * x->dim[1], 2 * x->dim[2], l->out);
     sdq__va_band b;
     int ok = y != NULL;
-    for (b.to = 0; ok && sdq__va_cut(x, 2, b.to, &b);) {
+    for (b.to = 0; ok && sdq__va_cut(x, 2, bytes, &b);) {
         const sdq_mark mark = sdq_arena_mark(ctx);
         sdq_tensor *t = sdq__va_rows(ctx, x, b.first / 2, b.last / 2);
         if (t) t = sdq_upsample(ctx, t, 2 * t->dim[1], 2 * t->dim[2]);
@@ -12633,17 +12628,19 @@ static sdq_tensor *sdq__va_band_up(sdq_ctx *ctx, sdq_layer *l, const sdq_tensor 
 }
 
 static sdq_tensor *sdq__va_band_level(sdq_ctx *ctx, const sdq__level *l, sdq_tensor *x,
-                                      sdq_mark mark, sdq_mode mode) {
+                                      sdq_mark mark, size_t bytes, sdq_mode mode) {
     size_t j;
     for (j = 0; x && j < l->count; j++)
-        x = sdq__keep(ctx, mark, sdq__va_band_resnet(ctx, &l->resnet[j], x, mode));
-    return x && l->resample ? sdq__keep(ctx, mark, sdq__va_band_up(ctx, l->resample, x, mode)) : x;
+        x = sdq__keep(ctx, mark, sdq__va_band_resnet(ctx, &l->resnet[j], x, bytes, mode));
+    if (!x || !l->resample) return x;
+    return sdq__keep(ctx, mark, sdq__va_band_up(ctx, l->resample, x, bytes, mode));
 }
 
 static sdq_tensor *sdq__va_band_out(sdq_ctx *ctx, const sdq__vae_half *v, const sdq_tensor *x,
-                                    sdq_mode mode) {
+                                    size_t bytes, sdq_mode mode) {
     sdq_tensor *y = x ? sdq__t_chans(ctx, x, v->conv_out->out) : NULL;
-    return y && sdq__va_band_layer(ctx, &v->norm_out, v->conv_out, x, sdq_f32(y), mode) ? y : NULL;
+    int ok = y && sdq__va_band_layer(ctx, &v->norm_out, v->conv_out, x, sdq_f32(y), bytes, mode);
+    return ok ? y : NULL;
 }
 
 /* A pixel's result does not depend on pixels that its layer does not read. */
@@ -12666,8 +12663,9 @@ static int sdq__va_bands_fit(sdq_ctx *ctx, const sdq_model *m, const sdq_tensor 
     return 1;
 }
 
+/* bytes: of a band; 0: no bands. */
 static sdq_tensor *sdq__va_decode(sdq_ctx *ctx, const sdq_model *m, sdq_tensor *latent,
-                                  sdq_mode mode, int bands) {
+                                  sdq_mode mode, size_t bytes) {
     const sdq_mark mark = sdq_arena_mark(ctx);
     const sdq__vae_half *v = &m->vae->decoder;
     sdq_tensor *x = latent;
@@ -12676,9 +12674,9 @@ static sdq_tensor *sdq__va_decode(sdq_ctx *ctx, const sdq_model *m, sdq_tensor *
     x = sdq_layer_forward(ctx, v->conv_in, x, NULL, mode);
     x = sdq__keep(ctx, mark, sdq__va_mid(ctx, v, x, mode));
     for (i = 0; i < m->vae->levels; i++)
-        x = bands ? sdq__va_band_level(ctx, &v->level[i], x, mark, mode)
+        x = bytes ? sdq__va_band_level(ctx, &v->level[i], x, mark, bytes, mode)
                   : sdq__keep(ctx, mark, sdq__va_level(ctx, &v->level[i], x, 1, mode));
-    x = bands ? sdq__va_band_out(ctx, v, x, mode) : sdq__va_out(ctx, v, x, mode);
+    x = bytes ? sdq__va_band_out(ctx, v, x, bytes, mode) : sdq__va_out(ctx, v, x, mode);
     return sdq__keep(ctx, mark, x);
 }
 
@@ -12694,7 +12692,7 @@ SDQ_API sdq_tensor *sdq_vae_decode_tiled(sdq_ctx *ctx, const sdq_model *m, sdq_t
     if (!sdq__md_is(ctx, "sdq_vae_decode_tiled", m, SDQ_PART_VAE)
         || !sdq__md_check(ctx, "sdq_vae_decode_tiled: latent", latent, 4, m->info.latent)
         || !sdq__va_bands_fit(ctx, m, latent, mode)) return NULL;
-    return sdq__va_decode(ctx, m, latent, mode, 1);
+    return sdq__va_decode(ctx, m, latent, mode, sdq__va_band_bytes(m, latent));
 }
 
 /* ===========================================================================
@@ -12916,7 +12914,7 @@ static sdq_status sdq__md_fill(sdq_ctx *ctx, sdq_model *m, const sdq__sf_source 
         const int pack = frozen && p->layer && p->rank > 1;
         if (!sdq__md_find(src, p->name, &e)) continue;
         if (pack) SDQ__TRY(sdq__t_alloc(ctx, &p->layer->w));
-        sdq__dry_note(ctx, e.bytes);            /* the file's pages */
+        sdq__mem_note(ctx, e.bytes);            /* the file's pages */
         if (!ctx->dry) SDQ__TRY(sdq__md_read(ctx, p, &e));
         sdq__st_set_forget(src->set, &e);
         if (m->info.part == SDQ_PART_UNET && !ctx->dry) hash += sdq__md_hash(p);
@@ -14325,7 +14323,7 @@ static void sdq__pl_drop(sdq_ctx *ctx, sdq__pl_held *held, sdq__pl_which which) 
     if (!held->m[which]) return;
     sdq_model_free(ctx, held->m[which]);
     held->m[which] = NULL;
-    sdq__arena_trim(ctx);
+    sdq__mem_trim(ctx);
 }
 /* A network: the pipeline's, or one that is loaded now. */
 static sdq_status sdq__pl_take(sdq_ctx *ctx, const sdq_pipeline *p, sdq__pl_held *held,
@@ -14511,6 +14509,11 @@ static sdq_status sdq__pl_enter(sdq_ctx *ctx, const sdq_pipeline *p, sdq__pl_run
     return sdq__pl_caches(ctx, r, net);
 }
 
+static sdq_status sdq__pl_advance(sdq_ctx *ctx, sdq__pl_run *r, size_t i, const sdq_tensor *eps) {
+    return sdq_scheduler_step(ctx, r->s, i, sdq_f32(eps), sdq_f32(r->x), sdq_f32(r->x), r->count,
+                              r->x->dim[1], r->x->dim[2], r->x->dim[3], &r->rng);
+}
+
 /* Evaluation i: input for both branches, network, guidance, scheduler. */
 static sdq_status sdq__pl_step(sdq_ctx *ctx, const sdq_pipeline *p, sdq__pl_run *r, size_t i) {
     const sdq_mark mark = sdq_arena_mark(ctx);
@@ -14553,8 +14556,7 @@ static sdq_status sdq__pl_step(sdq_ctx *ctx, const sdq_pipeline *p, sdq__pl_run 
         if (r->d->step(r->d->user, &info))
             return sdq__fail(ctx, SDQ_ERR_CANCELLED, "drawing: cancelled at evaluation %zu", i);
     }
-    SDQ__TRY(sdq_scheduler_step(ctx, r->s, i, sdq_f32(eps), sdq_f32(r->x), sdq_f32(r->x), r->count,
-                                r->x->dim[1], r->x->dim[2], r->x->dim[3], &r->rng));
+    SDQ__TRY(sdq__pl_advance(ctx, r, i, eps));
     sdq_arena_release(ctx, mark);
     return SDQ_OK;
 }
@@ -14663,8 +14665,9 @@ static sdq_status sdq__pl_denoise(sdq_ctx *ctx, const sdq_pipeline *p, sdq__pl_r
         for (i = 0; i < r->count; i++) r->guidance[i] = d->guidance;
     }
     for (i = 0; i < n; i++) {
-        if (ctx->dry && i && r->is_float[i] == r->is_float[i - 1]) continue;    /* nothing new */
-        SDQ__TRY(sdq__pl_step(ctx, p, r, i));
+        const int like_before = i && !r->is_float[i] == !r->is_float[i - 1];
+        if (ctx->dry && like_before) SDQ__TRY(sdq__pl_advance(ctx, r, i, r->x));
+        else SDQ__TRY(sdq__pl_step(ctx, p, r, i));
         if (!ctx->dry && !sdq__pl_finite(r->x))
             return sdq__fail(ctx, SDQ_ERR_NUMERIC, "drawing: evaluation %zu at timestep %g with "
                              "guidance %g gave latents that are not finite; are the weights and "
@@ -14757,6 +14760,20 @@ SDQ_API sdq_status sdq_txt2img(sdq_ctx *ctx, const sdq_pipeline *p, const sdq_tx
     return st;
 }
 
+/* A context like ctx that runs dry. */
+static sdq_status sdq__pl_dry(const sdq_ctx *ctx, sdq__dry *dry, sdq_ctx **out) {
+    sdq_ctx_desc d = ctx->desc;
+    memset(dry, 0, sizeof *dry);
+    d.tier = ctx->tier;
+    d.threads = ctx->threads;
+    d.alloc = sdq__mem_dry_alloc;
+    d.release = sdq__mem_dry_release;
+    d.user = dry;
+    SDQ__TRY(sdq_ctx_create(&d, out));
+    (*out)->dry = dry;
+    return SDQ_OK;
+}
+
 SDQ_API sdq_status sdq_txt2img_memory(sdq_ctx *ctx, const char *path,
                                       const sdq_pipeline_desc *pipeline,
                                       const sdq_txt2img_desc *desc, size_t *bytes) {
@@ -14768,7 +14785,7 @@ SDQ_API sdq_status sdq_txt2img_memory(sdq_ctx *ctx, const char *path,
     sdq__dry dry;
     *bytes = 0;
     if (ctx->status != SDQ_OK) return ctx->status;
-    if (sdq__dry_ctx(ctx, &dry, &run) != SDQ_OK)
+    if (sdq__pl_dry(ctx, &dry, &run) != SDQ_OK)
         return sdq__fail(ctx, SDQ_ERR_OOM, "out of memory");
     d.step = NULL;
     d.progress = NULL;
