@@ -1607,10 +1607,11 @@ static double peak_megabytes(void) {
 #endif
 }
 
-/* Say how much memory it will take, before it is taken: `start`, what the process had before
- * anything was loaded, and what it will grow by. */
+/* Say how much memory it will take, before it is taken: what the process has without networks, and
+ * what it will grow by. */
 static sdq_status announce(job *j, const char *model, const sdq_pipeline_desc *pipeline,
-                           const sdq_txt2img_desc *d, double start) {
+                           const sdq_txt2img_desc *d) {
+    const double start = peak_megabytes();
     sdq_pipeline_desc p = *pipeline;
     size_t bytes;
     TRY(complete_desc(j, &p));
@@ -1746,7 +1747,6 @@ static sdq_status cmd_txt2img(job *j) {
     static const char *const rngs[] = {"cpu,torch,std-default", "cuda,philox,gpu"};
     static const char *const vaes[] = {"fp32,float", "int8"};
     const char *model;
-    const double start = peak_megabytes();
     sdq_pipeline_desc pd;
     sdq_txt2img_desc d;
     output o;
@@ -1775,7 +1775,7 @@ static sdq_status cmd_txt2img(job *j) {
     TRY(precision_from_args(j, &d));
     TRY(read_latents(j, &d));
     pd.on_demand = !arg_on(&j->a, "keep-loaded");
-    TRY(announce(j, model, &pd, &d, start));
+    TRY(announce(j, model, &pd, &d));
     if (!pd.on_demand) TRY(reload(j, model, &pd));
     d.progress = progress;
     d.user = j;
