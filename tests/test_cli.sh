@@ -75,6 +75,8 @@ for size in 128 256; do
     ok "memory for $size pixels, in bands" foreseen -W $size -H $size --vae-tiling --vae int8
     ok "memory for $size pixels, all networks" foreseen -W $size -H $size --keep-loaded
 done
+ok "one hash on every instruction set" s bench --hash --model $model --unet "$out/q"
+says "a hash of no file" 1 "cannot be opened" s bench --hash --model $model --unet "$out/nothing"
 ok "int8 only" s txt2img --model $model --unet "$out/q" --int8-only -p cat --steps 4 --out "$out/only.png"
 ok "int8 only draws the same" cmp "$out/only.png" "$out/int8.png"
 ok "schedule" s schedule --model $model --unet "$out/q" --data $data --count 2 --steps 4 --target-psnr 0 --max-float 2

@@ -676,6 +676,7 @@ typedef struct quantizer {
     float guidance;
     uint64_t seed;
     sdq_diffusion_task data;        /* with recipes that need pictures */
+    int alone;                  /* no teacher: the networks of the pipeline come and go */
 } quantizer;
 
 static sdq_status quantizer_read_flags(job *j, quantizer *q, const char *model) {
@@ -739,7 +740,12 @@ static sdq_status quantizer_states(job *j, quantizer *q) {
 /* j->pipe and the student j->unet, with ranges. */
 static sdq_status quantizer_prepare(job *j, quantizer *q) {
     const int data = q->recipe.calibrate_on_data || q->recipe.noise_loss > 0.0f;
-    if (!j->pipe) TRY(load_pipeline(j, q->model, NULL, &j->pipe));
+    sdq_pipeline_desc d;
+    memset(&d, 0, sizeof d);
+    d.on_demand = q->alone && !data;
+    if (!j->pipe) TRY(load_pipeline(j, q->model, &d, &j->pipe));
+    /* before there is a second UNet */
+    if (!q->recipe.calibrate_on_data && !j->states) TRY(quantizer_states(j, q));
     TRY(sdq_model_load(j->ctx, q->model, SDQ_PART_UNET, &j->unet));
     TRY(sdq_recipe_apply(j->ctx, j->unet, &q->recipe, q->keep));
     if (data) TRY(quantizer_data(j, q));
@@ -747,7 +753,6 @@ static sdq_status quantizer_prepare(job *j, quantizer *q) {
         progress_begin(j);
         return sdq_calibrate_data(j->ctx, &q->data, q->batches, q->seed, progress, j);
     }
-    if (!j->states) TRY(quantizer_states(j, q));
     progress_begin(j);
     return sdq_calibrate_states(j->ctx, j->unet, j->states, 8, q->recipe.bias_correction, progress,
                                 j);
@@ -805,6 +810,7 @@ static sdq_status cmd_quantize(job *j) {
     TRY(need(j, "out", &out));
     TRY(quantizer_read_flags(j, &q, model));
     TRY(check_output(j, out));
+    q.alone = 1;
     TRY(quantizer_prepare(j, &q));
     return quantizer_save(j, &q, out, 0, 0.0f);
 }
