@@ -421,8 +421,8 @@ static void test_scaling(int tier) {
     (void)tier;
     SDQT_CHECK(sdq_ctx_create(NULL, &ctx) == SDQ_OK);
     for (i = 0; i < 4; i++) {
-        SDQT_CHECK(sdq__md_create(ctx, "config.json", text[i], strlen(text[i]), SDQ_PART_VAE, NULL, 0,
-                                  &m) == SDQ_OK);
+        SDQT_CHECK(sdq__md_create(ctx, "config.json", text[i], strlen(text[i]), SDQ_PART_VAE, NULL,
+                                  SDQ__MD_WHOLE, &m) == SDQ_OK);
         SDQT_CHECK(sdq_model_set_scaling(ctx, m, 0.25f) == SDQ_OK);
         SDQT_THAT(strcmp(m->config, want[i]) == 0, "%s", m->config);
         SDQT_CHECK(sdq_model_get_info(m).scaling_factor == 0.25f);
@@ -628,7 +628,7 @@ static void test_refused_config(int tier) {
     SDQT_CHECK(sdq_ctx_create(NULL, &ctx) == SDQ_OK);
     for (p = SDQ_PART_TEXT; p < SDQ_PART_COUNT; p++) {
         (void)snprintf(text, sizeof text, "{\"unknown_key\": [1, {}], %s", good[p]);
-        SDQT_THAT(sdq__md_create(ctx, "c.json", text, strlen(text), (sdq_part)p, NULL, 0, &m)
+        SDQT_THAT(sdq__md_create(ctx, "c.json", text, strlen(text), (sdq_part)p, NULL, SDQ__MD_WHOLE, &m)
                   == SDQ_OK, "%s", sdq_error_text(ctx));
         sdq_model_free(ctx, m);
     }
@@ -636,7 +636,7 @@ static void test_refused_config(int tier) {
         const refusal *r = &refusals[i];
         sdq_status st;
         build_config(text, sizeof text, r->add, good[r->part]);
-        st = sdq__md_create(ctx, "c.json", text, strlen(text), r->part, NULL, 0, &m);
+        st = sdq__md_create(ctx, "c.json", text, strlen(text), r->part, NULL, SDQ__MD_WHOLE, &m);
         SDQT_THAT(st == r->status && !m, "%s: status %d: %s", r->add, (int)st, sdq_error_text(ctx));
         SDQT_THAT(strstr(sdq_error_text(ctx), r->says)
                   && strncmp(sdq_error_text(ctx), "c.json: ", 8) == 0,
@@ -646,7 +646,7 @@ static void test_refused_config(int tier) {
     }
     for (i = 0; i < 3; i++) {
         static const char *const broken[] = {"[1]", "{\"in_channels\": 4", ""};
-        SDQT_CHECK(sdq__md_create(ctx, "c.json", broken[i], strlen(broken[i]), SDQ_PART_UNET, NULL, 0,
+        SDQT_CHECK(sdq__md_create(ctx, "c.json", broken[i], strlen(broken[i]), SDQ_PART_UNET, NULL, SDQ__MD_WHOLE,
                                   &m) == SDQ_ERR_FORMAT && !m);
         sdq_clear_error(ctx);
     }
@@ -677,7 +677,7 @@ static void test_accepted_config(int tier) {
         sdq_model *m = NULL;
         sdq_model_info info;
         build_config(text, sizeof text, cases[i].add, good[cases[i].part]);
-        if (!SDQT_THAT(sdq__md_create(ctx, "c.json", text, strlen(text), cases[i].part, NULL, 0, &m)
+        if (!SDQT_THAT(sdq__md_create(ctx, "c.json", text, strlen(text), cases[i].part, NULL, SDQ__MD_WHOLE, &m)
                        == SDQ_OK, "%s: %s", cases[i].add, sdq_error_text(ctx))) continue;
         info = sdq_model_get_info(m);
         SDQT_THAT(info.sample_size == cases[i].h && info.sample_width == cases[i].w,
