@@ -122,6 +122,8 @@
  *     Results of ops live in the context's arena until you release it to a mark. Objects made by
  *     *_create, *_load and *_open are on the heap and freed by their *_free with the same context
  *     (or one with the same allocator). Nothing that is passed in is kept unless the text says so.
+ *     sdq_pipeline_desc.on_demand holds one network at a time, vae_tiling decodes in bands of rows;
+ *     neither changes a bit. sdq_txt2img_memory tells what a drawing will need.
  *
  * Threads
  *     A context belongs to one thread at a time. Loaded models do not change in FLOAT and INT8 mode
