@@ -440,6 +440,8 @@ static sdq_status bench_input(job *j, const char *folder, size_t batch, sdq_unet
     sdq_rng rng;
     TRY(bench_load(j, folder, &j->unet));
     info = sdq_model_get_info(j->unet);
+    sdq_model_free(j->ctx, j->unet);
+    j->unet = NULL;
     side = info.sample_size ? info.sample_size : 64;
     sdq_rng_init(&rng, SDQ_RNG_PHILOX, 5);
     memset(in, 0, sizeof *in);
