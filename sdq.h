@@ -122,6 +122,8 @@
  *     Results of ops live in the context's arena until you release it to a mark. Objects made by
  *     *_create, *_load and *_open are on the heap and freed by their *_free with the same context
  *     (or one with the same allocator). Nothing that is passed in is kept unless the text says so.
+ *     sdq_pipeline_desc.on_demand holds one network at a time, vae_tiling decodes in bands of rows;
+ *     neither changes a bit. sdq_txt2img_memory tells what a drawing will need.
  *
  * Threads
  *     A context belongs to one thread at a time. Loaded models do not change in FLOAT and INT8 mode
@@ -954,6 +956,13 @@ SDQ_API sdq_tensor *sdq_vae_encode(sdq_ctx *ctx, const sdq_model *model, sdq_ten
 /* latent [n,h,w,c], already divided by scaling_factor -> [n,h f,w f,out], about [-1,1]. */
 SDQ_API sdq_tensor *sdq_vae_decode(sdq_ctx *ctx, const sdq_model *model, sdq_tensor *latent,
                                    sdq_mode mode);
+/* The same numbers to the bit, in about two thirds of the memory and a tenth more time: large
+ * layers work in bands of rows. Not a blend of tiles: attention and the norms' statistics are those
+ * of the whole picture, so there is nothing to see where bands meet. n is 1. Not while recording;
+ * not in FAKE mode, nor with static ranges or ranges per picture in INT8 mode
+ * (SDQ_ERR_UNSUPPORTED). */
+SDQ_API sdq_tensor *sdq_vae_decode_tiled(sdq_ctx *ctx, const sdq_model *model, sdq_tensor *latent,
+                                         sdq_mode mode);
 
 
 /* ===========================================================================
@@ -1070,13 +1079,16 @@ SDQ_API sdq_status sdq_optim_add_model(sdq_ctx *ctx, sdq_optim *optim, sdq_model
 /* The networks of a model and what belongs to them; for reading once loaded. */
 typedef struct sdq_pipeline {
     sdq_tokenizer *tokenizer;
-    sdq_model *text, *vae;
+    sdq_model *text, *vae;      /* these four are NULL where they are loaded on demand */
     sdq_model *unet;            /* the float network; NULL if only the int8 one was loaded */
     sdq_model *unet_int8;       /* NULL: not quantized */
+    sdq_model_info info[SDQ_PART_COUNT];    /* of the networks, loaded or not */
+    struct sdq__pl_source *source;          /* private: where they are loaded from */
     char *scheduler;            /* text of scheduler_config.json: sdq_pipeline_scheduler reads it */
     struct sdq_policy *policy;  /* of the int8 file: its precision schedule; may be NULL */
     char *folder;               /* or the single file */
     int vae_int8;               /* the decoder is int8 */
+    int vae_tiling;             /* the decoder works in bands */
     int single;                 /* it is a single file */
     sdq_prediction prediction;  /* single file: what its UNet is taken to predict */
     const char *because;        /* single file: why */
@@ -1101,8 +1113,12 @@ typedef enum sdq_file_prediction {
 typedef struct sdq_pipeline_desc {
     const char *unet_int8;      /* file of a quantized UNet; NULL: none */
     int vae_int8;               /* the decoder in int8: faster; nothing has to be calibrated */
+    int vae_tiling;             /* decode with sdq_vae_decode_tiled: less memory, same picture */
     int int8_only;              /* do not load the float UNet: float evaluations use the int8
                                  * network's own weights */
+    int on_demand;              /* load no network now: every drawing loads each one when it needs
+                                 * it and frees it when it needs another. Least memory; a few
+                                 * seconds per drawing at full size. Only for drawing */
     int trainable;              /* keep the weights of the float UNet as they are: for training,
                                  * FAKE mode and saving. 0: they are packed for the kernels */
     const char *merges;         /* for single files, which have no tokenizer: CLIP's merges, as */
@@ -1185,6 +1201,16 @@ SDQ_API sdq_status sdq_decode_latents(sdq_ctx *ctx, const sdq_pipeline *pipeline
 /* Both. */
 SDQ_API sdq_status sdq_txt2img(sdq_ctx *ctx, const sdq_pipeline *pipeline,
                                const sdq_txt2img_desc *desc, sdq_image *images);
+/* The most memory that loading a pipeline and drawing will take, found in a fraction of a second:
+ * the same calls are made, but nothing is computed and no weight is read. It is what the process
+ * grows by where memory is zero until it is touched (Linux, macOS), with the allocator, the threads
+ * and the tier of ctx.
+ *   path, pipeline  as in sdq_pipeline_load
+ *   desc            as in sdq_txt2img; step and progress are not called
+ * Errors: those of the two functions. */
+SDQ_API sdq_status sdq_txt2img_memory(sdq_ctx *ctx, const char *path,
+                                      const sdq_pipeline_desc *pipeline,
+                                      const sdq_txt2img_desc *desc, size_t *bytes);
 /* The ids of one or more texts as a tensor I32 [n,t]. */
 SDQ_API sdq_tensor *sdq_pipeline_ids(sdq_ctx *ctx, const sdq_pipeline *pipeline,
                                      const char *const *texts, size_t n);
@@ -1290,6 +1316,10 @@ SDQ_API sdq_status sdq_optim_add_student(sdq_ctx *ctx, sdq_optim *optim, sdq_mod
 SDQ_API sdq_status sdq_model_convert(sdq_ctx *ctx, sdq_model *unet);
 /* Give up training: weights are packed for the float kernels, one copy stays. */
 SDQ_API sdq_status sdq_model_freeze(sdq_ctx *ctx, sdq_model *model);
+/* The decoder of a VAE in int8, which needs no calibration: its ends and the products of its
+ * attention stay float, and so does the encoder. The model is frozen as well.
+ *   range   of the inputs; DEFAULT: POSITION. STATIC cannot be had: SDQ_ERR_NOT_CALIBRATED */
+SDQ_API sdq_status sdq_vae_quantize(sdq_ctx *ctx, sdq_model *vae, sdq_range range);
 /* One safetensors file: int8 weights [out,kh,kw,in], scales, ranges, everything float, the
  * settings and the schedule in the metadata. policy and recipe: NULL or stored along. */
 SDQ_API sdq_status sdq_model_save_int8(sdq_ctx *ctx, const sdq_model *unet, const char *path,
@@ -1302,6 +1332,11 @@ SDQ_API sdq_status sdq_model_save_int8(sdq_ctx *ctx, const sdq_model *unet, cons
  * weights of that folder is checked by sdq_pipeline_load, where both are used. */
 SDQ_API sdq_status sdq_model_load_int8(sdq_ctx *ctx, const char *folder, const char *path,
                                        sdq_model **out, sdq_policy *policy);
+/* What such a file says of itself, its arrays unread: the network, the hash of the float weights it
+ * was made from, its schedule. Errors: as above, but for what is wrong inside the arrays. */
+SDQ_API sdq_status sdq_model_peek_int8(sdq_ctx *ctx, const char *folder, const char *path,
+                                       sdq_model_info *info, uint64_t *source,
+                                       sdq_policy *policy);
 
 /* Search the evaluations that must be float: rank them by the error of the int8 network on the
  * float trajectory, weighted by the step that follows in three ways; take the fewest of the best
@@ -1489,7 +1524,7 @@ static size_t sdq__u_dtype_size(sdq_dtype d) {
  * ======================================================================== */
 
 /* Scratch memory: a list of chunks used as a stack. Releasing keeps the chunks. */
-typedef struct sdq__chunk { char *base; size_t size, used; } sdq__chunk;
+typedef struct sdq__chunk { char *base; size_t size, used, most; } sdq__chunk;
 
 struct sdq__node;
 struct sdq__kernels;
@@ -1504,6 +1539,8 @@ struct sdq_ctx {
     char error[512];
     sdq__chunk *chunks;
     size_t chunk_count, chunk_cap, chunk_at, arena_now, arena_peak, arena_size;
+    size_t arena_touched;           /* bytes of the chunks that were in use since they were made */
+    struct sdq__dry *dry;           /* not NULL: nothing is computed, memory is counted */
     struct sdq__node *tape;         /* newest node */
     struct sdq__taps *taps;         /* layers whose output is wanted, or NULL */
     int recording, replay;          /* replay: a checkpoint runs a block again */
@@ -1540,8 +1577,107 @@ SDQ_API const char *sdq_status_name(sdq_status status) {
  * comes from the arena: pushed, and released together by going back to a mark.
  * ======================================================================== */
 
-static void *sdq__mem_malloc(void *user, size_t bytes) { (void)user; return malloc(bytes); }
-static void sdq__mem_release(void *user, void *p) { (void)user; free(p); }
+#define SDQ__LARGE ((size_t)1 << 18)    /* bytes of a block that is worth a mapping of its own */
+
+/* Zeros that take no memory until they are touched, and that go back to the system at once when
+ * they are freed; NULL where there is nothing of that kind. */
+static void *sdq__mem_map(size_t bytes) {
+#if SDQ__MMAP && defined(MAP_ANONYMOUS)
+    void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return p == MAP_FAILED ? NULL : p;
+#else
+    (void)bytes;
+    return NULL;
+#endif
+}
+static void sdq__mem_unmap(void *p, size_t bytes) {
+#if SDQ__MMAP && defined(MAP_ANONYMOUS)
+    (void)munmap(p, bytes);
+#else
+    (void)p; (void)bytes;
+#endif
+}
+
+#define SDQ__HEAD 64        /* in front of a block: its mapped size, 0: malloc's. A cache line */
+
+/* The default allocator. malloc may keep what is freed, and a pipeline that loads one network after
+ * the other would hold them all: so large blocks are mappings. */
+static void *sdq__mem_malloc(void *user, size_t bytes) {
+    char *p = NULL;
+    size_t mapped = 0;
+    (void)user;
+    if (bytes > SIZE_MAX - SDQ__HEAD) return NULL;
+    bytes += SDQ__HEAD;
+    if (bytes >= SDQ__LARGE) p = (char *)sdq__mem_map(bytes);
+    if (p) mapped = bytes;
+    else p = (char *)malloc(bytes);
+    if (!p) return NULL;
+    memcpy(p, &mapped, sizeof mapped);
+    return p + SDQ__HEAD;
+}
+static void sdq__mem_release(void *user, void *block) {
+    char *p = (char *)block - SDQ__HEAD;
+    size_t mapped;
+    (void)user;
+    memcpy(&mapped, p, sizeof mapped);
+    if (mapped) sdq__mem_unmap(p, mapped);
+    else free(p);
+}
+
+/* A dry run: the same calls with the same sizes, but loops over data are left out and large blocks
+ * stay untouched, so that what a drawing will need is known in milliseconds, from the very code
+ * that will do it. What the program would hold is all blocks, but of the arena only what was ever
+ * used of its chunks. Contexts of this kind are made by sdq_txt2img_memory alone. */
+typedef struct sdq__dry_block { void *p; size_t bytes; } sdq__dry_block;
+typedef struct sdq__dry {
+    size_t held, most;          /* bytes now and at most */
+    sdq__dry_block *large;
+    size_t n, cap;
+} sdq__dry;
+
+/* Large blocks are listed: not even a size is written to them. */
+static void *sdq__mem_dry_alloc(void *user, size_t bytes) {
+    sdq__dry *d = (sdq__dry *)user;
+    void *p = NULL, *more;
+    if (d->n == d->cap) {
+        more = realloc(d->large, (2 * d->cap + 64) * sizeof *d->large);
+        if (!more) return NULL;
+        d->large = (sdq__dry_block *)more;
+        d->cap = 2 * d->cap + 64;
+    }
+    if (bytes >= SDQ__LARGE) p = sdq__mem_map(bytes);
+    if (p) {
+        d->large[d->n].p = p;
+        d->large[d->n++].bytes = bytes;
+    } else {
+        p = calloc(1, bytes + SDQ__HEAD);
+        if (!p) return NULL;
+        memcpy(p, &bytes, sizeof bytes);
+        p = (char *)p + SDQ__HEAD;
+    }
+    d->held += bytes;
+    return p;
+}
+static void sdq__mem_dry_release(void *user, void *block) {
+    sdq__dry *d = (sdq__dry *)user;
+    char *p = (char *)block - SDQ__HEAD;
+    size_t i = d->n, bytes;
+    while (i > 0 && d->large[i - 1].p != block) i--;
+    if (i > 0) {
+        bytes = d->large[i - 1].bytes;
+        sdq__mem_unmap(block, bytes);
+        d->large[i - 1] = d->large[--d->n];
+    } else {
+        memcpy(&bytes, p, sizeof bytes);
+        free(p);
+    }
+    d->held -= bytes;
+}
+static void sdq__mem_note(sdq_ctx *ctx, size_t extra) {
+    if (!ctx->dry) return;
+    ctx->dry->most = sdq__u_max(ctx->dry->most, ctx->dry->held + extra + ctx->arena_touched
+                                                    - ctx->arena_size);
+}
 
 /* count * size bytes of zeros; NULL and a sticky error when that is too much. */
 static void *sdq__alloc(sdq_ctx *ctx, size_t count, size_t size) {
@@ -1553,7 +1689,8 @@ static void *sdq__alloc(sdq_ctx *ctx, size_t count, size_t size) {
         sdq__fail(ctx, SDQ_ERR_OOM, "out of memory: %zu bytes asked for", bytes);
         return NULL;
     }
-    memset(p, 0, bytes ? bytes : 1);
+    sdq__mem_note(ctx, 0);
+    if (!ctx->dry) memset(p, 0, bytes ? bytes : 1);     /* a dry block is of zeros as it is */
     return p;
 }
 static void sdq__free(sdq_ctx *ctx, void *p) {
@@ -1587,6 +1724,20 @@ static int sdq__grow(sdq_ctx *ctx, void **items, size_t *cap, size_t need, size_
 #define SDQ__ALIGN 64               /* a cache line, a 512-bit vector */
 #define SDQ__CHUNK ((size_t)1 << 22)   /* the first chunk; each new one doubles the arena */
 
+/* Free the last chunk. */
+static void sdq__mem_drop(sdq_ctx *ctx) {
+    const sdq__chunk *c = &ctx->chunks[--ctx->chunk_count];
+    sdq__free(ctx, c->base);
+    ctx->arena_size -= c->size;
+    ctx->arena_touched -= c->most;
+}
+
+/* Give back the chunks above the present height. */
+static void sdq__mem_trim(sdq_ctx *ctx) {
+    while (ctx->chunk_count > ctx->chunk_at && ctx->chunks[ctx->chunk_count - 1].used == 0)
+        sdq__mem_drop(ctx);
+}
+
 /* Uninitialised scratch, 64-byte aligned, until the arena is released to an older mark. */
 static void *sdq__push(sdq_ctx *ctx, size_t bytes) {
     sdq__chunk *c;
@@ -1600,9 +1751,7 @@ static void *sdq__push(sdq_ctx *ctx, size_t bytes) {
             c = &ctx->chunks[ctx->chunk_at];
             if (c->size - c->used >= bytes) break;
             if (c->used == 0 && ctx->chunk_at + 1 == ctx->chunk_count) {   /* too small: replace */
-                sdq__free(ctx, c->base);
-                ctx->arena_size -= c->size;
-                ctx->chunk_count--;
+                sdq__mem_drop(ctx);
                 continue;
             }
             ctx->chunk_at++;
@@ -1612,7 +1761,7 @@ static void *sdq__push(sdq_ctx *ctx, size_t bytes) {
                        sizeof(sdq__chunk))) return NULL;
         c = &ctx->chunks[ctx->chunk_count];
         c->size = sdq__u_max(sdq__u_max(bytes, SDQ__CHUNK), ctx->arena_size);
-        c->used = 0;
+        c->used = c->most = 0;
         c->base = (char *)ctx->desc.alloc(ctx->desc.user, c->size + SDQ__ALIGN);
         if (!c->base) {
             sdq__fail(ctx, SDQ_ERR_OOM, "out of memory: %zu bytes of scratch", c->size);
@@ -1625,6 +1774,8 @@ static void *sdq__push(sdq_ctx *ctx, size_t bytes) {
         const size_t pad = (SDQ__ALIGN - (size_t)((uintptr_t)c->base % SDQ__ALIGN)) % SDQ__ALIGN;
         void *p = c->base + pad + c->used;
         c->used += bytes;
+        if (c->used > c->most) { ctx->arena_touched += c->used - c->most; c->most = c->used; }
+        sdq__mem_note(ctx, 0);
         ctx->arena_now += bytes;
         ctx->arena_peak = sdq__u_max(ctx->arena_peak, ctx->arena_now);
         return p;
@@ -1663,6 +1814,7 @@ SDQ_API size_t sdq_arena_peak(const sdq_ctx *ctx) { return ctx->arena_peak; }
 typedef void (*sdq__task_fn)(void *arg, size_t task, int thread);
 
 static void sdq__par_for(sdq_ctx *ctx, size_t tasks, sdq__task_fn fn, void *arg) {
+    if (ctx->dry) return;
 #ifdef _OPENMP
     if (ctx->threads > 1 && tasks > 1) {
         const ptrdiff_t n = (ptrdiff_t)tasks;
@@ -2337,7 +2489,7 @@ static sdq_tensor *sdq__t_chans(sdq_ctx *ctx, const sdq_tensor *x, size_t c) {
 
 SDQ_API sdq_tensor *sdq_tensor_new(sdq_ctx *ctx, sdq_dtype dtype, int rank, const size_t *dim) {
     sdq_tensor *t = sdq__t_raw(ctx, dtype, rank, dim);
-    if (t) memset(t->data, 0, sdq_tensor_count(t) * sdq__u_dtype_size(dtype));
+    if (t && !ctx->dry) memset(t->data, 0, sdq_tensor_count(t) * sdq__u_dtype_size(dtype));
     return t;
 }
 SDQ_API sdq_tensor *sdq_tensor_1d(sdq_ctx *ctx, size_t a) {
@@ -2387,7 +2539,7 @@ static sdq_tensor *sdq__keep(sdq_ctx *ctx, sdq_mark mark, sdq_tensor *y) {
     if (y) {
         void *data = sdq__push(ctx, bytes);
         if (!data) return NULL;
-        memmove(data, old.data, bytes);
+        if (!ctx->dry) memmove(data, old.data, bytes);
         old.data = data;
         *y = old;
         y->q = NULL;
@@ -3958,7 +4110,7 @@ SDQ_API sdq_tensor *sdq_add_vector(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *v) {
     y = sdq__t_like(ctx, x);
     if (!y) return NULL;
     rows = sdq__t_rows(x) / x->dim[0];
-    for (e = 0; e < x->dim[0]; e++)
+    for (e = 0; !ctx->dry && e < x->dim[0]; e++)
         for (r = 0; r < rows; r++)
             ctx->k->add(sdq_f32(y) + (e * rows + r) * c, sdq_f32(x) + (e * rows + r) * c,
                         sdq_f32(v) + e * c, c);
@@ -4227,11 +4379,61 @@ static void sdq__op_gn_back(sdq_ctx *ctx, sdq__node *n) {
     sdq_arena_release(ctx, mark);
 }
 
+/* The statistics of x in w, from partial sums in w->part: mean and rstd [entries][groups], and per
+ * channel a, b and mc, the mean again. */
+static void sdq__op_gn_stats(sdq_ctx *ctx, sdq__gn *w, size_t groups, float eps,
+                             const float *gamma, const float *beta, float *mean, float *rstd,
+                             float *a, float *b, float *mc) {
+    const size_t cg = w->c / groups;
+    const double count = (double)(w->rows * cg);
+    size_t e, g, j;
+    if (ctx->dry) return;
+    w->mean = mc;
+    sdq__op_gn_run(ctx, w, SDQ__GN_SUM);
+    for (e = 0; e < w->entries; e++)
+        for (g = 0; g < groups; g++) {
+            const float m = (float)(sdq__op_gn_total(w, w->part, e, g * cg, cg) / count);
+            mean[e * groups + g] = m;
+            for (j = g * cg; j < (g + 1) * cg; j++) mc[e * w->c + j] = m;
+        }
+    sdq__op_gn_run(ctx, w, SDQ__GN_DEV);
+    for (e = 0; e < w->entries; e++)
+        for (g = 0; g < groups; g++) {
+            const double var = sdq__op_gn_total(w, w->part, e, g * cg, cg) / count;
+            const float r = (float)(1.0 / sqrt(var + (double)eps));
+            rstd[e * groups + g] = r;
+            for (j = g * cg; j < (g + 1) * cg; j++) {
+                a[e * w->c + j] = gamma[j] * r;
+                b[e * w->c + j] = beta[j] - mean[e * groups + g] * a[e * w->c + j];
+            }
+        }
+}
+
+static void sdq__op_gn_begin(sdq_ctx *ctx, sdq__gn *w, const sdq_tensor *x, int silu) {
+    memset(w, 0, sizeof *w);
+    w->k = ctx->k;
+    w->x = sdq_f32(x);
+    w->c = sdq__t_chan(x);
+    w->entries = sdq__t_entries(x);
+    w->rows = sdq__t_rows(x) / w->entries;
+    w->chunks = sdq__u_div_up(w->rows, SDQ__GN_ROWS);
+    w->silu = silu;
+}
+
+/* y = a x + b, through SiLU if asked for. */
+static void sdq__op_gn_apply(sdq_ctx *ctx, sdq__gn *w, const float *a, const float *b,
+                             sdq_tensor *y) {
+    w->a = a;
+    w->b = b;
+    w->y = sdq_f32(y);
+    sdq__op_gn_run(ctx, w, SDQ__GN_APPLY);
+}
+
 SDQ_API sdq_tensor *sdq_group_norm(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *gamma, sdq_tensor *beta,
                                    int groups, float eps, int silu) {
     sdq_tensor *y;
     float *mean, *rstd, *mc, *a, *b;
-    size_t c, cg, ng, e, g, j;
+    size_t c, ng;
     sdq_mark mark;
     sdq__node *node;
     sdq__gn w;
@@ -4244,14 +4446,9 @@ SDQ_API sdq_tensor *sdq_group_norm(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *gamm
                   sdq_tensor_count(gamma), sdq_tensor_count(beta));
         return NULL;
     }
-    cg = c / ng;
     y = sdq__t_like(ctx, x);
     if (!y) return NULL;
-    memset(&w, 0, sizeof w);
-    w.k = ctx->k; w.x = sdq_f32(x); w.y = sdq_f32(y); w.c = c; w.entries = sdq__t_entries(x);
-    w.rows = sdq__t_rows(x) / w.entries;
-    w.chunks = sdq__u_div_up(w.rows, SDQ__GN_ROWS);
-    w.silu = silu;
+    sdq__op_gn_begin(ctx, &w, x, silu);
     mark = sdq_arena_mark(ctx);
     mean = SDQ__PUSH_N(ctx, float, w.entries * ng);
     rstd = SDQ__PUSH_N(ctx, float, w.entries * ng);
@@ -4266,27 +4463,8 @@ SDQ_API sdq_tensor *sdq_group_norm(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *gamm
     mc = SDQ__PUSH_N(ctx, float, w.entries * c);
     w.part = SDQ__PUSH_N(ctx, float, w.entries * w.chunks * c);
     if (!mean || !rstd || !a || !b || !mc || !w.part) return NULL;
-    w.a = a; w.b = b; w.mean = mc;
-    sdq__op_gn_run(ctx, &w, SDQ__GN_SUM);
-    for (e = 0; e < w.entries; e++)
-        for (g = 0; g < ng; g++) {
-            const float m =
-                (float)(sdq__op_gn_total(&w, w.part, e, g * cg, cg) / (double)(w.rows * cg));
-            mean[e * ng + g] = m;
-            for (j = g * cg; j < (g + 1) * cg; j++) mc[e * c + j] = m;
-        }
-    sdq__op_gn_run(ctx, &w, SDQ__GN_DEV);
-    for (e = 0; e < w.entries; e++)
-        for (g = 0; g < ng; g++) {
-            const double var = sdq__op_gn_total(&w, w.part, e, g * cg, cg) / (double)(w.rows * cg);
-            const float r = (float)(1.0 / sqrt(var + (double)eps));
-            rstd[e * ng + g] = r;
-            for (j = g * cg; j < (g + 1) * cg; j++) {
-                a[e * c + j] = sdq_f32(gamma)[j] * r;
-                b[e * c + j] = sdq_f32(beta)[j] - mean[e * ng + g] * a[e * c + j];
-            }
-        }
-    sdq__op_gn_run(ctx, &w, SDQ__GN_APPLY);
+    sdq__op_gn_stats(ctx, &w, ng, eps, sdq_f32(gamma), sdq_f32(beta), mean, rstd, a, b, mc);
+    sdq__op_gn_apply(ctx, &w, a, b, y);
     sdq_arena_release(ctx, mark);
     return y;
 }
@@ -4469,7 +4647,7 @@ SDQ_API sdq_tensor *sdq_upsample(sdq_ctx *ctx, sdq_tensor *x, size_t h, size_t w
     c = dim[3];
     y = sdq__t_raw(ctx, SDQ_F32, 4, dim);
     if (!y) return NULL;
-    for (e = 0; e < dim[0]; e++)
+    for (e = 0; !ctx->dry && e < dim[0]; e++)
         for (i = 0; i < h; i++)
             for (j = 0; j < w; j++)
                 memcpy(sdq_f32(y) + ((e * h + i) * w + j) * c,
@@ -4509,7 +4687,7 @@ SDQ_API sdq_tensor *sdq_concat(sdq_ctx *ctx, sdq_tensor *a, sdq_tensor *b) {
     }
     y = sdq__t_chans(ctx, a, ca + cb);
     if (!y) return NULL;
-    for (r = 0; r < rows; r++) {
+    for (r = 0; !ctx->dry && r < rows; r++) {
         memcpy(sdq_f32(y) + r * (ca + cb), sdq_f32(a) + r * ca, ca * sizeof(float));
         memcpy(sdq_f32(y) + r * (ca + cb) + ca, sdq_f32(b) + r * cb, cb * sizeof(float));
     }
@@ -5133,7 +5311,7 @@ static const float *sdq__ly_panels(sdq_ctx *ctx, const sdq_layer *l) {
     w.dst = dst; w.w = sdq_f32(&l->w); w.out = l->out; w.taps = sdq__ly_taps(l); w.in = l->in;
     if (l->w.data) {
         sdq__par_for(ctx, sdq__gemm_panels(l->out), sdq__ly_pack_task, &w);
-    } else {
+    } else if (!ctx->dry) {
         memset(dst, 0, sdq__gemm_packed_count(l->out, sdq__ly_k(l)) * sizeof(float));
         sdq__ly_unpack_int8(l, dst);
     }
@@ -5327,7 +5505,7 @@ static sdq_status sdq__ly_weight_scales(sdq_ctx *ctx, sdq_layer *l) {
     const size_t k = sdq__ly_k(l);
     float *s = sdq_f32(&l->sw);
     size_t o;
-    if (l->quant.weight_scale == SDQ_WEIGHT_FIXED && s[0] > 0.0f) return SDQ_OK;
+    if (ctx->dry || (l->quant.weight_scale == SDQ_WEIGHT_FIXED && s[0] > 0.0f)) return SDQ_OK;
     if (l->quant.weight_scale == SDQ_WEIGHT_MOVING && !l->w_mn)
         SDQ__TRY(sdq__ly_observe_weights(ctx, l));
     for (o = 0; o < l->out; o++) {
@@ -10778,6 +10956,13 @@ struct sdq_model {
     struct sdq__vae *vae;
 };
 
+/* What of a new network is left out. */
+typedef enum sdq__md_bare {
+    SDQ__MD_WHOLE = 0,
+    SDQ__MD_NO_WEIGHTS,     /* layers have no float weights: they come one by one, or never */
+    SDQ__MD_SHAPES          /* nor do other parameters have numbers: to look at, not to use */
+} sdq__md_bare;
+
 /* A model under construction. Errors are sticky in ctx; whatever fails leaves NULL behind. */
 typedef struct sdq__builder {
     sdq_ctx *ctx;
@@ -10786,7 +10971,7 @@ typedef struct sdq__builder {
     const sdq__json *root, *defaults;
     const sdq__sf_source *src;          /* where the weights are; NULL: nowhere */
     double std;                         /* > 0: N(0,std) weights, zero bias; 0: PyTorch's */
-    int bare;                           /* layers without float weights */
+    sdq__md_bare bare;
     size_t len;
     char path[256];                     /* name of the module being built, ends in '.' */
 } sdq__builder;
@@ -11065,7 +11250,8 @@ static sdq_tensor *sdq__md_own(sdq__builder *b, const char *name, const char *su
     p->init = init;
     p->value = value;
     p->own = SDQ__NEW(b->ctx, sdq_tensor);
-    if (!p->own || sdq__t_init(b->ctx, p->own, rank, p->dim) != SDQ_OK) return NULL;
+    if (!p->own || sdq__t_set_shape(b->ctx, p->own, rank, p->dim) != SDQ_OK) return NULL;
+    if (b->bare != SDQ__MD_SHAPES && sdq__t_alloc(b->ctx, p->own) != SDQ_OK) return NULL;
     return p->own;
 }
 
@@ -11126,7 +11312,7 @@ static sdq_layer *sdq__md_layer(sdq__builder *b, const char *name, const sdq_lay
     if (b->ctx->status != SDQ_OK
         || !sdq__grow(b->ctx, (void **)(void *)&m->layer, &m->layer_cap, m->layers + 1,
                       sizeof *m->layer)
-        || sdq__ly_create(b->ctx, &d, b->bare, &layer) != SDQ_OK) return NULL;
+        || sdq__ly_create(b->ctx, &d, b->bare != SDQ__MD_WHOLE, &layer) != SDQ_OK) return NULL;
     m->layer[m->layers++] = layer;
     for (i = first; i < m->params; i++) m->param[i].layer = layer;
     return layer;
@@ -12398,21 +12584,216 @@ SDQ_API sdq_tensor *sdq_vae_encode(sdq_ctx *ctx, const sdq_model *m, sdq_tensor 
     return sdq__keep(ctx, mark, x);
 }
 
-SDQ_API sdq_tensor *sdq_vae_decode(sdq_ctx *ctx, const sdq_model *m, sdq_tensor *latent,
-                                   sdq_mode mode) {
+/* ---- decoding in bands ------------------------------------------------------------------------
+ * The largest tensors of a decoder are the inputs and results of its last layers, and most of them
+ * live for one layer only. In bands of rows they never exist whole: what stays is x and one more
+ * tensor, between the two convolutions of a resnet, because the statistics of a group norm are
+ * those of all pixels. The result takes the place of x, row by row.
+ *
+ * A 3x3 convolution sees one row beyond its band. Bands overlap by four: then Winograd's tiles, of
+ * four rows, are those of the whole picture, and so is every bit. */
+
+#define SDQ__VA_BAND ((size_t)32 << 20)     /* bytes of a band, about, at most */
+
+/* Bytes of a band: an eighth of the largest tensor, the input of the last level. */
+static size_t sdq__va_band_bytes(const sdq_model *m, const sdq_tensor *latent) {
+    const sdq__level *last = &m->vae->decoder.level[m->vae->levels - 1];
+    const size_t pixels = latent->dim[1] * latent->dim[2] * m->info.factor * m->info.factor;
+    return sdq__u_min(SDQ__VA_BAND, pixels * last->resnet[0].conv1->in * sizeof(float) / 8);
+}
+
+/* Rows from..to are wanted; first..last are computed. */
+typedef struct sdq__va_band { size_t from, to, first, last; } sdq__va_band;
+
+/* The next band, of about so many bytes, of x or of a picture `scale` times as large; 0: there is
+ * none. It has 32 rows at least, without which there would be no Winograd. */
+static int sdq__va_cut(const sdq_tensor *x, size_t scale, size_t bytes, sdq__va_band *b) {
+    const size_t h = x->dim[1] * scale, row = x->dim[2] * scale * x->dim[3] * sizeof(float);
+    const size_t step = sdq__u_max(bytes / row / 4 * 4, 32), from = b->to;
+    b->from = from;
+    b->to = sdq__u_min(from + step, h);
+    b->first = from < 4 ? 0 : from - 4;
+    b->last = sdq__u_min(b->to + 4, h);
+    if (b->last - b->first < 32) b->first = b->last < 32 ? 0 : (b->last - 32) / 4 * 4;
+    return from < h;
+}
+
+/* Rows of a picture, not copied. */
+static sdq_tensor *sdq__va_rows(sdq_ctx *ctx, const sdq_tensor *x, size_t first, size_t last) {
+    sdq_tensor *v = x ? SDQ__PUSH_N(ctx, sdq_tensor, 1) : NULL;
+    if (!v) return NULL;
+    *v = *x;
+    v->data = sdq_f32(x) + first * x->dim[2] * x->dim[3];
+    v->dim[1] = last - first;
+    return v;
+}
+
+/* The wanted rows of t, which holds first..last, to where y's rows are. */
+static int sdq__va_put(const sdq_ctx *ctx, float *y, const sdq_tensor *t, const sdq__va_band *b) {
+    const size_t row = t ? t->dim[2] * t->dim[3] : 0;
+    if (t && !ctx->dry)
+        memcpy(y + b->from * row, sdq_f32(t) + (b->from - b->first) * row,
+               (b->to - b->from) * row * sizeof(float));
+    return t != NULL;
+}
+
+/* A group norm of a whole picture as y = a x + b. */
+typedef struct sdq__va_affine { float *a, *b; } sdq__va_affine;
+
+static int sdq__va_stats(sdq_ctx *ctx, const sdq__norm *n, const sdq_tensor *x,
+                         sdq__va_affine *out) {
+    const size_t c = sdq__t_chan(x), groups = (size_t)n->groups;
+    sdq_mark mark;
+    float *mean, *rstd, *mc;
+    sdq__gn w;
+    sdq__op_gn_begin(ctx, &w, x, 1);
+    out->a = SDQ__PUSH_N(ctx, float, c);
+    out->b = SDQ__PUSH_N(ctx, float, c);
+    mark = sdq_arena_mark(ctx);
+    mean = SDQ__PUSH_N(ctx, float, groups);
+    rstd = SDQ__PUSH_N(ctx, float, groups);
+    mc = SDQ__PUSH_N(ctx, float, c);
+    w.part = SDQ__PUSH_N(ctx, float, w.chunks * c);
+    if (ctx->status != SDQ_OK) return 0;
+    sdq__op_gn_stats(ctx, &w, groups, n->eps, sdq_f32(n->gamma), sdq_f32(n->beta), mean, rstd,
+                     out->a, out->b, mc);
+    sdq_arena_release(ctx, mark);
+    return 1;
+}
+
+/* Rows first..last of x, normalized and through SiLU. */
+static sdq_tensor *sdq__va_normed(sdq_ctx *ctx, const sdq_tensor *x, const sdq__va_band *b,
+                                  const sdq__va_affine *f) {
+    const sdq_tensor *rows = sdq__va_rows(ctx, x, b->first, b->last);
+    sdq_tensor *y = rows ? sdq__t_like(ctx, rows) : NULL;
+    sdq__gn w;
+    if (!y) return NULL;
+    sdq__op_gn_begin(ctx, &w, rows, 1);
+    sdq__op_gn_apply(ctx, &w, f->a, f->b, y);
+    return y;
+}
+
+/* layer(silu(norm(x))) to y. */
+static int sdq__va_band_layer(sdq_ctx *ctx, const sdq__norm *n, sdq_layer *l, const sdq_tensor *x,
+                              float *y, size_t bytes, sdq_mode mode) {
+    sdq__va_affine f;
+    sdq__va_band b;
+    int ok = sdq__va_stats(ctx, n, x, &f);
+    for (b.to = 0; ok && sdq__va_cut(x, 1, bytes, &b);) {
+        const sdq_mark mark = sdq_arena_mark(ctx);
+        ok = sdq__va_put(ctx, y, sdq_layer_forward(ctx, l, sdq__va_normed(ctx, x, &b, &f), NULL,
+                                                   mode), &b);
+        sdq_arena_release(ctx, mark);
+    }
+    return ok;
+}
+
+/* A resnet; the result takes the place of x, whose channels are as many or more. */
+static sdq_tensor *sdq__va_band_resnet(sdq_ctx *ctx, const sdq__resnet *r, sdq_tensor *x,
+                                       size_t bytes, sdq_mode mode) {
     const sdq_mark mark = sdq_arena_mark(ctx);
-    const sdq__vae_half *v;
+    sdq_tensor *h = sdq__t_chans(ctx, x, r->out);
+    sdq__va_affine f;
+    sdq__va_band b;
+    int ok = h && sdq__va_band_layer(ctx, &r->norm1, r->conv1, x, sdq_f32(h), bytes,
+                                     mode)
+          && sdq__va_stats(ctx, &r->norm2, h, &f);
+    for (b.to = 0; ok && sdq__va_cut(h, 1, bytes, &b);) {
+        const sdq_mark inner = sdq_arena_mark(ctx);
+        sdq_tensor *t = sdq__va_normed(ctx, h, &b, &f);
+        /* the rows before b.from have been replaced: what they become here is not wanted */
+        sdq_tensor *res = sdq__va_rows(ctx, x, b.first, b.last);
+        if (r->shortcut) res = sdq_layer_forward(ctx, r->shortcut, res, NULL, mode);
+        ok = res && sdq__va_put(ctx, sdq_f32(x),
+                                sdq_layer_forward(ctx, r->conv2, t, res, mode), &b);
+        sdq_arena_release(ctx, inner);
+    }
+    sdq_arena_release(ctx, mark);
+    x->dim[3] = r->out;
+    return ok ? x : NULL;
+}
+
+static sdq_tensor *sdq__va_band_up(sdq_ctx *ctx, sdq_layer *l, const sdq_tensor *x, size_t bytes,
+                                   sdq_mode mode) {
+    sdq_tensor *y = sdq_tensor_4d(ctx, 1, 2 * x->dim[1], 2 * x->dim[2], l->out);
+    sdq__va_band b;
+    int ok = y != NULL;
+    for (b.to = 0; ok && sdq__va_cut(x, 2, bytes, &b);) {
+        const sdq_mark mark = sdq_arena_mark(ctx);
+        sdq_tensor *t = sdq__va_rows(ctx, x, b.first / 2, b.last / 2);
+        if (t) t = sdq_upsample(ctx, t, 2 * t->dim[1], 2 * t->dim[2]);
+        ok = sdq__va_put(ctx, sdq_f32(y), sdq_layer_forward(ctx, l, t, NULL, mode), &b);
+        sdq_arena_release(ctx, mark);
+    }
+    return ok ? y : NULL;
+}
+
+static sdq_tensor *sdq__va_band_level(sdq_ctx *ctx, const sdq__level *l, sdq_tensor *x,
+                                      sdq_mark mark, size_t bytes, sdq_mode mode) {
+    size_t j;
+    for (j = 0; x && j < l->count; j++)
+        x = sdq__keep(ctx, mark, sdq__va_band_resnet(ctx, &l->resnet[j], x, bytes, mode));
+    if (!x || !l->resample) return x;
+    return sdq__keep(ctx, mark, sdq__va_band_up(ctx, l->resample, x, bytes, mode));
+}
+
+static sdq_tensor *sdq__va_band_out(sdq_ctx *ctx, const sdq__vae_half *v, const sdq_tensor *x,
+                                    size_t bytes, sdq_mode mode) {
+    sdq_tensor *y = x ? sdq__t_chans(ctx, x, v->conv_out->out) : NULL;
+    int ok = y && sdq__va_band_layer(ctx, &v->norm_out, v->conv_out, x, sdq_f32(y), bytes, mode);
+    return ok ? y : NULL;
+}
+
+/* A pixel's result does not depend on pixels that its layer does not read. */
+static int sdq__va_bands_fit(sdq_ctx *ctx, const sdq_model *m, const sdq_tensor *latent,
+                             sdq_mode mode) {
+    size_t i;
+    if (ctx->recording || mode == SDQ_FAKE || latent->dim[0] != 1) {
+        sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "sdq_vae_decode_tiled: one picture at a time, in FLOAT "
+                  "or INT8 mode, and not while the tape records");
+        return 0;
+    }
+    for (i = 0; mode == SDQ_INT8 && i < m->layers; i++) {
+        const sdq_layer *l = m->layer[i];
+        const sdq_range range = sdq__ly_range(l);
+        if (!l->part[0].w.b || range == SDQ_RANGE_POSITION || range == SDQ_RANGE_BLOCK) continue;
+        sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "sdq_vae_decode_tiled: layer %s has one range for the "
+                  "whole picture; use ranges per position or block", l->name);
+        return 0;
+    }
+    return 1;
+}
+
+/* bytes: of a band; 0: no bands. */
+static sdq_tensor *sdq__va_decode(sdq_ctx *ctx, const sdq_model *m, sdq_tensor *latent,
+                                  sdq_mode mode, size_t bytes) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    const sdq__vae_half *v = &m->vae->decoder;
     sdq_tensor *x = latent;
     size_t i;
-    if (!sdq__md_is(ctx, "sdq_vae_decode", m, SDQ_PART_VAE)
-        || !sdq__md_check(ctx, "sdq_vae_decode: latent", latent, 4, m->info.latent)) return NULL;
-    v = &m->vae->decoder;
     if (v->quant) x = sdq_layer_forward(ctx, v->quant, x, NULL, mode);
     x = sdq_layer_forward(ctx, v->conv_in, x, NULL, mode);
     x = sdq__keep(ctx, mark, sdq__va_mid(ctx, v, x, mode));
     for (i = 0; i < m->vae->levels; i++)
-        x = sdq__keep(ctx, mark, sdq__va_level(ctx, &v->level[i], x, 1, mode));
-    return sdq__keep(ctx, mark, sdq__va_out(ctx, v, x, mode));
+        x = bytes ? sdq__va_band_level(ctx, &v->level[i], x, mark, bytes, mode)
+                  : sdq__keep(ctx, mark, sdq__va_level(ctx, &v->level[i], x, 1, mode));
+    x = bytes ? sdq__va_band_out(ctx, v, x, bytes, mode) : sdq__va_out(ctx, v, x, mode);
+    return sdq__keep(ctx, mark, x);
+}
+
+SDQ_API sdq_tensor *sdq_vae_decode(sdq_ctx *ctx, const sdq_model *m, sdq_tensor *latent,
+                                   sdq_mode mode) {
+    if (!sdq__md_is(ctx, "sdq_vae_decode", m, SDQ_PART_VAE)
+        || !sdq__md_check(ctx, "sdq_vae_decode: latent", latent, 4, m->info.latent)) return NULL;
+    return sdq__va_decode(ctx, m, latent, mode, 0);
+}
+
+SDQ_API sdq_tensor *sdq_vae_decode_tiled(sdq_ctx *ctx, const sdq_model *m, sdq_tensor *latent,
+                                         sdq_mode mode) {
+    if (!sdq__md_is(ctx, "sdq_vae_decode_tiled", m, SDQ_PART_VAE)
+        || !sdq__md_check(ctx, "sdq_vae_decode_tiled: latent", latent, 4, m->info.latent)
+        || !sdq__va_bands_fit(ctx, m, latent, mode)) return NULL;
+    return sdq__va_decode(ctx, m, latent, mode, sdq__va_band_bytes(m, latent));
 }
 
 /* ===========================================================================
@@ -12459,10 +12840,10 @@ SDQ_API void sdq_model_free(sdq_ctx *ctx, sdq_model *m) {
 }
 
 /* The network with zero weights from the text of its configuration; file names it in sentences.
- * src: NULL, or the checkpoint that must have all of its tensors. bare: without the weights. */
+ * src: NULL, or the checkpoint that must have all of its tensors. */
 static sdq_status sdq__md_create(sdq_ctx *ctx, const char *file, const char *text, size_t len,
-                                 sdq_part part, const sdq__sf_source *src, int bare,
-                                 sdq_model **out) {
+                                 sdq_part part, const sdq__sf_source *src,
+                                 sdq__md_bare bare, sdq_model **out) {
     const sdq__md_kind *kind = &sdq__md_kinds_of[part];
     sdq__builder b;
     sdq__json *root = NULL, *defaults = NULL;
@@ -12634,9 +13015,10 @@ static sdq_status sdq__md_fill(sdq_ctx *ctx, sdq_model *m, const sdq__sf_source 
         const int pack = frozen && p->layer && p->rank > 1;
         if (!sdq__md_find(src, p->name, &e)) continue;
         if (pack) SDQ__TRY(sdq__t_alloc(ctx, &p->layer->w));
-        SDQ__TRY(sdq__md_read(ctx, p, &e));
+        sdq__mem_note(ctx, e.bytes);            /* the file's pages */
+        if (!ctx->dry) SDQ__TRY(sdq__md_read(ctx, p, &e));
         sdq__st_set_forget(src->set, &e);
-        if (m->info.part == SDQ_PART_UNET) hash += sdq__md_hash(p);
+        if (m->info.part == SDQ_PART_UNET && !ctx->dry) hash += sdq__md_hash(p);
         if (pack) SDQ__TRY(sdq__ly_freeze(ctx, p->layer, e.dtype == SDQ_F16));
     }
     if (m->info.part == SDQ_PART_UNET) m->source = hash ? hash : 1;
@@ -12650,12 +13032,29 @@ static sdq_status sdq__md_load(sdq_ctx *ctx, const char *path, sdq_part part, in
     sdq_status st;
     *out = NULL;
     SDQ__TRY_DONE(sdq__md_place_open(ctx, path, part, 1, &p));
-    SDQ__TRY_DONE(sdq__md_create(ctx, p.file, p.config.s, p.config.len, part, &p.src, frozen, &m));
+    SDQ__TRY_DONE(sdq__md_create(ctx, p.file, p.config.s, p.config.len, part, &p.src,
+                                 frozen ? SDQ__MD_NO_WEIGHTS : SDQ__MD_WHOLE, &m));
     st = sdq__md_fill(ctx, m, &p.src, frozen);
 done:
     sdq__md_place_close(ctx, &p);
     if (st == SDQ_OK) *out = m;
     else sdq_model_free(ctx, m);
+    return st;
+}
+/* What loading would give, and whether the checkpoint has everything that is asked for. */
+static sdq_status sdq__md_look(sdq_ctx *ctx, const char *path, sdq_part part,
+                               sdq_model_info *info) {
+    sdq__md_place p;
+    sdq_model *m = NULL;
+    sdq_status st;
+    SDQ__TRY_DONE(sdq__md_place_open(ctx, path, part, 1, &p));
+    SDQ__TRY_DONE(sdq__md_create(ctx, p.file, p.config.s, p.config.len, part, &p.src,
+                                 SDQ__MD_SHAPES, &m));
+    *info = m->info;
+    st = sdq__md_surplus(ctx, &p.src, m);
+done:
+    sdq__md_place_close(ctx, &p);
+    sdq_model_free(ctx, m);
     return st;
 }
 SDQ_API sdq_status sdq_model_load(sdq_ctx *ctx, const char *path, sdq_part part,
@@ -12669,9 +13068,25 @@ SDQ_API sdq_status sdq_model_freeze(sdq_ctx *ctx, sdq_model *m) {
     return SDQ_OK;
 }
 
-/* The network with zero weights, or without them. */
-static sdq_status sdq__md_structure(sdq_ctx *ctx, const char *path, sdq_part part, int bare,
-                                    sdq_model **out) {
+/* (Emoji model: 58 dB from the float decoder.) */
+SDQ_API sdq_status sdq_vae_quantize(sdq_ctx *ctx, sdq_model *vae, sdq_range range) {
+    size_t i;
+    if (!sdq__md_is(ctx, "sdq_vae_quantize", vae, SDQ_PART_VAE)) return ctx->status;
+    for (i = 0; i < vae->layers; i++) {
+        sdq_layer *l = vae->layer[i];
+        sdq_quant q = sdq_layer_quant(l);
+        q.enabled = sdq__io_starts(l->name, "decoder.") && !sdq__io_ends(l->name, ".conv_in")
+                 && !sdq__io_ends(l->name, ".conv_out");
+        q.range = range == SDQ_RANGE_DEFAULT ? SDQ_RANGE_POSITION : range;
+        SDQ__TRY(sdq_layer_set_quant(ctx, l, &q));
+        SDQ__TRY(sdq_layer_convert(ctx, l));
+    }
+    return sdq_model_freeze(ctx, vae);
+}
+
+/* The network as its configuration describes it, no number of its checkpoint read. */
+static sdq_status sdq__md_structure(sdq_ctx *ctx, const char *path, sdq_part part,
+                                    sdq__md_bare bare, sdq_model **out) {
     sdq__md_place p;
     sdq_status st = sdq__md_place_open(ctx, path, part, 0, &p);
     *out = NULL;
@@ -12717,7 +13132,7 @@ SDQ_API sdq_status sdq_model_init(sdq_ctx *ctx, const char *path, sdq_part part,
     size_t i;
     if (!out) return SDQ_ERR_ARGUMENT;
     *out = NULL;
-    st = sdq__md_structure(ctx, path, part, 0, &m);
+    st = sdq__md_structure(ctx, path, part, SDQ__MD_WHOLE, &m);
     if (st != SDQ_OK) return st;
     sdq_rng_init(&rng, SDQ_RNG_TORCH, seed);
     for (i = 0; i < m->params && st == SDQ_OK; i++) st = sdq__md_draw(ctx, &m->param[i], &rng);
@@ -13753,6 +14168,15 @@ SDQ_API sdq_status sdq_scheduler_desc_from_json(sdq_ctx *ctx, const char *text, 
  * and no negative prompt. The order of random draws is that of diffusers on a CPU.
  * ======================================================================== */
 
+/* What a pipeline remembers of its description, to load networks by. */
+struct sdq__pl_source {
+    char *unet_int8;            /* NULL: none */
+    uint64_t made_from;         /* hash of the float weights that the int8 ones were made from */
+    int float_unet;             /* there is to be one */
+    int trainable, on_demand;
+    int sd2;                    /* of a single file */
+};
+
 SDQ_API void sdq_pipeline_free(sdq_ctx *ctx, sdq_pipeline *p) {
     if (!p) return;
     sdq_tokenizer_free(ctx, p->tokenizer);
@@ -13760,6 +14184,8 @@ SDQ_API void sdq_pipeline_free(sdq_ctx *ctx, sdq_pipeline *p) {
     sdq_model_free(ctx, p->vae);
     sdq_model_free(ctx, p->unet);
     sdq_model_free(ctx, p->unet_int8);
+    if (p->source) sdq__free(ctx, p->source->unet_int8);
+    sdq__free(ctx, p->source);
     sdq__free(ctx, p->policy);
     sdq__free(ctx, p->scheduler);
     sdq__free(ctx, p->folder);
@@ -13812,9 +14238,9 @@ SDQ_API sdq_status sdq_pipeline_scheduler(sdq_ctx *ctx, const sdq_pipeline *p,
 }
 
 /* The networks of a pipeline work on the same latents and texts. */
-static sdq_status sdq__pl_fits(sdq_ctx *ctx, const sdq_pipeline *p, const sdq_model *unet) {
-    const sdq_model_info u = sdq_model_get_info(unet), t = sdq_model_get_info(p->text);
-    const sdq_model_info v = sdq_model_get_info(p->vae);
+static sdq_status sdq__pl_fits(sdq_ctx *ctx, const sdq_pipeline *p) {
+    const sdq_model_info u = p->info[SDQ_PART_UNET], t = p->info[SDQ_PART_TEXT];
+    const sdq_model_info v = p->info[SDQ_PART_VAE];
     const size_t length = sdq_tokenizer_length(p->tokenizer);
     const char *in = p->single ? "its UNet" : "unet/config.json";
     const char *vae = p->single ? "its VAE" : "vae/config.json";
@@ -13882,21 +14308,20 @@ static sdq_status sdq__pl_single_scheduler(sdq_ctx *ctx, sdq_pipeline *p) {
 }
 
 static sdq_status sdq__pl_single_tokenizer(sdq_ctx *ctx, sdq_pipeline *p,
-                                           const sdq_pipeline_desc *d, int sd2) {
+                                           const sdq_pipeline_desc *d) {
     sdq_tokenizer_desc t;
     if (!d->merges || !d->merges_bytes)
         return sdq__fail(ctx, SDQ_ERR_MISSING, "%s: a single file holds no tokenizer and none was "
                          "given; set \"merges\" of sdq_pipeline_desc to CLIP's, which are in "
                          "tools/clip_vocab.inc", p->folder);
     memset(&t, 0, sizeof t);
-    t.max_length = sdq__u_min(sdq_model_get_info(p->text).tokens, 77);
-    if (sd2) t.pad = "!";
+    t.max_length = sdq__u_min(p->info[SDQ_PART_TEXT].tokens, 77);
+    if (p->source->sd2) t.pad = "!";
     return sdq_tokenizer_create(ctx, d->merges, d->merges_bytes, &t, &p->tokenizer);
 }
 
 /* What the file is, and so what its UNet predicts. */
-static sdq_status sdq__pl_open_single(sdq_ctx *ctx, sdq_pipeline *p, const sdq_pipeline_desc *d,
-                                      int *sd2) {
+static sdq_status sdq__pl_open_single(sdq_ctx *ctx, sdq_pipeline *p, const sdq_pipeline_desc *d) {
     sdq_file *f = NULL;
     sdq_file_info info;
     SDQ__TRY(sdq_file_open(ctx, p->folder, &f));
@@ -13906,7 +14331,7 @@ static sdq_status sdq__pl_open_single(sdq_ctx *ctx, sdq_pipeline *p, const sdq_p
         return sdq__sf_refuse(ctx, p->folder, &info, "drawing needs a single file of Stable "
                               "Diffusion 1 or 2 with UNet, VAE and text encoder, or a diffusers "
                               "folder");
-    *sd2 = info.kind == SDQ_FILE_SD2;
+    p->source->sd2 = info.kind == SDQ_FILE_SD2;
     p->prediction = info.prediction;
     p->because = info.because;
     if (d->prediction == SDQ_FILE_PREDICTS_DEFAULT) return SDQ_OK;
@@ -13917,63 +14342,112 @@ static sdq_status sdq__pl_open_single(sdq_ctx *ctx, sdq_pipeline *p, const sdq_p
 
 /* The models of SD 2 for 512 and for 768 pixels differ in what they predict and in nothing else:
  * whoever says the one says the other. */
-static void sdq__pl_single_size(const sdq_pipeline *p, sdq_model *unet, int sd2) {
-    const size_t f = sdq_model_get_info(p->vae).factor;
-    const size_t side = sd2 && p->prediction == SDQ_PREDICT_V ? 768 : 512;
-    if (unet) unet->info.sample_size = unet->info.sample_width = side / f;
+static void sdq__pl_single_size(const sdq_pipeline *p, sdq_model_info *unet) {
+    const int large = p->source->sd2 && p->prediction == SDQ_PREDICT_V;
+    if (p->single)
+        unet->sample_size = unet->sample_width = (large ? 768 : 512) / p->info[SDQ_PART_VAE].factor;
 }
 
-static sdq_status sdq__pl_int8(sdq_ctx *ctx, sdq_pipeline *p, const sdq_pipeline_desc *d) {
-    if (!d->unet_int8) return SDQ_OK;
-    p->policy = SDQ__NEW(ctx, sdq_policy);
-    if (!p->policy) return ctx->status;
-    SDQ__TRY(sdq_model_load_int8(ctx, p->folder, d->unet_int8, &p->unet_int8, p->policy));
-    if (!p->unet || p->unet->source == p->unet_int8->source) return SDQ_OK;
+/* Look at everything, load nothing: the networks' shapes and whether they fit together. */
+static sdq_status sdq__pl_look(sdq_ctx *ctx, sdq_pipeline *p, const sdq_pipeline_desc *d) {
+    sdq_model_info *unet = &p->info[SDQ_PART_UNET];
+    SDQ__TRY(sdq__md_look(ctx, p->folder, SDQ_PART_TEXT, &p->info[SDQ_PART_TEXT]));
+    SDQ__TRY(sdq__md_look(ctx, p->folder, SDQ_PART_VAE, &p->info[SDQ_PART_VAE]));
+    if (p->source->float_unet) SDQ__TRY(sdq__md_look(ctx, p->folder, SDQ_PART_UNET, unet));
+    if (d->unet_int8) {
+        p->source->unet_int8 = sdq__strdup(ctx, d->unet_int8);
+        p->policy = SDQ__NEW(ctx, sdq_policy);
+        if (!p->policy || !p->source->unet_int8) return ctx->status;
+        SDQ__TRY(sdq_model_peek_int8(ctx, p->folder, d->unet_int8, unet, &p->source->made_from,
+                                     p->policy));
+    }
+    if (p->single) {
+        SDQ__TRY(sdq__pl_single_scheduler(ctx, p));
+        SDQ__TRY(sdq__pl_single_tokenizer(ctx, p, d));
+        sdq__pl_single_size(p, unet);
+    }
+    if (!p->source->float_unet && !d->unet_int8)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "%s: neither a float nor an int8 UNet was asked "
+                         "for", p->folder);
+    return sdq__pl_fits(ctx, p);
+}
+
+/* ---- the networks, at once or on demand ---- */
+
+typedef enum sdq__pl_which {
+    SDQ__PL_TEXT = 0, SDQ__PL_VAE, SDQ__PL_UNET, SDQ__PL_INT8, SDQ__PL_NETWORKS
+} sdq__pl_which;
+
+static sdq_status sdq__pl_load_unet(sdq_ctx *ctx, const sdq_pipeline *p, sdq_model **out) {
+    const struct sdq__pl_source *src = p->source;
+    SDQ__TRY(sdq__md_load(ctx, p->folder, SDQ_PART_UNET, !src->trainable, out));
+    if (ctx->dry || !src->unet_int8 || (*out)->source == src->made_from) return SDQ_OK;
     return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: was made from other float weights than those in "
-                     "%s%s; quantize these, or load the int8 network alone", d->unet_int8,
+                     "%s%s; quantize these, or load the int8 network alone", src->unet_int8,
                      p->folder, p->single ? "" : "/unet");
 }
 
-static sdq_status sdq__pl_load(sdq_ctx *ctx, sdq_pipeline *p, const sdq_pipeline_desc *d) {
-    int sd2 = 0;
-    if ((unsigned)d->prediction >= SDQ_FILE_PREDICTS_COUNT || (d->prediction && !p->single))
-        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "%s: \"prediction\" is for single files; what the "
-                         "UNet of a folder predicts is in its scheduler_config.json", p->folder);
-    if (p->single) SDQ__TRY(sdq__pl_open_single(ctx, p, d, &sd2));
-    else SDQ__TRY(sdq__pl_open_folder(ctx, p));
-    SDQ__TRY(sdq__md_load(ctx, p->folder, SDQ_PART_TEXT, 1, &p->text));
-    SDQ__TRY(sdq__md_load(ctx, p->folder, SDQ_PART_VAE, !d->vae_int8, &p->vae));
-    if (!d->int8_only)
-        SDQ__TRY(sdq__md_load(ctx, p->folder, SDQ_PART_UNET, !d->trainable, &p->unet));
-    SDQ__TRY(sdq__pl_int8(ctx, p, d));
-    if (p->single) {
-        SDQ__TRY(sdq__pl_single_scheduler(ctx, p));
-        SDQ__TRY(sdq__pl_single_tokenizer(ctx, p, d, sd2));
-        sdq__pl_single_size(p, p->unet, sd2);
-        sdq__pl_single_size(p, p->unet_int8, sd2);
+static sdq_status sdq__pl_load_one(sdq_ctx *ctx, const sdq_pipeline *p, sdq__pl_which which,
+                                   sdq_model **out) {
+    switch (which) {
+    case SDQ__PL_TEXT:
+        return sdq__md_load(ctx, p->folder, SDQ_PART_TEXT, 1, out);
+    case SDQ__PL_VAE:
+        SDQ__TRY(sdq__md_load(ctx, p->folder, SDQ_PART_VAE, !p->vae_int8, out));
+        return p->vae_int8 ? sdq_vae_quantize(ctx, *out, SDQ_RANGE_DEFAULT) : SDQ_OK;
+    case SDQ__PL_UNET:
+        SDQ__TRY(sdq__pl_load_unet(ctx, p, out));
+        break;
+    default:
+        SDQ__TRY(sdq_model_load_int8(ctx, p->folder, p->source->unet_int8, out, NULL));
     }
-    if (!p->unet && !p->unet_int8)
-        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "%s: neither a float nor an int8 UNet was asked "
-                         "for", p->folder);
-    if (p->unet) SDQ__TRY(sdq__pl_fits(ctx, p, p->unet));
-    if (p->unet_int8) SDQ__TRY(sdq__pl_fits(ctx, p, p->unet_int8));
+    sdq__pl_single_size(p, &(*out)->info);
     return SDQ_OK;
 }
 
-/* The decoder in int8, a range per position; its ends and its attention's products stay float.
- * (Emoji model: 58 dB from the float decoder.) */
-static sdq_status sdq__pl_vae_int8(sdq_ctx *ctx, sdq_model *vae) {
-    size_t i;
-    for (i = 0; i < vae->layers; i++) {
-        sdq_layer *l = vae->layer[i];
-        sdq_quant q = sdq_layer_quant(l);
-        q.enabled = sdq__io_starts(l->name, "decoder.") && !sdq__io_ends(l->name, ".conv_in")
-                 && !sdq__io_ends(l->name, ".conv_out");
-        q.range = SDQ_RANGE_POSITION;
-        SDQ__TRY(sdq_layer_set_quant(ctx, l, &q));
-        SDQ__TRY(sdq_layer_convert(ctx, l));
-    }
+static sdq_model *sdq__pl_loaded(const sdq_pipeline *p, sdq__pl_which which) {
+    return which == SDQ__PL_TEXT ? p->text : which == SDQ__PL_VAE ? p->vae
+         : which == SDQ__PL_UNET ? p->unet : p->unet_int8;
+}
+static int sdq__pl_has(const sdq_pipeline *p, sdq__pl_which which) {
+    const struct sdq__pl_source *src = p->source;
+    if (sdq__pl_loaded(p, which)) return 1;
+    if (!src->on_demand) return 0;
+    return which == SDQ__PL_INT8 ? src->unet_int8 != NULL
+         : which == SDQ__PL_UNET ? src->float_unet : 1;
+}
+
+/* Networks that a call has loaded for itself. */
+typedef struct sdq__pl_held { sdq_model *m[SDQ__PL_NETWORKS]; } sdq__pl_held;
+
+static void sdq__pl_drop(sdq_ctx *ctx, sdq__pl_held *held, sdq__pl_which which) {
+    if (!held->m[which]) return;
+    sdq_model_free(ctx, held->m[which]);
+    held->m[which] = NULL;
+    sdq__mem_trim(ctx);
+}
+/* A network: the pipeline's, or one that is loaded now. */
+static sdq_status sdq__pl_take(sdq_ctx *ctx, const sdq_pipeline *p, sdq__pl_held *held,
+                               sdq__pl_which which, const sdq_model **out) {
+    *out = sdq__pl_loaded(p, which);
+    if (*out) return SDQ_OK;
+    if (!held->m[which]) SDQ__TRY(sdq__pl_load_one(ctx, p, which, &held->m[which]));
+    *out = held->m[which];
     return SDQ_OK;
+}
+
+static sdq_status sdq__pl_load(sdq_ctx *ctx, sdq_pipeline *p, const sdq_pipeline_desc *d) {
+    if ((unsigned)d->prediction >= SDQ_FILE_PREDICTS_COUNT || (d->prediction && !p->single))
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "%s: \"prediction\" is for single files; what the "
+                         "UNet of a folder predicts is in its scheduler_config.json", p->folder);
+    if (p->single) SDQ__TRY(sdq__pl_open_single(ctx, p, d));
+    else SDQ__TRY(sdq__pl_open_folder(ctx, p));
+    SDQ__TRY(sdq__pl_look(ctx, p, d));
+    if (d->on_demand) return SDQ_OK;
+    SDQ__TRY(sdq__pl_load_one(ctx, p, SDQ__PL_TEXT, &p->text));
+    SDQ__TRY(sdq__pl_load_one(ctx, p, SDQ__PL_VAE, &p->vae));
+    if (p->source->float_unet) SDQ__TRY(sdq__pl_load_one(ctx, p, SDQ__PL_UNET, &p->unet));
+    return d->unet_int8 ? sdq__pl_load_one(ctx, p, SDQ__PL_INT8, &p->unet_int8) : SDQ_OK;
 }
 
 SDQ_API sdq_status sdq_pipeline_load(sdq_ctx *ctx, const char *path,
@@ -13989,10 +14463,15 @@ SDQ_API sdq_status sdq_pipeline_load(sdq_ctx *ctx, const char *path,
     p->folder = sdq__strdup(ctx, path);
     p->single = sdq__io_is_file(path);
     p->vae_int8 = d.vae_int8;
+    p->vae_tiling = d.vae_tiling;
+    p->source = SDQ__NEW(ctx, struct sdq__pl_source);
     st = ctx->status;
-    if (st == SDQ_OK) st = sdq__pl_load(ctx, p, &d);
-    if (st == SDQ_OK && d.vae_int8) st = sdq__pl_vae_int8(ctx, p->vae);
-    if (st == SDQ_OK) st = sdq_model_freeze(ctx, p->vae);
+    if (st == SDQ_OK) {
+        p->source->float_unet = !d.int8_only;
+        p->source->trainable = d.trainable;
+        p->source->on_demand = d.on_demand;
+        st = sdq__pl_load(ctx, p, &d);
+    }
     if (st == SDQ_OK) *out = p;
     else sdq_pipeline_free(ctx, p);
     return st;
@@ -14066,7 +14545,8 @@ static sdq_status sdq__pl_precision(sdq_ctx *ctx, const sdq_pipeline *p, const s
 
 /* One of the two networks with its caches. */
 typedef struct sdq__pl_net {
-    const sdq_model *model;
+    sdq__pl_which which;
+    const sdq_model *model;         /* NULL: not there yet, or not any more */
     sdq_mode mode;
     sdq_prompt_cache *prompt;
     sdq_time_table *times;
@@ -14076,6 +14556,8 @@ typedef struct sdq__pl_run {
     const sdq_txt2img_desc *d;
     sdq_scheduler *s;
     sdq__pl_net net[2];             /* [0] int8, [1] float */
+    sdq__pl_held held;
+    int both;                       /* they stay in memory together */
     sdq_tensor *context;            /* [branches * count, t, c] */
     sdq_tensor *x;
     sdq_rng rng;
@@ -14087,8 +14569,7 @@ typedef struct sdq__pl_run {
 /* Two evaluations per step, with and without the prompt, unless the network takes the guidance
  * scale as an input (time_cond_proj_dim) or there is no guidance. */
 static size_t sdq__pl_branches(const sdq_pipeline *p, float guidance) {
-    const sdq_model *unet = p->unet ? p->unet : p->unet_int8;
-    return guidance > 1.0f && !sdq_model_get_info(unet).guidance ? 2 : 1;
+    return guidance > 1.0f && !p->info[SDQ_PART_UNET].guidance ? 2 : 1;
 }
 
 static sdq_status sdq__pl_caches(sdq_ctx *ctx, sdq__pl_run *r, sdq__pl_net *net) {
@@ -14108,8 +14589,34 @@ static sdq_status sdq__pl_caches(sdq_ctx *ctx, sdq__pl_run *r, sdq__pl_net *net)
     return st;
 }
 
+/* Forget a network: its caches, and its weights if they were loaded for this drawing. */
+static void sdq__pl_leave(sdq_ctx *ctx, sdq__pl_run *r, sdq__pl_net *net) {
+    sdq_prompt_cache_free(ctx, net->prompt);
+    sdq_time_table_free(ctx, net->times);
+    net->prompt = NULL;
+    net->times = NULL;
+    net->model = NULL;
+    sdq__pl_drop(ctx, &r->held, net->which);
+}
+
+/* Make a network ready; the other one leaves the memory first, if it was loaded on demand. */
+static sdq_status sdq__pl_enter(sdq_ctx *ctx, const sdq_pipeline *p, sdq__pl_run *r,
+                                sdq__pl_net *net) {
+    sdq__pl_net *other = &r->net[net == &r->net[0]];
+    if (net->prompt) return SDQ_OK;
+    if (!r->both && other->which != net->which && r->held.m[other->which])
+        sdq__pl_leave(ctx, r, other);
+    SDQ__TRY(sdq__pl_take(ctx, p, &r->held, net->which, &net->model));
+    return sdq__pl_caches(ctx, r, net);
+}
+
+static sdq_status sdq__pl_advance(sdq_ctx *ctx, sdq__pl_run *r, size_t i, const sdq_tensor *eps) {
+    return sdq_scheduler_step(ctx, r->s, i, sdq_f32(eps), sdq_f32(r->x), sdq_f32(r->x), r->count,
+                              r->x->dim[1], r->x->dim[2], r->x->dim[3], &r->rng);
+}
+
 /* Evaluation i: input for both branches, network, guidance, scheduler. */
-static sdq_status sdq__pl_step(sdq_ctx *ctx, sdq__pl_run *r, size_t i) {
+static sdq_status sdq__pl_step(sdq_ctx *ctx, const sdq_pipeline *p, sdq__pl_run *r, size_t i) {
     const sdq_mark mark = sdq_arena_mark(ctx);
     sdq__pl_net *net = &r->net[r->is_float[i] != 0];
     const size_t n = sdq_tensor_count(r->x), all = r->branches * r->count;
@@ -14119,7 +14626,7 @@ static sdq_status sdq__pl_step(sdq_ctx *ctx, sdq__pl_run *r, size_t i) {
     float *times;
     size_t j;
     memset(&u, 0, sizeof u);
-    if (!net->prompt) SDQ__TRY(sdq__pl_caches(ctx, r, net));
+    SDQ__TRY(sdq__pl_enter(ctx, p, r, net));
     in = sdq_tensor_4d(ctx, all, r->x->dim[1], r->x->dim[2], r->x->dim[3]);
     times = SDQ__PUSH_N(ctx, float, all);
     if (!in || !times) return ctx->status;
@@ -14150,22 +14657,24 @@ static sdq_status sdq__pl_step(sdq_ctx *ctx, sdq__pl_run *r, size_t i) {
         if (r->d->step(r->d->user, &info))
             return sdq__fail(ctx, SDQ_ERR_CANCELLED, "drawing: cancelled at evaluation %zu", i);
     }
-    SDQ__TRY(sdq_scheduler_step(ctx, r->s, i, sdq_f32(eps), sdq_f32(r->x), sdq_f32(r->x), r->count,
-                                r->x->dim[1], r->x->dim[2], r->x->dim[3], &r->rng));
+    SDQ__TRY(sdq__pl_advance(ctx, r, i, eps));
     sdq_arena_release(ctx, mark);
     return SDQ_OK;
 }
 
 /* The context of both branches: negative prompt first, each repeated for every picture. */
-static sdq_tensor *sdq__pl_context(sdq_ctx *ctx, const sdq_pipeline *p, const sdq__pl_run *r) {
+static sdq_tensor *sdq__pl_context(sdq_ctx *ctx, const sdq_pipeline *p, sdq__pl_run *r) {
     const sdq_mark mark = sdq_arena_mark(ctx);
+    const sdq_model *encoder;
     const char *text[2];
     sdq_tensor *c, *all;
     size_t dim[3], i, size;
     text[0] = r->d->negative;
     text[1] = r->d->prompt;
-    c = sdq_text_forward(ctx, p->text,
+    if (sdq__pl_take(ctx, p, &r->held, SDQ__PL_TEXT, &encoder) != SDQ_OK) return NULL;
+    c = sdq_text_forward(ctx, encoder,
                          sdq_pipeline_ids(ctx, p, text + (2 - r->branches), r->branches));
+    sdq__pl_drop(ctx, &r->held, SDQ__PL_TEXT);
     if (!c) return NULL;
     memcpy(dim, c->dim, sizeof dim);
     size = dim[1] * dim[2];
@@ -14179,15 +14688,15 @@ static sdq_tensor *sdq__pl_context(sdq_ctx *ctx, const sdq_pipeline *p, const sd
 /* Height and width of the latents: of the picture asked for, or the UNet's own, or 512 pixels. */
 static void sdq__pl_latent_size(const sdq_pipeline *p, const sdq_txt2img_desc *d, size_t *h,
                                 size_t *w) {
-    const sdq_model_info unet = sdq_model_get_info(p->unet ? p->unet : p->unet_int8);
-    const size_t f = sdq_model_get_info(p->vae).factor, other = sdq__u_max(512 / f, 1);
+    const sdq_model_info unet = p->info[SDQ_PART_UNET];
+    const size_t f = p->info[SDQ_PART_VAE].factor, other = sdq__u_max(512 / f, 1);
     *h = d->height ? d->height / f : unet.sample_size ? unet.sample_size : other;
     *w = d->width ? d->width / f : unet.sample_width ? unet.sample_width : other;
 }
 
 static sdq_status sdq__pl_noise(sdq_ctx *ctx, const sdq_pipeline *p, sdq__pl_run *r) {
     const sdq_txt2img_desc *d = r->d;
-    const size_t f = sdq_model_get_info(p->vae).factor, c = sdq_model_get_info(p->vae).latent;
+    const size_t f = p->info[SDQ_PART_VAE].factor, c = p->info[SDQ_PART_VAE].latent;
     const float sigma = sdq_scheduler_init_sigma(r->s);
     size_t i, n, h, w;
     if (d->width % f || d->height % f || d->width > 65536 || d->height > 65536)
@@ -14206,15 +14715,20 @@ static sdq_status sdq__pl_noise(sdq_ctx *ctx, const sdq_pipeline *p, sdq__pl_run
 }
 
 static sdq_status sdq__pl_networks(sdq_ctx *ctx, const sdq_pipeline *p, sdq__pl_run *r) {
-    size_t i;
-    r->net[1].model = p->unet ? p->unet : p->unet_int8;
+    const int fake = r->d->mode == SDQ_FAKE;
+    size_t i, turns = 0;
+    r->net[1].which = sdq__pl_has(p, SDQ__PL_UNET) ? SDQ__PL_UNET : SDQ__PL_INT8;
     r->net[1].mode = SDQ_FLOAT;
-    r->net[0].model = r->d->mode == SDQ_FAKE ? p->unet : p->unet_int8;
-    r->net[0].mode = r->d->mode == SDQ_FAKE ? SDQ_FAKE : SDQ_INT8;
-    for (i = 0; i < sdq_scheduler_count(r->s); i++)
-        if (!r->net[r->is_float[i] != 0].model)
+    r->net[0].which = fake ? SDQ__PL_UNET : SDQ__PL_INT8;
+    r->net[0].mode = fake ? SDQ_FAKE : SDQ_INT8;
+    for (i = 0; i < sdq_scheduler_count(r->s); i++) {
+        if (i && !r->is_float[i] != !r->is_float[i - 1]) turns++;
+        if (!sdq__pl_has(p, r->net[r->is_float[i] != 0].which))
             return sdq__fail(ctx, SDQ_ERR_MISSING,
                              "no int8 UNet is loaded; make one with sdq quantize");
+    }
+    r->both = turns > 2;        /* float edges are two; a schedule that turns more would load for
+                                 * longer than it computes */
     return SDQ_OK;
 }
 
@@ -14246,14 +14760,16 @@ static sdq_status sdq__pl_denoise(sdq_ctx *ctx, const sdq_pipeline *p, sdq__pl_r
     SDQ__TRY(sdq__pl_noise(ctx, p, r));
     r->context = sdq__pl_context(ctx, p, r);
     if (!r->context) return ctx->status;
-    if (sdq_model_get_info(r->net[1].model).guidance) {
+    if (p->info[SDQ_PART_UNET].guidance) {
         r->guidance = SDQ__PUSH_N(ctx, float, r->count);
         if (!r->guidance) return ctx->status;
         for (i = 0; i < r->count; i++) r->guidance[i] = d->guidance;
     }
     for (i = 0; i < n; i++) {
-        SDQ__TRY(sdq__pl_step(ctx, r, i));
-        if (!sdq__pl_finite(r->x))
+        const int like_before = i && !r->is_float[i] == !r->is_float[i - 1];
+        if (ctx->dry && like_before) SDQ__TRY(sdq__pl_advance(ctx, r, i, r->x));
+        else SDQ__TRY(sdq__pl_step(ctx, p, r, i));
+        if (!ctx->dry && !sdq__pl_finite(r->x))
             return sdq__fail(ctx, SDQ_ERR_NUMERIC, "drawing: evaluation %zu at timestep %g with "
                              "guidance %g gave latents that are not finite; are the weights and "
                              "initial latents sound?", i, (double)sdq_scheduler_timestep(r->s, i),
@@ -14284,43 +14800,55 @@ SDQ_API sdq_tensor *sdq_txt2img_latents(sdq_ctx *ctx, const sdq_pipeline *p,
         if (i == 0) *float_count = 0;
         *float_count += r->is_float[i] != 0;
     }
-    for (i = 0; i < 2; i++) {
-        sdq_prompt_cache_free(ctx, r->net[i].prompt);
-        sdq_time_table_free(ctx, r->net[i].times);
-    }
     if (r->s) sdq_scheduler_free(ctx, r->s);
+    x = sdq__keep(ctx, mark, x);
+    for (i = 0; i < 2; i++) sdq__pl_leave(ctx, r, &r->net[i]);
+    sdq__pl_drop(ctx, &r->held, SDQ__PL_TEXT);
     sdq__free(ctx, r);
-    return sdq__keep(ctx, mark, x);
+    return x;
+}
+
+/* Picture i of the latents, 8 bits. */
+static sdq_status sdq__pl_decode(sdq_ctx *ctx, const sdq_pipeline *p, const sdq_model *vae,
+                                 const sdq_tensor *latents, size_t i, sdq_image *image) {
+    const float scaling = vae->info.scaling_factor;
+    const size_t size = sdq_tensor_count(latents) / latents->dim[0];
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    const sdq_mode mode = p->vae_int8 ? SDQ_INT8 : SDQ_FLOAT;
+    sdq_tensor *y,
+        *z = sdq_tensor_4d(ctx, 1, latents->dim[1], latents->dim[2], latents->dim[3]);
+    size_t j;
+    for (j = 0; z && j < size; j++) sdq_f32(z)[j] = sdq_f32(latents)[i * size + j] / scaling;
+    y = p->vae_tiling ? sdq_vae_decode_tiled(ctx, vae, z, mode) : sdq_vae_decode(ctx, vae, z, mode);
+    if (!y) return ctx->status;
+    if (!ctx->dry && !sdq__pl_finite(y))
+        return sdq__fail(ctx, SDQ_ERR_NUMERIC, "decoding: picture %zu has values that are not "
+                         "finite; are the latents and the VAE's weights sound?", i);
+    SDQ__TRY(sdq_image_new(ctx, y->dim[2], y->dim[1], y->dim[3], image));
+    for (j = 0; !ctx->dry && j < sdq_tensor_count(y); j++) {
+        float v = sdq_f32(y)[j] * 0.5f + 0.5f;
+        v = v < 0.0f ? 0.0f : v > 1.0f ? 1.0f : v;
+        image->px[j] = (unsigned char)sdq__q_rint(v * 255.0f);
+    }
+    sdq_arena_release(ctx, mark);
+    return SDQ_OK;
 }
 
 SDQ_API sdq_status sdq_decode_latents(sdq_ctx *ctx, const sdq_pipeline *p, sdq_tensor *latents,
                                       sdq_image *images) {
-    const float scaling = sdq_model_get_info(p->vae).scaling_factor;
-    size_t i, j, done = 0;
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    const sdq_model *vae = NULL;
+    sdq__pl_held held;
     sdq_status st = ctx->status;
+    size_t i, done;
     if (!latents || st != SDQ_OK) return st;
-    for (i = 0; i < latents->dim[0] && st == SDQ_OK; i++) {      /* one at a time: less memory */
-        const sdq_mark mark = sdq_arena_mark(ctx);
-        const size_t size = sdq_tensor_count(latents) / latents->dim[0];
-        sdq_tensor *z = sdq_tensor_4d(ctx, 1, latents->dim[1], latents->dim[2], latents->dim[3]),
-                   *y;
-        for (j = 0; z && j < size; j++) sdq_f32(z)[j] = sdq_f32(latents)[i * size + j] / scaling;
-        y = sdq_vae_decode(ctx, p->vae, z, p->vae_int8 ? SDQ_INT8 : SDQ_FLOAT);
-        st = y ? SDQ_OK : ctx->status;
-        if (y && !sdq__pl_finite(y))
-            st = sdq__fail(ctx, SDQ_ERR_NUMERIC, "decoding: picture %zu has values that are not "
-                           "finite; are the latents and the VAE's weights sound?", i);
-        if (st == SDQ_OK)
-            st = sdq_image_new(ctx, y->dim[2], y->dim[1], y->dim[3], &images[i]);
-        for (j = 0; st == SDQ_OK && j < sdq_tensor_count(y); j++) {
-            float v = sdq_f32(y)[j] * 0.5f + 0.5f;
-            v = v < 0.0f ? 0.0f : v > 1.0f ? 1.0f : v;
-            images[i].px[j] = (unsigned char)sdq__q_rint(v * 255.0f);
-        }
-        if (st == SDQ_OK) done++;
-        sdq_arena_release(ctx, mark);
-    }
+    memset(&held, 0, sizeof held);
+    st = sdq__pl_take(ctx, p, &held, SDQ__PL_VAE, &vae);
+    for (done = 0; done < latents->dim[0] && st == SDQ_OK; done += st == SDQ_OK)
+        st = sdq__pl_decode(ctx, p, vae, latents, done, &images[done]);
     for (i = 0; st != SDQ_OK && i < done; i++) sdq_image_free(ctx, &images[i]);
+    sdq_arena_release(ctx, mark);
+    sdq__pl_drop(ctx, &held, SDQ__PL_VAE);
     return st;
 }
 
@@ -14330,6 +14858,52 @@ SDQ_API sdq_status sdq_txt2img(sdq_ctx *ctx, const sdq_pipeline *p, const sdq_tx
     sdq_tensor *x = sdq_txt2img_latents(ctx, p, d, NULL, NULL);
     sdq_status st = x ? sdq_decode_latents(ctx, p, x, images) : ctx->status;
     sdq_arena_release(ctx, mark);
+    return st;
+}
+
+/* A context like ctx that runs dry. */
+static sdq_status sdq__pl_dry(const sdq_ctx *ctx, sdq__dry *dry, sdq_ctx **out) {
+    sdq_ctx_desc d = ctx->desc;
+    memset(dry, 0, sizeof *dry);
+    d.tier = ctx->tier;
+    d.threads = ctx->threads;
+    d.alloc = sdq__mem_dry_alloc;
+    d.release = sdq__mem_dry_release;
+    d.user = dry;
+    SDQ__TRY(sdq_ctx_create(&d, out));
+    (*out)->dry = dry;
+    return SDQ_OK;
+}
+
+SDQ_API sdq_status sdq_txt2img_memory(sdq_ctx *ctx, const char *path,
+                                      const sdq_pipeline_desc *pipeline,
+                                      const sdq_txt2img_desc *desc, size_t *bytes) {
+    sdq_txt2img_desc d = *desc;
+    sdq_pipeline *p = NULL;
+    sdq_image *images;
+    sdq_status st;
+    sdq_ctx *run;
+    sdq__dry dry;
+    *bytes = 0;
+    if (ctx->status != SDQ_OK) return ctx->status;
+    if (sdq__pl_dry(ctx, &dry, &run) != SDQ_OK)
+        return sdq__fail(ctx, SDQ_ERR_OOM, "out of memory");
+    d.step = NULL;
+    d.progress = NULL;
+    if (d.count == 0) d.count = 1;
+    st = sdq_pipeline_load(run, path, pipeline, &p);
+    images = st == SDQ_OK ? SDQ__NEW_N(run, sdq_image, d.count) : NULL;
+    if (images) {
+        size_t i;
+        st = sdq_txt2img(run, p, &d, images);
+        for (i = 0; st == SDQ_OK && i < d.count; i++) sdq_image_free(run, &images[i]);
+    }
+    sdq__free(run, images);
+    sdq_pipeline_free(run, p);
+    if (st == SDQ_OK) *bytes = dry.most;
+    else (void)sdq__fail(ctx, st, "%s", sdq_error_text(run));
+    sdq_ctx_free(run);
+    free(dry.large);
     return st;
 }
 
@@ -15076,7 +15650,7 @@ static int sdq__cal_keep(void *user, const sdq_step_info *info) {
 SDQ_API sdq_status sdq_states_collect(sdq_ctx *ctx, const sdq_pipeline *p,
                                       const char *const *prompts, size_t n,
                                       const sdq_txt2img_desc *desc, sdq_states **out) {
-    const sdq_model_info unet = sdq_model_get_info(p->unet ? p->unet : p->unet_int8);
+    const sdq_model_info unet = p->info[SDQ_PART_UNET];
     const float g = desc->guidance == 0.0f ? 7.5f : desc->guidance;
     const size_t branches = sdq__pl_branches(p, g), steps = desc->steps ? desc->steps : 50;
     sdq_states *s = SDQ__NEW(ctx, sdq_states);
@@ -15798,8 +16372,8 @@ static sdq_status sdq__cv_read_float(sdq_ctx *ctx, const sdq_file *f, const char
     if (!sdq__cv_need(ctx, f, path, p->name, "", e && e->dtype == SDQ_F16 ? SDQ_F16 : SDQ_F32,
                       p->rank, p->dim)) return ctx->status;
     if (p->rank > 1 && p->layer) SDQ__TRY(sdq__t_alloc(ctx, &p->layer->w));
-    SDQ__TRY(sdq__md_read(ctx, p, e));
-    for (i = 0; i < count; i++)
+    if (!ctx->dry) SDQ__TRY(sdq__md_read(ctx, p, e));
+    for (i = 0; !ctx->dry && i < count; i++)
         if (!(fabsf(sdq_f32(sdq__md_tensor(p))[i]) <= FLT_MAX))
             return sdq__fail(ctx, SDQ_ERR_NUMERIC, "%s: %s has a value that is not finite", path,
                              p->name);
@@ -15888,9 +16462,10 @@ done:
     return st;
 }
 
-/* The file is whole, and of the network that `m` is: same configuration, same hash as written. */
+/* The file is of the network that `m` is: same configuration; and whole: same hash as written.
+ * look: the second is not asked for. */
 static sdq_status sdq__cv_check(sdq_ctx *ctx, const sdq_file *f, const char *path,
-                                const char *folder, sdq_model *m) {
+                                const char *folder, int look, sdq_model *m) {
     const char *config = sdq_file_meta(f, "sdq.config");
     uint64_t want, hash = 0;
     int same = 1;
@@ -15901,8 +16476,8 @@ static sdq_status sdq__cv_check(sdq_ctx *ctx, const sdq_file *f, const char *pat
         || !sdq__cv_read_hash(sdq_file_meta(f, "sdq.source"), &m->source))
         return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: has no valid \"sdq.hash\" and \"sdq.source\": "
                          "it is damaged or of an older version; quantize the network again", path);
-    SDQ__TRY(sdq__cv_hash_file(ctx, f, &hash));
-    if (hash != want)
+    if (!look) SDQ__TRY(sdq__cv_hash_file(ctx, f, &hash));
+    if (!look && hash != want)
         return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: is damaged: its hash is %08lx%08lx, but "
                          "\"sdq.hash\" says %s; copy or make it again", path,
                          (unsigned long)(hash >> 32), (unsigned long)(hash & 0xffffffffu),
@@ -15911,6 +16486,24 @@ static sdq_status sdq__cv_check(sdq_ctx *ctx, const sdq_file *f, const char *pat
     if (same) return SDQ_OK;
     return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: was made from another UNet than the one in %s",
                      path, folder);
+}
+
+SDQ_API sdq_status sdq_model_peek_int8(sdq_ctx *ctx, const char *folder, const char *path,
+                                       sdq_model_info *info, uint64_t *source,
+                                       sdq_policy *policy) {
+    sdq_file *f = NULL;
+    sdq_model *m = NULL;
+    sdq_status st;
+    SDQ__TRY(sdq_file_open(ctx, path, &f));
+    SDQ__TRY_DONE(sdq__md_structure(ctx, folder, SDQ_PART_UNET, SDQ__MD_SHAPES, &m));
+    SDQ__TRY_DONE(sdq__cv_check(ctx, f, path, folder, 1, m));
+    *info = m->info;
+    *source = m->source;
+    st = sdq__cv_read_policy(ctx, f, path, policy);
+done:
+    sdq_model_free(ctx, m);
+    sdq_file_close(ctx, f);
+    return st;
 }
 
 SDQ_API sdq_status sdq_model_load_int8(sdq_ctx *ctx, const char *folder, const char *path,
@@ -15923,8 +16516,8 @@ SDQ_API sdq_status sdq_model_load_int8(sdq_ctx *ctx, const char *folder, const c
     *out = NULL;
     st = sdq_file_open(ctx, path, &f);
     if (st != SDQ_OK) return st;
-    SDQ__TRY_DONE(sdq__md_structure(ctx, folder, SDQ_PART_UNET, 1, &m));
-    SDQ__TRY_DONE(sdq__cv_check(ctx, f, path, folder, m));
+    SDQ__TRY_DONE(sdq__md_structure(ctx, folder, SDQ_PART_UNET, SDQ__MD_NO_WEIGHTS, &m));
+    SDQ__TRY_DONE(sdq__cv_check(ctx, f, path, folder, ctx->dry != NULL, m));
     for (i = 0; i < m->layers; i++) m->layer[i]->quant.enabled = 0;
     SDQ__TRY_DONE(sdq__cv_read_attention(ctx, f, path, m));
     SDQ__TRY_DONE(sdq__cv_read_params(ctx, f, path, m));

@@ -66,6 +66,17 @@ ok "fake == int8" same
 for p in int8 mixed; do ok "txt2img $p" s txt2img --model $model --unet "$out/q" --precision $p --k 1 -p cat --steps 4 --out "$out/$p.png"; done
 ok "float list" s txt2img --model $model --unet "$out/q" --float-evals 0,4 -p cat --steps 4 --out "$out/list.png"
 ok "k=1 is evaluations 0 and 4" cmp "$out/list.png" "$out/mixed.png"
+# the memory it says it needs, and what the process took: within 10 %
+foreseen() { "$sdq" txt2img --threads 1 --model examples/emoji/model -p "red apple" --steps 4 -o "$out/m.png" "$@" 2>"$out/need" >"$out/took" \
+    && awk '/memory needed/ { n = $3 } /peak memory/ { for (i = 1; i < NF; i++) if ($i == "memory") p = $(i + 1) }
+            END { exit !(p > 0 && n / p > 0.9 && n / p < 1.1) }' "$out/need" "$out/took"; }
+for size in 128 256; do
+    ok "memory for $size pixels" foreseen -W $size -H $size
+    ok "memory for $size pixels, in bands" foreseen -W $size -H $size --vae-tiling --vae int8
+    ok "memory for $size pixels, all networks" foreseen -W $size -H $size --keep-loaded
+done
+ok "one hash on every instruction set" s bench --hash --model $model --unet "$out/q"
+says "a hash of no file" 1 "cannot be opened" s bench --hash --model $model --unet "$out/nothing"
 ok "int8 only" s txt2img --model $model --unet "$out/q" --int8-only -p cat --steps 4 --out "$out/only.png"
 ok "int8 only draws the same" cmp "$out/only.png" "$out/int8.png"
 ok "schedule" s schedule --model $model --unet "$out/q" --data $data --count 2 --steps 4 --target-psnr 0 --max-float 2
@@ -103,6 +114,7 @@ rm "$out/v/scheduler/scheduler_config.json"
 says "no scheduler" 1 "scheduler_config.json: is missing" s txt2img --model "$out/v" -p cat -o "$out/x.png"
 says "logs that resuming cannot repeat" 2 "divisor of --save-every" s train --what vae --model $model --data $data --out "$out/v2" --steps 4 --save-every 4 --log-every 3
 says "no log rows" 2 "1 or more" s train --what vae --model $model --data $data --out "$out/v2" --steps 4 --log-every 0
+ok "in bands" sh -c "\"$sdq\" txt2img --model $model -p cat --steps 1 -o \"$out/b1.png\" && \"$sdq\" txt2img --model $model -p cat --steps 1 --vae-tiling -o \"$out/b2.png\" && cmp \"$out/b1.png\" \"$out/b2.png\""
 ok "an int8 decoder" s txt2img --model $model --vae int8 -p cat --steps 1 -o "$out/x.png"
 says "karras for pndm" 1 "Karras" s txt2img --model $model --karras -p cat -o "$out/x.png"
 variant v; sed -i 's/"timestep_spacing": "leading"/"timestep_spacing": "trailing"/' "$out/v/scheduler/scheduler_config.json"

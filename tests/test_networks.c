@@ -421,8 +421,8 @@ static void test_scaling(int tier) {
     (void)tier;
     SDQT_CHECK(sdq_ctx_create(NULL, &ctx) == SDQ_OK);
     for (i = 0; i < 4; i++) {
-        SDQT_CHECK(sdq__md_create(ctx, "config.json", text[i], strlen(text[i]), SDQ_PART_VAE, NULL, 0,
-                                  &m) == SDQ_OK);
+        SDQT_CHECK(sdq__md_create(ctx, "config.json", text[i], strlen(text[i]), SDQ_PART_VAE, NULL,
+                                  SDQ__MD_WHOLE, &m) == SDQ_OK);
         SDQT_CHECK(sdq_model_set_scaling(ctx, m, 0.25f) == SDQ_OK);
         SDQT_THAT(strcmp(m->config, want[i]) == 0, "%s", m->config);
         SDQT_CHECK(sdq_model_get_info(m).scaling_factor == 0.25f);
@@ -628,7 +628,7 @@ static void test_refused_config(int tier) {
     SDQT_CHECK(sdq_ctx_create(NULL, &ctx) == SDQ_OK);
     for (p = SDQ_PART_TEXT; p < SDQ_PART_COUNT; p++) {
         (void)snprintf(text, sizeof text, "{\"unknown_key\": [1, {}], %s", good[p]);
-        SDQT_THAT(sdq__md_create(ctx, "c.json", text, strlen(text), (sdq_part)p, NULL, 0, &m)
+        SDQT_THAT(sdq__md_create(ctx, "c.json", text, strlen(text), (sdq_part)p, NULL, SDQ__MD_WHOLE, &m)
                   == SDQ_OK, "%s", sdq_error_text(ctx));
         sdq_model_free(ctx, m);
     }
@@ -636,7 +636,7 @@ static void test_refused_config(int tier) {
         const refusal *r = &refusals[i];
         sdq_status st;
         build_config(text, sizeof text, r->add, good[r->part]);
-        st = sdq__md_create(ctx, "c.json", text, strlen(text), r->part, NULL, 0, &m);
+        st = sdq__md_create(ctx, "c.json", text, strlen(text), r->part, NULL, SDQ__MD_WHOLE, &m);
         SDQT_THAT(st == r->status && !m, "%s: status %d: %s", r->add, (int)st, sdq_error_text(ctx));
         SDQT_THAT(strstr(sdq_error_text(ctx), r->says)
                   && strncmp(sdq_error_text(ctx), "c.json: ", 8) == 0,
@@ -646,7 +646,7 @@ static void test_refused_config(int tier) {
     }
     for (i = 0; i < 3; i++) {
         static const char *const broken[] = {"[1]", "{\"in_channels\": 4", ""};
-        SDQT_CHECK(sdq__md_create(ctx, "c.json", broken[i], strlen(broken[i]), SDQ_PART_UNET, NULL, 0,
+        SDQT_CHECK(sdq__md_create(ctx, "c.json", broken[i], strlen(broken[i]), SDQ_PART_UNET, NULL, SDQ__MD_WHOLE,
                                   &m) == SDQ_ERR_FORMAT && !m);
         sdq_clear_error(ctx);
     }
@@ -677,7 +677,7 @@ static void test_accepted_config(int tier) {
         sdq_model *m = NULL;
         sdq_model_info info;
         build_config(text, sizeof text, cases[i].add, good[cases[i].part]);
-        if (!SDQT_THAT(sdq__md_create(ctx, "c.json", text, strlen(text), cases[i].part, NULL, 0, &m)
+        if (!SDQT_THAT(sdq__md_create(ctx, "c.json", text, strlen(text), cases[i].part, NULL, SDQ__MD_WHOLE, &m)
                        == SDQ_OK, "%s: %s", cases[i].add, sdq_error_text(ctx))) continue;
         info = sdq_model_get_info(m);
         SDQT_THAT(info.sample_size == cases[i].h && info.sample_width == cases[i].w,
@@ -718,13 +718,14 @@ static void test_fitting(int tier) {
                                                                : "\"layers_per_block\": 1", good[k]);
             build_config(text, sizeof text, cases[i].part == (sdq_part)k ? cases[i].add
                                             : "\"layers_per_block\": 1", base + 1);
-            SDQT_THAT(sdq__md_create(ctx, "c.json", text, strlen(text), (sdq_part)k, NULL, 0, &m[k])
+            SDQT_THAT(sdq__md_create(ctx, "c.json", text, strlen(text), (sdq_part)k, NULL, SDQ__MD_WHOLE,
+                                    &m[k])
                       == SDQ_OK, "%s: %s", text, sdq_error_text(ctx));
         }
-        p.text = m[SDQ_PART_TEXT];
-        p.vae = m[SDQ_PART_VAE];
+        for (k = SDQ_PART_TEXT; k < SDQ_PART_COUNT; k++)
+            if (m[k]) p.info[k] = sdq_model_get_info(m[k]);
         p.folder = folder;
-        st = m[SDQ_PART_UNET] ? sdq__pl_fits(ctx, &p, m[SDQ_PART_UNET]) : SDQ_ERR_OOM;
+        st = m[SDQ_PART_UNET] ? sdq__pl_fits(ctx, &p) : SDQ_ERR_OOM;
         SDQT_CHECK((st == SDQ_OK) == (i == 0));
         SDQT_THAT(strstr(sdq_error_text(ctx), cases[i].says[0])
                   && strstr(sdq_error_text(ctx), cases[i].says[1]), "%s", sdq_error_text(ctx));
@@ -1083,6 +1084,199 @@ static void test_vae_int8(int tier) {
     sdq_ctx_free(ctx);
 }
 
+/* ---- the decoder in bands ---- */
+
+/* A decoder of that configuration with random weights, whole and in bands: the same bits, less
+ * memory where the picture has more than a band. */
+static void in_bands(int tier, const char *path, size_t h, size_t w, int int8, double less) {
+    sdq_ctx *ctx[2] = {NULL, NULL};
+    sdq_tensor *y[2] = {NULL, NULL};
+    sdq_ctx_desc cd;
+    sdq_rng rng;
+    int i;
+    memset(&cd, 0, sizeof cd);
+    cd.tier = (sdq_tier)tier;
+    for (i = 0; i < 2; i++) {
+        sdq_model *vae = NULL;
+        sdq_tensor *z;
+        if (sdq_ctx_create(&cd, &ctx[i]) != SDQ_OK) exit(2);
+        if (sdq_model_load(ctx[i], path, SDQ_PART_VAE, &vae) == SDQ_OK)
+            (void)(int8 ? sdq_vae_quantize(ctx[i], vae, SDQ_RANGE_DEFAULT)
+                        : sdq_model_freeze(ctx[i], vae));
+        z = sdq_tensor_4d(ctx[i], 1, h, w, vae ? sdq_model_get_info(vae).latent : 1);
+        sdq_rng_init(&rng, SDQ_RNG_PHILOX, 2);
+        sdq_rng_normal(&rng, sdq_f32(z), sdq_tensor_count(z));
+        y[i] = (i ? sdq_vae_decode_tiled : sdq_vae_decode)(ctx[i], vae, z,
+                                                           int8 ? SDQ_INT8 : SDQ_FLOAT);
+        SDQT_THAT(y[i] != NULL, "%s", sdq_error_text(ctx[i]));
+        sdq_model_free(ctx[i], vae);
+    }
+    if (y[0] && y[1]) {
+        const double part = (double)sdq_arena_peak(ctx[1]) / (double)sdq_arena_peak(ctx[0]);
+        SDQT_CHECK(sdq__t_same(y[0], y[1]));
+        SDQT_BYTES(y[0]->data, y[1]->data, sdq_tensor_count(y[0]) * 4);
+        SDQT_THAT(part < less, "%s, %zu x %zu: in bands %.2f of the memory", path, h, w, part);
+        if (getenv("SDQT_SHOW")) printf("%s, %zu x %zu: %.2f\n", path, h, w, part);
+    }
+    for (i = 0; i < 2; i++) sdq_ctx_free(ctx[i]);
+}
+
+static void test_vae_bands(int tier) {
+    static const char emoji[] = "examples/emoji/model";
+    in_bands(tier, "tests/golden/models/bk-a", 9, 5, 0, 1.5);   /* less than a band: one band */
+    if (tier == SDQ_TIER_SCALAR) return;
+    in_bands(tier, "tests/golden/models/sd1-a", 13, 17, 0, 1.5);
+    in_bands(tier, emoji, 130, 83, 0, 0.8);     /* odd sizes, a short last band */
+    in_bands(tier, emoji, 41, 300, 0, 0.85);
+    in_bands(tier, emoji, 67, 90, 1, 0.9);
+}
+
+static void test_vae_bands_refused(int tier) {
+    sdq_ctx *ctx;
+    sdq_model *vae = NULL;
+    sdq_tensor *z;
+    (void)tier;
+    if (sdq_ctx_create(NULL, &ctx) != SDQ_OK) exit(2);
+    SDQT_CHECK(sdq_model_load(ctx, "tests/golden/models/bk-a", SDQ_PART_VAE, &vae) == SDQ_OK);
+    z = sdq_tensor_4d(ctx, 2, 4, 4, sdq_model_get_info(vae).latent);
+    SDQT_CHECK(!sdq_vae_decode_tiled(ctx, vae, z, SDQ_FLOAT)
+               && sdq_last_error(ctx) == SDQ_ERR_UNSUPPORTED);
+    sdq_clear_error(ctx);
+    z->dim[0] = 1;
+    SDQT_CHECK(!sdq_vae_decode_tiled(ctx, vae, z, SDQ_FAKE)
+               && sdq_last_error(ctx) == SDQ_ERR_UNSUPPORTED);
+    sdq_clear_error(ctx);
+    SDQT_CHECK(sdq_vae_quantize(ctx, vae, SDQ_RANGE_PICTURE) == SDQ_OK);
+    SDQT_CHECK(!sdq_vae_decode_tiled(ctx, vae, z, SDQ_INT8)
+               && strstr(sdq_error_text(ctx), "one range for the whole picture"));
+    sdq_clear_error(ctx);
+    sdq_model_free(ctx, vae);
+    sdq_ctx_free(ctx);
+}
+
+/* ---- networks on demand, and the memory that a drawing needs ---- */
+
+#define DEMAND_INT8 "test_networks.int8.tmp"
+
+/* An allocator that knows how much it has given. */
+typedef struct given { size_t now, most; } given;
+static void *given_alloc(void *user, size_t bytes) {
+    given *g = (given *)user;
+    size_t *p = (size_t *)malloc(bytes + 64);
+    if (!p) return NULL;
+    *p = bytes;
+    g->now += bytes;
+    if (g->now > g->most) g->most = g->now;
+    return (char *)p + 64;
+}
+static void given_release(void *user, void *block) {
+    size_t *p = (size_t *)(void *)((char *)block - 64);
+    ((given *)user)->now -= *p;
+    free(p);
+}
+
+/* The latents of one drawing; *most: the most the allocator gave. */
+static uint64_t demand_draw(const char *path, const sdq_pipeline_desc *pd,
+                            const sdq_txt2img_desc *d, size_t *most, size_t *estimate) {
+    given g;
+    sdq_ctx_desc cd;
+    sdq_ctx *ctx;
+    sdq_pipeline *p = NULL;
+    sdq_image im;
+    uint64_t hash = 0;
+    memset(&g, 0, sizeof g);
+    memset(&cd, 0, sizeof cd);
+    cd.threads = 1;
+    cd.alloc = given_alloc;
+    cd.release = given_release;
+    cd.user = &g;
+    if (sdq_ctx_create(&cd, &ctx) != SDQ_OK) exit(2);
+    SDQT_THAT(sdq_txt2img_memory(ctx, path, pd, d, estimate) == SDQ_OK, "%s", sdq_error_text(ctx));
+    SDQT_THAT(g.most < 65536, "estimating took %zu bytes", g.most);
+    if (SDQT_THAT(sdq_pipeline_load(ctx, path, pd, &p) == SDQ_OK
+                  && sdq_txt2img(ctx, p, d, &im) == SDQ_OK, "%s", sdq_error_text(ctx))) {
+        SDQT_CHECK(!p->text == (pd->on_demand != 0));
+        hash = sdq__u_hash(1, im.px, im.w * im.h * im.c);
+        sdq_image_free(ctx, &im);
+    }
+    *most = g.most;
+    sdq_pipeline_free(ctx, p);
+    sdq_ctx_free(ctx);
+    SDQT_THAT(g.now == 0, "%zu bytes leaked", g.now);
+    return hash;
+}
+
+/* Networks that come and go draw the same picture in less memory. What an allocator gives is more
+ * than what is touched: test_cli.sh compares the estimate with the memory of a process. */
+static void test_demand(int tier) {
+    static const char path[] = "examples/emoji/model";
+    static const unsigned char turns[] = {1, 0, 1, 0, 1};
+    static const struct { size_t width, k; int vae_int8, int8_only, tiling, list; } runs[] = {
+        {64, 1, 0, 0, 0, 0}, {128, 0, 1, 1, 0, 0}, {256, 2, 0, 1, 1, 0}, {64, 0, 0, 0, 0, 1}};
+    sdq_recipe r = sdq_recipe_default();
+    sdq_ctx *ctx;
+    sdq_model *m = NULL;
+    size_t i;
+    (void)tier;
+    if (sdq_ctx_create(NULL, &ctx) != SDQ_OK) exit(2);
+    SDQT_THAT(sdq_model_load(ctx, path, SDQ_PART_UNET, &m) == SDQ_OK
+              && sdq_recipe_apply(ctx, m, &r, NULL) == SDQ_OK
+              && sdq_model_convert(ctx, m) == SDQ_OK
+              && sdq_model_save_int8(ctx, m, DEMAND_INT8, NULL, "test") == SDQ_OK, "%s",
+              sdq_error_text(ctx));
+    sdq_model_free(ctx, m);
+    for (i = 0; i < SDQ__COUNT(runs); i++) {
+        size_t most[2], estimate[2], k;
+        uint64_t hash[2];
+        sdq_pipeline_desc pd;
+        sdq_txt2img_desc d;
+        memset(&pd, 0, sizeof pd);
+        memset(&d, 0, sizeof d);
+        pd.unet_int8 = DEMAND_INT8;
+        pd.vae_int8 = runs[i].vae_int8;
+        pd.int8_only = runs[i].int8_only;
+        pd.vae_tiling = runs[i].tiling;
+        d.prompt = "red apple";
+        d.width = d.height = runs[i].width;
+        d.steps = 4;
+        d.precision = runs[i].list ? SDQ_PRECISION_LIST : SDQ_PRECISION_EDGES;
+        d.is_float = turns;
+        d.k_first = d.k_last = runs[i].k;
+        for (k = 0; k < 2; k++) {
+            pd.on_demand = (int)k;
+            hash[k] = demand_draw(path, &pd, &d, &most[k], &estimate[k]);
+            SDQT_THAT(estimate[k] <= most[k] && estimate[k] > most[k] / 2,
+                      "run %zu, on demand %zu: %zu bytes estimated, %zu given", i, k, estimate[k],
+                      most[k]);
+        }
+        SDQT_THAT(hash[0] == hash[1], "run %zu: another picture on demand", i);
+        SDQT_THAT(estimate[1] < estimate[0], "run %zu: %zu bytes on demand, %zu at once", i,
+                  estimate[1], estimate[0]);
+    }
+    sdq_ctx_free(ctx);
+    (void)remove(DEMAND_INT8);
+}
+
+/* What sdq_txt2img refuses, the estimate refuses with the same sentence. */
+static void test_estimate_refuses(int tier) {
+    sdq_pipeline_desc pd;
+    sdq_txt2img_desc d;
+    sdq_ctx *ctx;
+    size_t bytes = 1;
+    (void)tier;
+    memset(&pd, 0, sizeof pd);
+    memset(&d, 0, sizeof d);
+    d.precision = SDQ_PRECISION_INT8;
+    if (sdq_ctx_create(NULL, &ctx) != SDQ_OK) exit(2);
+    SDQT_CHECK(sdq_txt2img_memory(ctx, "nowhere", &pd, &d, &bytes) == SDQ_ERR_MISSING
+               && bytes == 0 && strstr(sdq_error_text(ctx), "nowhere"));
+    sdq_clear_error(ctx);
+    SDQT_CHECK(sdq_txt2img_memory(ctx, "tests/golden/models/bk-a", &pd, &d, &bytes)
+               == SDQ_ERR_MISSING && strstr(sdq_error_text(ctx), "no int8 UNet"));
+    sdq_clear_error(ctx);
+    sdq_ctx_free(ctx);
+}
+
 static const sdqt_case cases[] = {
     {"golden", test_golden, 1},
     {"bits", test_bits, 1},
@@ -1103,5 +1297,9 @@ static const sdqt_case cases[] = {
     {"refused_input", test_refused_input, 0},
     {"out_of_memory", test_out_of_memory, 0},
     {"vae_int8", test_vae_int8, 1},
+    {"vae_bands", test_vae_bands, 1},
+    {"vae_bands_refused", test_vae_bands_refused, 0},
+    {"demand", test_demand, 0},
+    {"estimate_refuses", test_estimate_refuses, 0},
 };
 int main(int argc, char **argv) { return SDQT_MAIN(argc, argv, cases); }

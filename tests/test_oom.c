@@ -98,7 +98,7 @@ static void drop_arena(sdq_ctx *ctx) {
     while (ctx->chunk_count > 0) sdq__free(ctx, ctx->chunks[--ctx->chunk_count].base);
     sdq__free(ctx, ctx->chunks);
     ctx->chunks = NULL;
-    ctx->chunk_cap = ctx->arena_size = 0;
+    ctx->chunk_cap = ctx->arena_size = ctx->arena_touched = 0;
 }
 
 static void close_env(env *e) {

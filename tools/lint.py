@@ -26,8 +26,9 @@ EXCEPTIONS = {
     ("contents", "impl-end"): "closes the pragmas of >>impl; nothing to look up there",
     ("prefix", "sdq__md_levels"): "reads a list of the configuration for the UNet and the VAE",
     ("upward", "sdq__md_is>sdq_part_name"): "the public table of names stands with its own kind",
-    ("upward", "sdq__pl_int8>sdq_model_load_int8"):
-        "a folder may hold an int8 network; its file format belongs to >>convert",
+    ("upward", "sdq__pl_load_one>sdq_model_load_int8"):
+        "a pipeline may have an int8 network; its file format belongs to >>convert",
+    ("upward", "sdq__pl_look>sdq_model_peek_int8"): "the same",
 }
 BANNED = ("printf fprintf vprintf vfprintf puts fputs putchar perror abort exit _exit _Exit "
           "quick_exit system getenv time clock clock_gettime gettimeofday rand srand random").split()

@@ -316,7 +316,8 @@ static sdq_status rsd_network(rsd_file *f, sdq_part part) {
     const char *text = rsd_config(f->spec, part);
     sdq_model *m = NULL;
     size_t i;
-    SDQ__TRY(sdq__md_create(f->ctx, sdq_part_name(part), text, strlen(text), part, NULL, 1, &m));
+    SDQ__TRY(sdq__md_create(f->ctx, sdq_part_name(part), text, strlen(text), part, NULL,
+                            SDQ__MD_NO_WEIGHTS, &m));
     for (i = 0; i < m->params; i++) rsd_param(f, part, &m->param[i], m->param[i].name);
     if (part == SDQ_PART_TEXT) rsd_text_extras(f, m);
     sdq_model_free(f->ctx, m);

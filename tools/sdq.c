@@ -439,19 +439,23 @@ static const char clip_merges[][97] = {
 };
 
 /* j->pipe or another: of a folder or a single file. desc NULL: zeros. */
+static sdq_status complete_desc(job *j, sdq_pipeline_desc *d) {
+    static const char *const word[] = {"epsilon", "v"};
+    int prediction = -1;
+    TRY(arg_choice(j, "prediction", word, COUNT(word), &prediction));
+    d->prediction = (sdq_file_prediction)(prediction + 1);
+    d->merges = clip_merges[0];
+    d->merges_bytes = sizeof clip_merges;
+    return SDQ_OK;
+}
 static sdq_status load_pipeline(job *j, const char *path, const sdq_pipeline_desc *desc,
                                 sdq_pipeline **out) {
-    static const char *const word[] = {"epsilon", "v"};
     sdq_pipeline_desc d;
-    int prediction = -1;
     memset(&d, 0, sizeof d);
     if (desc) d = *desc;
-    TRY(arg_choice(j, "prediction", word, COUNT(word), &prediction));
-    d.prediction = (sdq_file_prediction)(prediction + 1);
-    d.merges = clip_merges[0];
-    d.merges_bytes = sizeof clip_merges;
+    TRY(complete_desc(j, &d));
     TRY(sdq_pipeline_load(j->ctx, path, &d, out));
-    if ((*out)->single && (*out)->prediction == SDQ_PREDICT_V && prediction < 0)
+    if ((*out)->single && (*out)->prediction == SDQ_PREDICT_V && !d.prediction)
         note(j, "%s: its UNet is taken to predict velocity (%s); if pictures are noise, say "
              "--prediction epsilon", path, (*out)->because);
     return SDQ_OK;
@@ -675,6 +679,7 @@ typedef struct quantizer {
     float guidance;
     uint64_t seed;
     sdq_diffusion_task data;        /* with recipes that need pictures */
+    int alone;                  /* no teacher: the networks of the pipeline come and go */
 } quantizer;
 
 static sdq_status quantizer_read_flags(job *j, quantizer *q, const char *model) {
@@ -738,7 +743,12 @@ static sdq_status quantizer_states(job *j, quantizer *q) {
 /* j->pipe and the student j->unet, with ranges. */
 static sdq_status quantizer_prepare(job *j, quantizer *q) {
     const int data = q->recipe.calibrate_on_data || q->recipe.noise_loss > 0.0f;
-    if (!j->pipe) TRY(load_pipeline(j, q->model, NULL, &j->pipe));
+    sdq_pipeline_desc d;
+    memset(&d, 0, sizeof d);
+    d.on_demand = q->alone && !data;
+    if (!j->pipe) TRY(load_pipeline(j, q->model, &d, &j->pipe));
+    /* before there is a second UNet */
+    if (!q->recipe.calibrate_on_data && !j->states) TRY(quantizer_states(j, q));
     TRY(sdq_model_load(j->ctx, q->model, SDQ_PART_UNET, &j->unet));
     TRY(sdq_recipe_apply(j->ctx, j->unet, &q->recipe, q->keep));
     if (data) TRY(quantizer_data(j, q));
@@ -746,7 +756,6 @@ static sdq_status quantizer_prepare(job *j, quantizer *q) {
         progress_begin(j);
         return sdq_calibrate_data(j->ctx, &q->data, q->batches, q->seed, progress, j);
     }
-    if (!j->states) TRY(quantizer_states(j, q));
     progress_begin(j);
     return sdq_calibrate_states(j->ctx, j->unet, j->states, 8, q->recipe.bias_correction, progress,
                                 j);
@@ -804,6 +813,7 @@ static sdq_status cmd_quantize(job *j) {
     TRY(need(j, "out", &out));
     TRY(quantizer_read_flags(j, &q, model));
     TRY(check_output(j, out));
+    q.alone = 1;
     TRY(quantizer_prepare(j, &q));
     return quantizer_save(j, &q, out, 0, 0.0f);
 }
@@ -1436,7 +1446,10 @@ static const flag txt2img_flags[] = {
     {"k-last", "N", NULL, NULL},
     {"float-evals", "LIST", NULL, "float evaluations, such as 0,1,45-50 or -1 for the last"},
     {"vae", "fp32|int8", "fp32", "the decoder of the pictures"},
-    {"int8-only", NULL, NULL, "do not load the float UNet; float evaluations use int8 weights"},
+    {"vae-tiling", NULL, NULL, "decode in bands of rows: less memory, the same picture to the bit"},
+    {"int8-only", NULL, NULL, "do not use the float UNet; float evaluations use int8 weights"},
+    {"keep-loaded", NULL, NULL,
+     "hold all networks in memory: saves seconds where there are many pictures"},
     {"save-latents", "FILE", NULL, "write `latents` (NCHW), as diffusers' output_type=\"latent\""},
     {"init-latents,latents", "FILE", NULL, "begin with `latents` of a file, diffusers' latents="},
 };
@@ -1520,7 +1533,7 @@ static sdq_status float_list(job *j, const char *text, size_t n, unsigned char *
 static sdq_status precision_from_args(job *j, sdq_txt2img_desc *d) {
     static const char *const words[] = {"fp32,float,f32", "int8", "mixed", "schedule,policy"};
     const char *list = arg_text(&j->a, "float-evals");
-    const int quantized = j->pipe->unet_int8 != NULL;
+    const int quantized = arg_text(&j->a, "unet") != NULL;
     const int stored = quantized && j->pipe->policy && j->pipe->policy->count;
     const args *a = &j->a;
     const int k = arg_given(a, "k") || arg_given(a, "k-first") || arg_given(a, "k-last");
@@ -1544,24 +1557,23 @@ static sdq_status precision_from_args(job *j, sdq_txt2img_desc *d) {
 
 static sdq_status read_latents(job *j, sdq_txt2img_desc *d) {
     const char *path = arg_text(&j->a, "init-latents");
-    const size_t factor = sdq_model_get_info(j->pipe->vae).factor;
+    const sdq_model_info vae = j->pipe->info[SDQ_PART_VAE];
     sdq_tensor *t = NULL;
     sdq_file *f;
     sdq_status st;
     if (!path) return SDQ_OK;
     TRY(sdq_file_open(j->ctx, path, &f));
-    st = read_tensor(j, f, path, "init", "latents", 4, sdq_model_get_info(j->pipe->vae).latent,
-                     &t);
+    st = read_tensor(j, f, path, "init", "latents", 4, vae.latent, &t);
     sdq_file_close(j->ctx, f);
     TRY(st);
-    if ((d->width && d->width != t->dim[2] * factor)
-        || (d->height && d->height != t->dim[1] * factor))
+    if ((d->width && d->width != t->dim[2] * vae.factor)
+        || (d->height && d->height != t->dim[1] * vae.factor))
         return fail(j, "%s: latents of a picture %zu wide and %zu high, not as --width and "
-                    "--height say; leave these out", path, t->dim[2] * factor, t->dim[1] * factor);
+                    "--height say; leave these out", path, t->dim[2] * vae.factor, t->dim[1] * vae.factor);
     d->init_latents = sdq_f32(t);
     d->count = t->dim[0];
-    d->width = t->dim[2] * factor;
-    d->height = t->dim[1] * factor;
+    d->width = t->dim[2] * vae.factor;
+    d->height = t->dim[1] * vae.factor;
     return SDQ_OK;
 }
 
@@ -1602,6 +1614,28 @@ static double peak_megabytes(void) {
 #else
     return (double)u.ru_maxrss * 1024.0 / 1e6;
 #endif
+}
+
+/* Say how much memory it will take, before it is taken: what the process has without networks, and
+ * what it will grow by. */
+static sdq_status announce(job *j, const char *model, const sdq_pipeline_desc *pipeline,
+                           const sdq_txt2img_desc *d) {
+    const double start = peak_megabytes();
+    sdq_pipeline_desc p = *pipeline;
+    size_t bytes;
+    TRY(complete_desc(j, &p));
+    TRY(sdq_txt2img_memory(j->ctx, model, &p, d, &bytes));
+    note(j, "memory needed: %.0f MB", (double)bytes / 1e6 + start);
+    return SDQ_OK;
+}
+
+/* The pipeline again, now with its networks. */
+static sdq_status reload(job *j, const char *model, const sdq_pipeline_desc *pipeline) {
+    sdq_pipeline_desc p = *pipeline;
+    TRY(complete_desc(j, &p));
+    sdq_pipeline_free(j->ctx, j->pipe);
+    j->pipe = NULL;
+    return sdq_pipeline_load(j->ctx, model, &p, &j->pipe);
 }
 
 /* What a drawing writes: pictures, latents or both. */
@@ -1742,11 +1776,16 @@ static sdq_status cmd_txt2img(job *j) {
     TRY(output_from_args(j, &o));
     pd.unet_int8 = arg_text(&j->a, "unet");
     pd.int8_only = arg_on(&j->a, "int8-only");
+    pd.vae_tiling = arg_on(&j->a, "vae-tiling");
+    pd.on_demand = 1;
     TRY(arg_choice(j, "vae", vaes, 2, &pd.vae_int8));
     TRY(load_pipeline(j, model, &pd, &j->pipe));
     TRY(check_length(j, d.prompt));
     TRY(precision_from_args(j, &d));
     TRY(read_latents(j, &d));
+    pd.on_demand = !arg_on(&j->a, "keep-loaded");
+    TRY(announce(j, model, &pd, &d));
+    if (!pd.on_demand) TRY(reload(j, model, &pd));
     d.progress = progress;
     d.user = j;
     for (i = 0; i < o.runs; i++, d.seed++) TRY(draw(j, &d, &o));

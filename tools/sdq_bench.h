@@ -188,7 +188,11 @@ static sdq_status cmd_selftest(job *j) {
  * ======================================================================== */
 
 static const flag bench_flags[] = {
-    {"model,m", "FOLDER", NULL, "also time a UNet of this folder (weights may be missing)"},
+    {"model,m", "FOLDER|FILE", NULL,
+     "also time the UNet of this folder (weights may be missing) or single file"},
+    {"unet", "FILE", NULL, "its int8 UNet, for --hash"},
+    {"hash", NULL, NULL,
+     "only the hash of an int8 evaluation on every instruction set up to --tier: are they equal?"},
     {"batch", "N", "8", "samples of a UNet evaluation"},
     {"runs", "N", "21", "alternating runs; the median counts"},
     {"json", "FILE", NULL, "write the numbers there, too"},
@@ -436,6 +440,8 @@ static sdq_status bench_input(job *j, const char *folder, size_t batch, sdq_unet
     sdq_rng rng;
     TRY(bench_load(j, folder, &j->unet));
     info = sdq_model_get_info(j->unet);
+    sdq_model_free(j->ctx, j->unet);
+    j->unet = NULL;
     side = info.sample_size ? info.sample_size : 64;
     sdq_rng_init(&rng, SDQ_RNG_PHILOX, 5);
     memset(in, 0, sizeof *in);
@@ -481,6 +487,56 @@ static sdq_status bench_unet(job *j, const char *folder, size_t batch, size_t ru
     return SDQ_OK;
 }
 
+/* ---- the same bits at full size ---- */
+
+/* One evaluation of the int8 network on one instruction set, and the hash of what it gives. */
+static sdq_status hash_tier(job *j, sdq_tier tier, const sdq_model *m, uint64_t *hash) {
+    static const float time = 500.0f;
+    const sdq_model_info info = sdq_model_get_info(m);
+    const size_t side = info.sample_size ? info.sample_size : 64, dim[3] = {1, 77, info.context};
+    sdq_unet_input in;
+    sdq_ctx_desc d;
+    sdq_tensor *y = NULL;
+    sdq_status st;
+    sdq_ctx *ctx;
+    sdq_rng rng;
+    memset(&d, 0, sizeof d);
+    memset(&in, 0, sizeof in);
+    d.tier = tier;
+    d.threads = sdq_ctx_threads(j->ctx);
+    TRY(sdq_ctx_create(&d, &ctx));
+    sdq_rng_init(&rng, SDQ_RNG_PHILOX, 5);
+    in.sample = random_tensor(ctx, &rng, 1, side, side, info.in);
+    in.context = sdq_reshape(ctx, random_tensor(ctx, &rng, 1, 1, dim[1], dim[2]), 3, dim);
+    in.timesteps = &time;
+    if (in.sample && in.context) y = sdq_unet_forward(ctx, m, &in, SDQ_INT8);
+    *hash = y ? hash_bytes(UINT64_C(0xcbf29ce484222325), y->data, sdq_tensor_count(y) * 4) : 0;
+    st = y ? SDQ_OK : fail(j, "%s", sdq_error_text(ctx));
+    sdq_ctx_free(ctx);
+    return st;
+}
+
+/* All of them, the scalar one only if it is asked for: it takes minutes at full size. */
+static sdq_status bench_hash(job *j, const char *model) {
+    const sdq_tier most = sdq_ctx_tier(j->ctx);
+    uint64_t first = 0, hash = 0;
+    const char *unet;
+    int tier, same = 1;
+    TRY(need(j, "unet", &unet));
+    if (!model) return need(j, "model", &model);
+    TRY(sdq_model_load_int8(j->ctx, model, unet, &j->unet, NULL));
+    for (tier = (int)(most < SDQ_TIER_AVX2 ? most : SDQ_TIER_AVX2); tier <= (int)most; tier++) {
+        const double t = now();
+        TRY(hash_tier(j, (sdq_tier)tier, j->unet, &hash));
+        printf("%-11s %016llx  %.2f s\n", sdq_tier_name((sdq_tier)tier), (unsigned long long)hash,
+               now() - t);
+        fflush(stdout);
+        if (!first) first = hash;
+        same &= hash == first;
+    }
+    return same ? SDQ_OK : fail(j, "the instruction sets differ");
+}
+
 static sdq_status cmd_bench(job *j) {
     const char *model = arg_text(&j->a, "model"), *path = arg_text(&j->a, "json");
     const sdq_tier tier = sdq_ctx_tier(j->ctx);
@@ -492,6 +548,7 @@ static sdq_status cmd_bench(job *j) {
     TRY(arg_size(j, "batch", &batch));
     TRY(arg_size(j, "runs", &runs));
     if (batch == 0 || runs == 0) return bad_value(j, "batch, --runs", "0", "1 or more");
+    if (arg_on(&j->a, "hash")) return bench_hash(j, model);
     if (path && !(json = fopen(path, "wb"))) return fail(j, "%s: %s", path, strerror(errno));
     f = (double *)own(j, runs * sizeof *f);
     q = (double *)own(j, runs * sizeof *q);

@@ -22,6 +22,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 
 import openvino_models
 import random_sd
@@ -43,10 +44,20 @@ GROUPS = {
     "scaling": ("UNet evaluation, int8, by threads",
                 [("sdq unet-int8", 1), ("sdq unet-int8", 2),
                  ("openvino-unet-int8", 1), ("openvino-unet-int8", 2)]),
+    "scaling-fp32": ("UNet evaluation, fp32, by threads",
+                     [("sdq unet-fp32", 1), ("sdq unet-fp32", 2),
+                      ("openvino-unet-fp32", 1), ("openvino-unet-fp32", 2)]),
+    "picture": ("part of a picture",
+                [("sdq unet-int8", None), ("sdq unet-fp32", None), ("sdq vae-fp32", None),
+                 ("openvino-unet-int8", None), ("openvino-unet-fp32", None),
+                 ("openvino-vae-fp32", None)]),
     "bf16": ("for orientation: the peer in bf16, which sdq does not have",
              [("sdq unet-fp32", None), ("openvino-unet-bf16", None),
               ("sdq vae-fp32", None), ("openvino-vae-bf16", None)]),
 }
+# A picture of 50 steps: PNDM evaluates 51 times, the first and last three in float, each time with
+# the prompt and without.
+EVALUATIONS, FLOATS, BRANCHES = 51, 6, 2
 SHOWN = {
     "sdq unet-int8": "sdq, a range per position (default recipe)",
     "sdq unet-int8-static": "sdq, static ranges",
@@ -91,6 +102,13 @@ class Program:
         self.process.communicate("quit\n")
 
 
+def compile_c(program, source, *headers):
+    newest = max(p.stat().st_mtime for p in (ROOT / "sdq.h", source, *headers))
+    if not program.exists() or program.stat().st_mtime < newest:
+        subprocess.run([os.environ.get("CC", "cc"), *CFLAGS, "-I", ROOT, source, "-o", program,
+                        "-lm"], check=True)
+
+
 def build(args):
     """sdq_run, the model, OpenVINO's networks and sdq's int8 files, where missing or old."""
     if args.model is None:
@@ -98,11 +116,9 @@ def build(args):
         if not (args.model / "model_index.json").exists():
             random_sd.write(args.model, "1.5", args.seed)
     openvino_models.write(args.model, args.work / "openvino")
-    program, source = args.work / "sdq_run", HERE / "sdq_run.c"
-    newest = max(p.stat().st_mtime for p in (ROOT / "sdq.h", source, HERE / "layers.h"))
-    if not program.exists() or program.stat().st_mtime < newest:
-        subprocess.run([os.environ.get("CC", "cc"), *CFLAGS, "-I", ROOT, source, "-o", program,
-                        "-lm"], check=True)
+    program = args.work / "sdq_run"
+    compile_c(program, HERE / "sdq_run.c", HERE / "layers.h")
+    compile_c(args.work / "sdq", ROOT / "tools" / "sdq.c", ROOT / "tools" / "sdq_bench.h")
     (args.work / "int8").mkdir(exist_ok=True)
     for name in ("unet-int8", "unet-int8-static", "unet-int8-attention"):
         path = args.work / "int8" / f"{name}.safetensors"
@@ -166,16 +182,53 @@ def run_group(args, name):
         ratios = []
         for o in ours:
             same = o.threads == p.threads and ("vae" in o.name) == ("vae" in p.name)
+            if name == "picture":
+                same = same and ("int8" in o.name) == ("int8" in p.name)
             ratio = statistics.median(a / b for a, b in zip(o.seconds, p.seconds))
             ratios.append(f"{ratio:.2f}" if same and p not in ours else "")
         low, high, (peak, last) = min(p.seconds), max(p.seconds), p.memory
         print(f"| {title} | {SHOWN[p.name]} | {p.threads} | {statistics.median(p.seconds):.2f} | "
               f"{low:.2f}-{high:.2f} | {peak:.0f} / {last:.0f} | "
               f"{' / '.join(r for r in ratios if r)} | {others} |", flush=True)
-    if name == "scaling":
+    if name == "picture":
+        picture(args, living)
+    if name.startswith("scaling"):
         for one, two in ((living[0], living[1]), (living[2], living[3])):
             gain = statistics.median(a / b for a, b in zip(one.seconds, two.seconds))
             print(f"| {title} | {SHOWN[one.name]}: 1 thread / 2 threads | | {gain:.2f}x | | | | |")
+
+
+def picture(args, living):
+    """The same loop from the measured parts of both, and what sdq takes for a real one."""
+    seconds = {p.name: p.seconds for p in living}
+    whole = lambda unet, vae: [
+        BRANCHES * ((EVALUATIONS - FLOATS) * i + FLOATS * f) + v for i, f, v in
+        zip(seconds[unet + "-int8"], seconds[unet + "-fp32"], seconds[vae])]
+    ours, theirs = whole("sdq unet", "sdq vae-fp32"), whole("openvino-unet", "openvino-vae-fp32")
+    ratio = statistics.median(a / b for a, b in zip(ours, theirs))
+    title = "picture from its parts: 50 steps PNDM, guidance, k = 3, VAE fp32"
+    for shown, times, r in (("sdq", ours, ""), ("OpenVINO", theirs, f"{ratio:.2f}")):
+        print(f"| {title} | {shown} | {args.threads} | {statistics.median(times):.1f} | "
+              f"{min(times):.1f}-{max(times):.1f} | | {r} | |", flush=True)
+    seconds, peak = drawn(args)
+    print(f"| picture, drawn by `sdq txt2img`: loading, text, 51 evaluations of a batch of two, VAE, "
+          f"PNG | sdq | {args.threads} | {seconds:.1f} | | {peak:.0f} | | |", flush=True)
+
+
+def drawn(args):
+    """Seconds of a whole sdq txt2img, and its ru_maxrss in MB (2^20 bytes)."""
+    out = args.work / "picture.png"
+    command = [args.work / "sdq", "txt2img", "--model", args.model, "--unet",
+               args.work / "int8" / "unet-int8.safetensors", "--precision", "mixed", "-k", "3",
+               "--steps", "50", "-p", "a photograph of an astronaut riding a horse", "--out", out,
+               "--threads", str(args.threads), "--quiet"]
+    begin = time.monotonic()
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        sys.exit(f"sdq txt2img: exit status {child.returncode}")
+    return time.monotonic() - begin, usage.ru_maxrss / 2**10
 
 
 def main():

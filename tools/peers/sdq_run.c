@@ -120,22 +120,6 @@ static sdq_status make(sdq_ctx *ctx, const char *folder, const char *cache, cons
     return st;
 }
 
-/* The decoder as sdq_pipeline_desc.vae_int8 makes it. */
-static sdq_status decoder_int8(sdq_ctx *ctx, sdq_model *vae, sdq_range range) {
-    size_t i;
-    for (i = 0; i < sdq_model_layer_count(vae); i++) {
-        const char *name;
-        sdq_layer *l = sdq_model_layer(vae, i, &name);
-        sdq_quant q = sdq_layer_quant(l);
-        q.enabled = strncmp(name, "decoder.", 8) == 0 && strcmp(name, "decoder.conv_in") != 0
-                 && strcmp(name, "decoder.conv_out") != 0;
-        q.range = range;
-        TRY(sdq_layer_set_quant(ctx, l, &q));
-        TRY(sdq_layer_convert(ctx, l));
-    }
-    return SDQ_OK;
-}
-
 static sdq_status load(sdq_ctx *ctx, const char *folder, const char *cache, work *w) {
     const sdq_mark mark = sdq_arena_mark(ctx);
     char path[4096];
@@ -145,7 +129,7 @@ static sdq_status load(sdq_ctx *ctx, const char *folder, const char *cache, work
         TRY(sdq_model_load_int8(ctx, folder, path, &w->model, NULL));
     else TRY(sdq_model_load(ctx, folder, w->part, &w->model));
     if (w->mode == SDQ_INT8 && w->part == SDQ_PART_VAE)
-        TRY(decoder_int8(ctx, w->model, w->range));
+        TRY(sdq_vae_quantize(ctx, w->model, w->range));
     TRY(sdq_model_freeze(ctx, w->model));
     if (w->part == SDQ_PART_UNET) {
         TRY(unet_input(ctx, w->model, &in));
