@@ -968,6 +968,9 @@ typedef struct sdq_optim_desc {
     float weight_decay;
     float clip;             /* largest global L2 norm of the gradient; 0: no clipping */
     float ema; /* keep an average of the weights: decay min((1+t)/(10+t), ema); 0: none */
+    int moments8;           /* moments of tensors of 4096 and more in a byte each, not in 4: a
+                             * step of a large network needs 6 bytes less per weight, and its
+                             * moments are rounded; see >>optim */
     sdq_schedule schedule;  /* COSINE: falls to 0 at `steps` */
     size_t warmup, steps;   /* steps of a linear rise; length of the cosine */
 } sdq_optim_desc;
@@ -1819,6 +1822,8 @@ typedef struct sdq__adamw_step {
     float clip;                             /* gradients are multiplied by this first */
 } sdq__adamw_step;
 
+#define SDQ__MOMENT_BLOCK 256   /* moments in bytes: elements that share their scales */
+
 /* X(return type, name, arguments, class). n: elements of a row; no alignment is assumed and
  * nothing past n is read or written. All EXACT: equal to the bit on all tiers. */
 #define SDQ__KERNEL_LIST(X) \
@@ -1847,6 +1852,12 @@ typedef struct sdq__adamw_step {
     X(void, quantize_rows, \
       (uint8_t *q, size_t ldq, const float *x, size_t ldx, size_t rows, size_t n, float *s, \
        int32_t *z, size_t lds), EXACT) \
+    /* straight through a quantizer, with v = w * inv, t = rint(v) and t inside -128..127: \
+       dw += inside ? g : 0; returns the sum of g * (inside ? t - v : t < 0 ? -128 : 127) */ \
+    X(float, ste_s8, \
+      (float *dw, const float *g, const float *w, size_t n, float inv), EXACT) \
+    /* y = q * s */ \
+    X(void, dequantize_s8, (float *y, const int8_t *q, size_t n, float s), EXACT) \
     /* y = (q - z) * s */ \
     X(void, dequantize_u8, (float *y, const uint8_t *q, size_t n, float s, int32_t z), EXACT) \
     /* element-wise */ \
@@ -1939,6 +1950,13 @@ typedef struct sdq__adamw_step {
     X(void, adamw, \
       (float *w, float *m, float *v, const float *grad, size_t n, const sdq__adamw_step *s), \
        EXACT) \
+    /* the same for at most 256 elements with moments in bytes, before and after it \
+       m = s[0] |a| a, a = m8/127, v = s[1] b^4, b = v8/255; new s: largest |m| and v, \
+       m8 = rint(127 sqrt(|m|/s[0])) with the sign of m, v8 = rint(255 (v/s[1])^(1/4)), \
+       but at least 1 where v is not 0 */ \
+    X(void, adamw8, \
+      (float *w, int8_t *m8, uint8_t *v8, float *s, const float *grad, size_t n, \
+       const sdq__adamw_step *step), EXACT) \
     /* half precision to float, exact */ \
     X(void, from_f16, (float *y, const uint16_t *x, size_t n), EXACT) \
     X(void, from_bf16, (float *y, const uint16_t *x, size_t n), EXACT)
@@ -2563,9 +2581,11 @@ typedef struct sdq__gemm {
     sdq__geom g;
     const float *x, *zero;      /* rows of ldx floats; at least kc zeros */
     const float *b;             /* packed panels, */
-    const uint16_t *bh;         /* or halves, which become floats a piece at a time */
+    const uint16_t *bh;         /* or halves, which become floats a piece at a time, */
+    const int8_t *bq;           /* or bytes [kc][taps][n], not packed: a layer's weights on the way */
+    const float *bs;            /*   back, with a scale for each of the kc */
     const float *bias, *res;
-    float *y, *piece;           /* piece: SDQ__GEMM_KB * 32 floats per thread, for bh */
+    float *y, *piece;           /* piece: SDQ__GEMM_KB * 32 floats per thread, for bh, bq */
     size_t *rows;               /* source rows of a block, plan.rows * taps per thread */
     float *pair;                /* geglu: [plan.rows][64] per thread, else NULL */
     size_t m, n, kc, ldx, ldr, ldy;
@@ -2608,12 +2628,26 @@ static void sdq__gemm_pack(float *dst, const float *b, size_t ldb, size_t n, siz
     }
 }
 
-/* n numbers of the weights from `from` on. */
-static const float *sdq__gemm_weights(const sdq__gemm *w, int thread, size_t from, size_t n) {
+/* A piece of panel p from bytes. */
+static void sdq__gemm_weights_s8(const sdq__gemm *w, float *to, size_t p, size_t t0, size_t taps,
+                                 size_t c0, size_t cn) {
+    const size_t all = w->g.kh * w->g.kw, n = sdq__u_min(SDQ__NR, w->n - p * SDQ__NR);
+    size_t t, c;
+    if (n < SDQ__NR) memset(to, 0, taps * cn * SDQ__NR * sizeof *to);
+    for (t = t0; t < t0 + taps; t++)
+        for (c = c0; c < c0 + cn; c++, to += SDQ__NR)
+            w->k->dequantize_s8(to, w->bq + (c * all + t) * w->n + p * SDQ__NR, n, w->bs[c]);
+}
+
+/* Panel p of the weights: taps t0.., channels c0... */
+static const float *sdq__gemm_weights(const sdq__gemm *w, int thread, size_t p, size_t t0,
+                                      size_t taps, size_t c0, size_t cn) {
+    const size_t from = ((p * w->g.kh * w->g.kw + t0) * w->kc + c0) * SDQ__NR;
     float *piece;
     if (w->b) return w->b + from;
     piece = w->piece + (size_t)thread * SDQ__GEMM_KB * SDQ__NR;
-    w->k->from_f16(piece, w->bh + from, n);
+    if (w->bh) w->k->from_f16(piece, w->bh + from, taps * cn * SDQ__NR);
+    else sdq__gemm_weights_s8(w, piece, p, t0, taps, c0, cn);
     return piece;
 }
 
@@ -2625,8 +2659,7 @@ static void sdq__gemm_piece(const sdq__gemm *w, const sdq__part *at, int thread,
     const int first = t0 == 0 && c0 == 0, last = t0 + taps == all && c0 + cn == w->kc;
     size_t p, m, i;
     for (p = at->p0; p < at->p1; p++) {
-        const float *b = sdq__gemm_weights(w, thread, ((p * all + t0) * w->kc + c0) * SDQ__NR,
-                                           taps * cn * SDQ__NR);
+        const float *b = sdq__gemm_weights(w, thread, p, t0, taps, c0, cn);
         for (m = at->m0; m < at->m1; m += SDQ__MR) {
             const float *a[SDQ__MAX_TAPS * SDQ__MR];
             const size_t *s = src + (m - at->m0) / SDQ__MR * all * SDQ__MR;
@@ -2716,7 +2749,7 @@ static void sdq__gemm_run(sdq_ctx *ctx, sdq__gemm *w, int geglu) {
                              SDQ__GEMM_MB_MOST);
     w->rows = SDQ__PUSH_N(ctx, size_t, (size_t)ctx->threads * w->plan.rows * taps);
     w->pair = geglu ? sdq__gemm_pairs(ctx, w->plan.rows) : NULL;
-    if (w->bh)
+    if (!w->b)
         w->piece = SDQ__PUSH_N(ctx, float, (size_t)ctx->threads * SDQ__GEMM_KB * SDQ__NR);
     if (ctx->status == SDQ_OK)
         sdq__par_for(ctx, w->plan.blocks * w->plan.groups, sdq__gemm_task, w);
@@ -2886,7 +2919,9 @@ static void sdq__win_run(sdq_ctx *ctx, const sdq__gemm *f) {
 /* ---- weight gradient: dw[n][t][c] += sum over output pixels m of dy[m][n] x[src(m,t)][c] ----
  * One task is one tap and one panel of input channels. The rows of x that the tap reads are
  * packed, SDQ__DW_MB at a time; every output is one chain over m in order. If q is given the
- * rows are (q - z) s instead: the input of a fake-quantized layer, kept as bytes. */
+ * rows are (q - z) s instead: the input of a fake-quantized layer, kept as bytes.
+ * If sw is given the sums are the gradient of fake-quantized weights and stay in the caches: what
+ * passes straight through (see >>layer) is added to dw, and the scales' share to ds, by task. */
 
 #define SDQ__DW_MB 512
 
@@ -2898,9 +2933,11 @@ typedef struct sdq__gemm_dw {
     const float *qs;            /* scale and zero point of row r, block j: */
     const int32_t *qz;          /*   [r / rows_per_scale * blocks + j] */
     const float *dy;
-    float *dw, *scratch;        /* scratch: SDQ__DW_MB * 32 floats per thread */
+    float *dw, *scratch;        /* scratch: SDQ__DW_MB * 32 floats per thread, + n * 32 */
     size_t m, n, c, ldx, ldq, ldy, ldw, blocks, rows_per_scale;
     size_t first;               /* channel of dw column 0 */
+    const float *w, *sw;        /* NULL, or float weights, laid out as dw, and their scales [n] */
+    float *ds, *part;           /* NULL, or gradient of sw; its parts [task][n] */
 } sdq__gemm_dw;
 
 static void sdq__gemm_dw_pack(const sdq__gemm_dw *w, float *dst, size_t m0, size_t rows, size_t tap,
@@ -2927,27 +2964,66 @@ static void sdq__gemm_dw_pack(const sdq__gemm_dw *w, float *dst, size_t m0, size
     }
 }
 
+static size_t sdq__gemm_dw_tasks(const sdq__gemm_dw *w) {
+    return w->g.kh * w->g.kw * sdq__gemm_panels(w->c);
+}
+static size_t sdq__gemm_dw_scratch(const sdq__gemm_dw *w) {     /* floats per thread */
+    return (SDQ__DW_MB + (w->sw ? w->n : 0)) * SDQ__NR;
+}
+
+/* The sums g[n][32] of a task, whose column 0 is `at` in a row of dw, through the quantizer. */
+static void sdq__gemm_dw_ste(const sdq__gemm_dw *w, size_t task, const float *g, size_t at,
+                             size_t cn) {
+    const size_t row = w->g.kh * w->g.kw * w->ldw;
+    float none[SDQ__NR] = {0};
+    size_t o;
+    for (o = 0; o < w->n; o++, at += row) {
+        const float s = w->k->ste_s8(w->dw ? w->dw + at : none, g + o * SDQ__NR, w->w + at, cn,
+                                     1.0f / w->sw[o]);
+        if (w->part) w->part[task * w->n + o] = s;
+    }
+}
+
 static void sdq__gemm_dw_task(void *arg, size_t task, int thread) {
     const sdq__gemm_dw *w = (const sdq__gemm_dw *)arg;
     const size_t panels = sdq__gemm_panels(w->c), tap = task / panels, c0 = task % panels * SDQ__NR;
-    const size_t cn = sdq__u_min(SDQ__NR, w->c - c0);
-    float *b = w->scratch + (size_t)thread * SDQ__DW_MB * SDQ__NR;
+    const size_t cn = sdq__u_min(SDQ__NR, w->c - c0), at = tap * w->ldw + w->first + c0;
+    float *b = w->scratch + (size_t)thread * sdq__gemm_dw_scratch(w);
+    float *y = w->sw ? b + SDQ__DW_MB * SDQ__NR : w->dw + at;
+    const size_t ldy = w->sw ? SDQ__NR : w->g.kh * w->g.kw * w->ldw;
     size_t m;
     for (m = 0; m < w->m; m += SDQ__DW_MB) {
         const size_t rows = sdq__u_min(SDQ__DW_MB, w->m - m);
         sdq__gemm_dw_pack(w, b, m, rows, tap, c0, cn);
-        sdq__gemm_small(w->k, w->dy + m * w->ldy, 1, w->ldy, b, rows,
-                        w->dw + tap * w->ldw + w->first + c0, w->g.kh * w->g.kw * w->ldw,
-                        w->n, cn, rows, 1);
+        sdq__gemm_small(w->k, w->dy + m * w->ldy, 1, w->ldy, b, rows, y, ldy, w->n, cn, rows,
+                        !w->sw || m > 0);
     }
+    if (w->sw) sdq__gemm_dw_ste(w, task, y, at, cn);
+}
+
+/* ds += the sum of its parts, in the order of the tasks, / sqrt(127 k). */
+static void sdq__gemm_dw_scales(sdq_ctx *ctx, const sdq__gemm_dw *w) {
+    const double root = sqrt(127.0 * (double)(w->g.kh * w->g.kw * w->ldw));
+    const size_t tasks = sdq__gemm_dw_tasks(w);
+    double *sum = SDQ__PUSH_N(ctx, double, w->n);
+    size_t o, i;
+    if (!sum) return;
+    for (o = 0; o < w->n; o++) sum[o] = 0.0;
+    for (i = 0; i < tasks; i++)
+        for (o = 0; o < w->n; o++) sum[o] += (double)w->part[i * w->n + o];
+    for (o = 0; o < w->n; o++) w->ds[o] += (float)(sum[o] / root);
 }
 
 static void sdq__gemm_dw_run(sdq_ctx *ctx, sdq__gemm_dw *w) {
     const sdq_mark mark = sdq_arena_mark(ctx);
+    const size_t tasks = sdq__gemm_dw_tasks(w);
     w->k = ctx->k;
-    w->scratch = SDQ__PUSH_N(ctx, float, (size_t)ctx->threads * SDQ__DW_MB * SDQ__NR);
-    if (w->scratch)
-        sdq__par_for(ctx, w->g.kh * w->g.kw * sdq__gemm_panels(w->c), sdq__gemm_dw_task, w);
+    w->scratch = SDQ__PUSH_N(ctx, float, (size_t)ctx->threads * sdq__gemm_dw_scratch(w));
+    w->part = w->ds ? SDQ__PUSH_N(ctx, float, tasks * w->n) : NULL;
+    if (ctx->status == SDQ_OK) {
+        sdq__par_for(ctx, tasks, sdq__gemm_dw_task, w);
+        if (w->ds) sdq__gemm_dw_scales(ctx, w);
+    }
     sdq_arena_release(ctx, mark);
 }
 
@@ -4978,8 +5054,6 @@ static sdq_tensor *sdq__ly_result(sdq_ctx *ctx, const sdq_layer *l, sdq_tensor *
 typedef struct sdq__pack {
     float *dst;
     const float *w;
-    const int8_t *q;
-    const float *s;
     size_t out, taps, in;
 } sdq__pack;
 
@@ -4990,8 +5064,7 @@ static void sdq__ly_pack_task(void *arg, size_t p, int thread) {
     (void)thread;
     sdq__gemm_pack_t(w->dst + p * SDQ__NR * k, w->w + p * SDQ__NR * k, k, n, k);
 }
-/* Panels of input channels for the input gradient: dst[panel][tap][out][32]; from the float
- * weights or, if q is given, from q s. */
+/* Panels of input channels for the input gradient: dst[panel][tap][out][32]. */
 static void sdq__ly_pack_back_task(void *arg, size_t p, int thread) {
     const sdq__pack *w = (const sdq__pack *)arg;
     const size_t n = sdq__u_min(SDQ__NR, w->in - p * SDQ__NR);
@@ -5001,8 +5074,7 @@ static void sdq__ly_pack_back_task(void *arg, size_t p, int thread) {
     for (t = 0; t < w->taps; t++)
         for (o = 0; o < w->out; o++, dst += SDQ__NR) {
             const size_t at = (o * w->taps + t) * w->in + p * SDQ__NR;
-            for (j = 0; j < n; j++)
-                dst[j] = w->q ? (float)w->q[at + j] * w->s[o] : w->w[at + j];
+            for (j = 0; j < n; j++) dst[j] = w->w[at + j];
             for (; j < SDQ__NR; j++) dst[j] = 0.0f;
         }
 }
@@ -5120,22 +5192,24 @@ static void sdq__ly_input_gradient(sdq_ctx *ctx, const sdq_layer *l, const sdq_t
     sdq__pack p;
     sdq__gemm w;
     memset(&p, 0, sizeof p);
-    p.dst = SDQ__PUSH_N(ctx, float, sdq__gemm_packed_count(l->in, sdq__ly_taps(l) * l->out));
-    p.w = sdq_f32(&l->w); p.q = q; p.s = sdq_f32(&l->sw);
+    p.w = sdq_f32(&l->w);
     p.out = l->out; p.taps = sdq__ly_taps(l); p.in = l->in;
+    if (!q) p.dst = SDQ__PUSH_N(ctx, float, sdq__gemm_packed_count(l->in, p.taps * l->out));
     memset(&w, 0, sizeof w);
     w.g = sdq__ly_geom(l, x);
     if (p.taps > 1) w.g = sdq__ly_geom_back(w.g);
     w.x = dy;
     w.b = p.dst;
+    w.bq = q;
+    w.bs = sdq_f32(&l->sw);
     w.zero = sdq__ly_zeros(ctx, l->out);
     w.y = dx;
     w.m = sdq__t_rows(x);
     w.n = w.ldy = l->in;
     w.kc = w.ldx = sdq__t_chan(y);
     w.more = more;
-    if (p.dst && w.zero) {
-        sdq__par_for(ctx, sdq__gemm_panels(l->in), sdq__ly_pack_back_task, &p);
+    if ((p.dst || q) && w.zero) {
+        if (p.dst) sdq__par_for(ctx, sdq__gemm_panels(l->in), sdq__ly_pack_back_task, &p);
         sdq__gemm_run(ctx, &w, 0);
     }
     sdq_arena_release(ctx, mark);
@@ -5593,32 +5667,12 @@ static void sdq__ly_ste_input(sdq_ctx *ctx, sdq__qpart *p, const sdq__qinput *in
     if (ds) ds[0] += (float)(sum / sqrt(255.0 * (double)(rows / sdq__t_entries(x) * p->c)));
 }
 
-/* The same for the weights: g = gradient of wh. */
-static void sdq__ly_ste_weight(sdq_ctx *ctx, sdq_layer *l, const float *g) {
-    const size_t k = sdq__ly_k(l);
-    const float *w = sdq_f32(&l->w);
-    float *dw = sdq__tape_grad(ctx, &l->w), *ds = sdq__tape_grad(ctx, &l->sw);
-    size_t o, j;
-    for (o = 0; o < l->out; o++) {
-        const float inv = 1.0f / sdq_f32(&l->sw)[o];
-        double sum = 0.0;
-        for (j = o * k; j < (o + 1) * k; j++) {
-            const float v = w[j] * inv, t = sdq__q_rint(v);
-            const int in = t >= -128.0f && t <= 127.0f;
-            if (in && dw) dw[j] += g[j];
-            sum += (double)(g[j] * (in ? t - v : t < 0.0f ? -128.0f : 127.0f));
-        }
-        if (ds) ds[o] += (float)(sum / sqrt(127.0 * (double)k));
-    }
-}
-
 static void sdq__ly_fake_weight_gradient(sdq_ctx *ctx, sdq_layer *l, const sdq_tensor *x,
                                          const sdq_tensor *y, const float *dy,
                                          const sdq__fake *keep) {
-    const sdq_mark mark = sdq_arena_mark(ctx);
-    float *g = sdq__ly_zeros(ctx, l->out * sdq__ly_k(l));
+    float *dw = sdq__tape_grad(ctx, &l->w), *ds = sdq__tape_grad(ctx, &l->sw);
     size_t i;
-    for (i = 0; g && i < l->parts; i++) {
+    for (i = 0; ctx->status == SDQ_OK && i < l->parts; i++) {
         const sdq__qinput *in = &keep->in[i];
         const sdq__qpart *p = &l->part[i];
         sdq__gemm_dw w;
@@ -5627,13 +5681,13 @@ static void sdq__ly_fake_weight_gradient(sdq_ctx *ctx, sdq_layer *l, const sdq_t
         w.q = in->q; w.ldq = in->ld; w.qs = in->s; w.qz = in->z;
         w.blocks = in->blocks;
         w.rows_per_scale = in->per_row ? 1 : in->rows / in->entries;
-        w.dy = dy; w.dw = g;
+        w.dy = dy; w.dw = dw; w.ds = ds;
         w.m = sdq__t_rows(y); w.n = w.ldy = l->out;
         w.c = p->c; w.first = p->c0; w.ldw = l->in;
+        w.w = sdq_f32(&l->w);
+        w.sw = sdq_f32(&l->sw);
         sdq__gemm_dw_run(ctx, &w);
     }
-    if (g) sdq__ly_ste_weight(ctx, l, g);
-    sdq_arena_release(ctx, mark);
 }
 
 static void sdq__ly_fake_back(sdq_ctx *ctx, sdq__node *n) {
@@ -9656,6 +9710,14 @@ SDQ_API int32_t sdq_tokenizer_end(const sdq_tokenizer *t) { return t->end; }
 SDQ_API int32_t sdq_tokenizer_pad(const sdq_tokenizer *t) { return t->pad; }
 /* ===========================================================================
  * >>optim   AdamW, clipping, schedule, average of the weights, the training loop
+ *
+ * Weights, gradients and two moments are 16 bytes per weight. With moments8 they are 10: moments
+ * are bytes with a scale per block of 256, as in Dettmers et al., "8-bit Optimizers via Block-wise
+ * Quantization" (arXiv 2110.02861); tensors of less than 4096 elements and scales keep floats.
+ * The code is a root instead of their tables: a first moment x of a block with the largest a is
+ * kept as 127 sqrt(|x| / a) and its sign, a second one as 255 (x / a)^(1/4), which reaches down to
+ * 2e-10 a and never becomes 0, since the root of it is divided by. A step computes with floats
+ * and rounds what it leaves behind; the decay of a whole block is in its scale, which is exact.
  * ======================================================================== */
 
 /* Copy what must survive a stop into v (load 0), or back (load 1). */
@@ -9665,6 +9727,9 @@ typedef struct sdq__leaf {
     sdq_tensor *t;
     char *name;
     float *m, *v, *ema;
+    int8_t *m8;                 /* or moments in bytes, */
+    uint8_t *v8;
+    float *scale;               /*   with scales [block][2] */
     float lr_scale, floor;
     int decay;
     sdq__state_fn state;        /* values that are only kept, such as observers: no moments */
@@ -9695,7 +9760,24 @@ static void sdq__opt_leaf_free(sdq_ctx *ctx, sdq__leaf *l) {
     sdq__free(ctx, l->name);
     sdq__free(ctx, l->m);
     sdq__free(ctx, l->v);
+    sdq__free(ctx, l->m8);
+    sdq__free(ctx, l->v8);
+    sdq__free(ctx, l->scale);
     sdq__free(ctx, l->ema);
+}
+
+#define SDQ__OPT_SMALL 4096     /* below it moments are never bytes */
+
+static void sdq__opt_moments(sdq_ctx *ctx, const sdq_optim *o, sdq__leaf *l) {
+    const size_t n = sdq_tensor_count(l->t);
+    if (o->desc.moments8 && n >= SDQ__OPT_SMALL && l->floor <= 0.0f) {
+        l->m8 = SDQ__NEW_N(ctx, int8_t, n);
+        l->v8 = SDQ__NEW_N(ctx, uint8_t, n);
+        l->scale = SDQ__NEW_N(ctx, float, 2 * sdq__u_div_up(n, SDQ__MOMENT_BLOCK));
+    } else {
+        l->m = SDQ__NEW_N(ctx, float, n);
+        l->v = SDQ__NEW_N(ctx, float, n);
+    }
 }
 
 SDQ_API void sdq_optim_free(sdq_ctx *ctx, sdq_optim *o) {
@@ -9730,12 +9812,11 @@ SDQ_API sdq_status sdq_optim_add(sdq_ctx *ctx, sdq_optim *o, sdq_tensor *t, cons
         return ctx->status;
     l.t = t;
     l.name = sdq__strdup(ctx, name);
-    l.m = SDQ__NEW_N(ctx, float, n);
-    l.v = SDQ__NEW_N(ctx, float, n);
     l.ema = o->desc.ema > 0.0f ? SDQ__NEW_N(ctx, float, n) : NULL;
     l.lr_scale = lr_scale == 0.0f ? 1.0f : lr_scale;
     l.floor = floor;
     l.decay = decay;
+    sdq__opt_moments(ctx, o, &l);
     grad = SDQ__NEW_N(ctx, float, n);
     if (ctx->status != SDQ_OK) {
         sdq__opt_leaf_free(ctx, &l);
@@ -9790,18 +9871,55 @@ static double sdq__opt_rate(const sdq_optim_desc *d, size_t t) {
     return lr;
 }
 
-static double sdq__opt_norm(sdq_ctx *ctx, const sdq_optim *o) {
+/* A leaf's step or its share of the norm, a piece at a time. */
+typedef struct sdq__opt_run {
+    const struct sdq__kernels *k;
+    const sdq__leaf *l;
+    const sdq__adamw_step *step;
+    float ema, *part;           /* part: sums of squares of the pieces */
+    size_t n;
+} sdq__opt_run;
+
+static void sdq__opt_norm_task(void *arg, size_t task, int thread) {
+    const sdq__opt_run *w = (const sdq__opt_run *)arg;
+    const float *g = w->l->t->grad + task * SDQ__PIECE;
+    (void)thread;
+    w->part[task] = w->k->dot(g, g, sdq__u_min(SDQ__PIECE, w->n - task * SDQ__PIECE));
+}
+static double sdq__opt_norm(sdq_ctx *ctx, const sdq_optim *o, float *scratch) {
     double sum = 0.0;
     size_t i, j;
     for (i = 0; i < o->count; i++) {
-        const float *g = o->leaf[i].t->grad;
-        const size_t n = g ? sdq_tensor_count(o->leaf[i].t) : 0;
-        for (j = 0; j < n; j += SDQ__PIECE) {
-            const size_t m = sdq__u_min(SDQ__PIECE, n - j);
-            sum += (double)ctx->k->dot(g + j, g + j, m);
-        }
+        sdq__opt_run w;
+        if (!o->leaf[i].t->grad) continue;
+        w.k = ctx->k; w.l = &o->leaf[i]; w.part = scratch;
+        w.n = sdq_tensor_count(w.l->t);
+        sdq__par_for(ctx, sdq__u_div_up(w.n, SDQ__PIECE), sdq__opt_norm_task, &w);
+        for (j = 0; j * SDQ__PIECE < w.n; j++) sum += (double)scratch[j];
     }
     return sqrt(sum);
+}
+
+/* n elements from i on, a multiple of blocks. */
+static void sdq__opt_step_bytes(const sdq__opt_run *w, size_t i, size_t n) {
+    const sdq__leaf *l = w->l;
+    const size_t end = i + n;
+    for (; i < end; i += SDQ__MOMENT_BLOCK)
+        w->k->adamw8(sdq_f32(l->t) + i, l->m8 + i, l->v8 + i,
+                     l->scale + 2 * (i / SDQ__MOMENT_BLOCK), l->t->grad + i,
+                     sdq__u_min(SDQ__MOMENT_BLOCK, end - i), w->step);
+}
+/* Step, average, and the gradient back to zeros while it is in the caches. */
+static void sdq__opt_step_task(void *arg, size_t task, int thread) {
+    const sdq__opt_run *w = (const sdq__opt_run *)arg;
+    const sdq__leaf *l = w->l;
+    const size_t i = task * SDQ__PIECE, n = sdq__u_min(SDQ__PIECE, w->n - i);
+    float *x = sdq_f32(l->t) + i, *g = l->t->grad + i;
+    (void)thread;
+    if (l->m8) sdq__opt_step_bytes(w, i, n);
+    else if (l->floor <= 0.0f) w->k->adamw(x, l->m + i, l->v + i, g, n, w->step);
+    if (l->ema) w->k->lerp(l->ema + i, x, n, w->ema);
+    memset(g, 0, n * sizeof *g);
 }
 
 /* AdamW on u = log w: du = dw w, w' = w (1 + step) to first order. Such gradients are small (LSQ
@@ -9821,11 +9939,13 @@ static void sdq__opt_scale_step(sdq_ctx *ctx, sdq__leaf *l, const sdq__adamw_ste
         w[j] = v > l->floor ? v : l->floor;
     }
 }
-/* Scratch for the largest of them. */
+/* Scratch for the largest of them, and for the norm of the largest leaf. */
 static float *sdq__opt_scratch(sdq_ctx *ctx, const sdq_optim *o) {
     size_t n = 1, i;
-    for (i = 0; i < o->count; i++)
-        if (o->leaf[i].floor > 0.0f) n = sdq__u_max(n, sdq_tensor_count(o->leaf[i].t));
+    for (i = 0; i < o->count; i++) {
+        const size_t count = sdq_tensor_count(o->leaf[i].t);
+        n = sdq__u_max(n, o->leaf[i].floor > 0.0f ? count : sdq__u_div_up(count, SDQ__PIECE));
+    }
     return SDQ__PUSH_N(ctx, float, n);
 }
 
@@ -9839,7 +9959,7 @@ SDQ_API sdq_status sdq_optim_step(sdq_ctx *ctx, sdq_optim *o) {
     size_t i;
     if (ctx->status != SDQ_OK) return ctx->status;
     sdq_arena_release(ctx, mark);       /* nothing else is pushed before the end */
-    o->norm = sdq__opt_norm(ctx, o);
+    o->norm = sdq__opt_norm(ctx, o, scratch);
     if (!(o->norm < 1e30))
         return sdq__fail(ctx, SDQ_ERR_NUMERIC,
                          "training: the gradient of step %zu is not finite; the"
@@ -9855,17 +9975,18 @@ SDQ_API sdq_status sdq_optim_step(sdq_ctx *ctx, sdq_optim *o) {
                  : 1.0f;
     for (i = 0; i < o->count; i++) {
         sdq__leaf *l = &o->leaf[i];
-        float *w = sdq_f32(l->t);
-        const size_t n = sdq_tensor_count(l->t);
+        sdq__opt_run w;
         if (l->state) continue;
         s.lr = (float)(o->rate * (double)l->lr_scale);
         s.decay = l->decay ? s.lr * d->weight_decay : 0.0f;
         if (l->floor > 0.0f) sdq__opt_scale_step(ctx, l, &s, scratch);
-        else ctx->k->adamw(w, l->m, l->v, l->t->grad, n, &s);
-        if (l->ema) ctx->k->lerp(l->ema, w, n, (float)(1.0 - decay));
+        memset(&w, 0, sizeof w);
+        w.k = ctx->k; w.l = l; w.step = &s;
+        w.ema = (float)(1.0 - decay);
+        w.n = sdq_tensor_count(l->t);
+        sdq__par_for(ctx, sdq__u_div_up(w.n, SDQ__PIECE), sdq__opt_step_task, &w);
     }
     o->step++;
-    sdq_optim_zero(o);
     return SDQ_OK;
 }
 
@@ -9881,23 +10002,53 @@ SDQ_API void sdq_optim_swap_ema(sdq_optim *o) {
     }
 }
 
-/* ---- state files: weight/NAME, m/NAME, v/NAME, ema/NAME and the step ---- */
+/* ---- state files: weight/NAME, its moments m/ and v/, or m8/, v8/ and their scales, ema/, and
+ * the step ---- */
 
-static const char *const sdq__opt_kind[4] = {"weight", "m", "v", "ema"};
+typedef struct sdq__opt_slot { const char *kind; sdq_dtype dtype; void *data; } sdq__opt_slot;
 
-static float *sdq__opt_slot(const sdq__leaf *l, size_t kind) {
-    return kind == 0 ? sdq_f32(l->t) : kind == 1 ? l->m : kind == 2 ? l->v : l->ema;
-}
-static size_t sdq__opt_kinds(const sdq_optim *o, const sdq__leaf *l) {
-    return l->state ? 1 : o->desc.ema > 0.0f ? 4 : 3;
-}
-static size_t sdq__opt_arrays(const sdq_optim *o) {
-    size_t i, n = 0;
-    for (i = 0; i < o->count; i++) n += sdq__opt_kinds(o, &o->leaf[i]);
+/* What a leaf keeps; returns how many. */
+static size_t sdq__opt_slots(const sdq__leaf *l, sdq__opt_slot *slot) {
+    size_t n = 0, i;
+    sdq__opt_slot all[7];
+    memset(all, 0, sizeof all);
+    for (i = 0; i < 7; i++) all[i].dtype = SDQ_F32;
+    all[0].kind = "weight"; all[0].data = l->t->data;
+    all[1].kind = "m"; all[1].data = l->m;
+    all[2].kind = "v"; all[2].data = l->v;
+    all[3].kind = "m8"; all[3].data = l->m8; all[3].dtype = SDQ_I8;
+    all[4].kind = "v8"; all[4].data = l->v8; all[4].dtype = SDQ_U8;
+    all[5].kind = "scales"; all[5].data = l->scale;
+    all[6].kind = "ema"; all[6].data = l->ema;
+    for (i = 0; i < 7; i++)
+        if (all[i].data) slot[n++] = all[i];
     return n;
 }
-static void sdq__opt_slot_name(char *buf, size_t size, const sdq__leaf *l, size_t kind) {
-    (void)snprintf(buf, size, "%s/%s", sdq__opt_kind[kind], l->name);
+static size_t sdq__opt_arrays(const sdq_optim *o) {
+    sdq__opt_slot slot[7];
+    size_t i, n = 0;
+    for (i = 0; i < o->count; i++) n += sdq__opt_slots(&o->leaf[i], slot);
+    return n;
+}
+/* The array of a slot in a file, without its data. name: room for 256. */
+static void sdq__opt_entry(const sdq__leaf *l, const sdq__opt_slot *slot, char *name,
+                           sdq_entry *e) {
+    const sdq_tensor *t = l->t;
+    const size_t n = sdq_tensor_count(t);
+    size_t i;
+    memset(e, 0, sizeof *e);
+    (void)snprintf(name, 256, "%s/%s", slot->kind, l->name);
+    e->name = name;
+    e->dtype = slot->dtype;
+    e->rank = t->rank;
+    for (i = 0; i < 8; i++) e->dim[i] = i < 4 ? t->dim[i] : 1;
+    e->bytes = n * sdq__u_dtype_size(slot->dtype);
+    if (slot->data != l->scale) return;
+    e->rank = 2;
+    e->dim[0] = sdq__u_div_up(n, SDQ__MOMENT_BLOCK);
+    e->dim[1] = 2;
+    e->dim[2] = e->dim[3] = 1;
+    e->bytes = 2 * e->dim[0] * sizeof(float);
 }
 
 SDQ_API sdq_status sdq_optim_save(sdq_ctx *ctx, const sdq_optim *o, const char *path) {
@@ -9905,21 +10056,18 @@ SDQ_API sdq_status sdq_optim_save(sdq_ctx *ctx, const sdq_optim *o, const char *
     const sdq_mark mark = sdq_arena_mark(ctx);
     sdq_entry *e = SDQ__PUSH_N(ctx, sdq_entry, arrays + 1);
     char *names = SDQ__PUSH_N(ctx, char, (arrays + 1) * 256), step[32];
+    sdq__opt_slot slot[7];
     sdq_pair meta;
     sdq_status st = ctx->status;
     size_t i, k, n = 0;
     if (e && names) {
-        memset(e, 0, (arrays + 1) * sizeof *e);
         for (i = 0; i < o->count; i++) {
-            if (o->leaf[i].state) o->leaf[i].state(o->leaf[i].user, sdq_f32(o->leaf[i].t), 0);
-            for (k = 0; k < sdq__opt_kinds(o, &o->leaf[i]); k++, n++) {
-                const sdq_tensor *t = o->leaf[i].t;
-                sdq__opt_slot_name(names + n * 256, 256, &o->leaf[i], k);
-                e[n].name = names + n * 256;
-                e[n].rank = t->rank;
-                memcpy(e[n].dim, t->dim, sizeof t->dim);
-                e[n].data = sdq__opt_slot(&o->leaf[i], k);
-                e[n].bytes = sdq_tensor_count(t) * sizeof(float);
+            const sdq__leaf *l = &o->leaf[i];
+            const size_t slots = sdq__opt_slots(l, slot);
+            if (l->state) l->state(l->user, sdq_f32(l->t), 0);
+            for (k = 0; k < slots; k++, n++) {
+                sdq__opt_entry(l, &slot[k], names + n * 256, &e[n]);
+                e[n].data = slot[k].data;
             }
         }
         (void)snprintf(step, sizeof step, "%zu", o->step);
@@ -9946,6 +10094,7 @@ SDQ_API sdq_status sdq_optim_load(sdq_ctx *ctx, sdq_optim *o, const char *path) 
     sdq_status st = sdq_file_open(ctx, path, &f);
     const char *text;
     size_t i, k, pass, step = 0;
+    sdq__opt_slot slot[7];
     char name[256];
     if (st != SDQ_OK) return st;
     text = sdq_file_meta(f, "step");
@@ -9957,22 +10106,27 @@ SDQ_API sdq_status sdq_optim_load(sdq_ctx *ctx, sdq_optim *o, const char *path) 
         goto done;
     }
     for (pass = 0; pass < 2; pass++)        /* check everything before anything changes */
-        for (i = 0; i < o->count; i++)
-            for (k = 0; k < sdq__opt_kinds(o, &o->leaf[i]); k++) {
+        for (i = 0; i < o->count; i++) {
+            const size_t slots = sdq__opt_slots(&o->leaf[i], slot);
+            for (k = 0; k < slots; k++) {
                 const sdq_entry *e;
-                const sdq_tensor *t = o->leaf[i].t;
+                sdq_entry want;
+                sdq_tensor t;
                 char shape[96];
-                sdq__opt_slot_name(name, sizeof name, &o->leaf[i], k);
+                sdq__opt_entry(&o->leaf[i], &slot[k], name, &want);
                 e = sdq_file_find(f, name);
-                if (!e || e->dtype != SDQ_F32 || e->rank != t->rank
-                    || memcmp(e->dim, t->dim, sizeof t->dim) != 0) {
-                    st = sdq__fail(ctx, SDQ_ERR_SHAPE, "%s: array %s is missing or is not F32 %s;"
+                if (!e || e->dtype != want.dtype || e->rank != want.rank
+                    || memcmp(e->dim, want.dim, sizeof want.dim) != 0) {
+                    t.rank = want.rank;
+                    memcpy(t.dim, want.dim, sizeof t.dim);
+                    st = sdq__fail(ctx, SDQ_ERR_SHAPE, "%s: array %s is missing or is not %s %s;"
                                    " use another state file or delete it", path, name,
-                                   sdq__t_shape(t, shape));
+                                   sdq_dtype_name(want.dtype), sdq__t_shape(&t, shape));
                     goto done;
                 }
-                if (pass) memcpy(sdq__opt_slot(&o->leaf[i], k), e->data, e->bytes);
+                if (pass) memcpy(slot[k].data, e->data, e->bytes);
             }
+        }
     for (i = 0; i < o->count; i++)
         if (o->leaf[i].state) o->leaf[i].state(o->leaf[i].user, sdq_f32(o->leaf[i].t), 1);
     o->step = step;
@@ -16158,6 +16312,9 @@ SDQ__WORD SDQ__V SDQ__N(scale2)(SDQ__V p, SDQ__V n) {
 SDQ__WORD SDQ__V SDQ__N(load_u8)(const uint8_t *p, size_t n) {
     SDQ__LANES(l < n ? (float)p[l] : 0.0f);
 }
+SDQ__WORD SDQ__V SDQ__N(load_s8)(const int8_t *p, size_t n) {
+    SDQ__LANES(l < n ? (float)p[l] : 0.0f);
+}
 /* The lanes hold integers that the type can hold. */
 SDQ__WORD void SDQ__N(store_u8)(uint8_t *p, SDQ__V v, size_t n) {
     size_t l;
@@ -16282,6 +16439,13 @@ SDQ__WORD SDQ__V SDQ__N(load_u8)(const uint8_t *p, size_t n) {
     else memcpy(&q, p, n);
     return SDQ__N(pair)(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(q)),
                         _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(q, 8))));
+}
+SDQ__WORD SDQ__V SDQ__N(load_s8)(const int8_t *p, size_t n) {
+    __m128i q = _mm_setzero_si128();
+    if (n >= 16) q = _mm_loadu_si128((const __m128i *)(const void *)p);
+    else memcpy(&q, p, n);
+    return SDQ__N(pair)(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q)),
+                        _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(q, 8))));
 }
 /* The 16 lanes as int16, in order. */
 SDQ__WORD __m256i SDQ__N(int16)(SDQ__V v) {
@@ -16451,6 +16615,9 @@ SDQ__WORD float SDQ__N(lane0)(SDQ__V v) { return _mm512_cvtss_f32(v); }
 SDQ__WORD SDQ__V SDQ__N(scale2)(SDQ__V p, SDQ__V n) { return _mm512_scalef_ps(p, n); }
 SDQ__WORD SDQ__V SDQ__N(load_u8)(const uint8_t *p, size_t n) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(SDQ__N(mask)(n), p)));
+}
+SDQ__WORD SDQ__V SDQ__N(load_s8)(const int8_t *p, size_t n) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(SDQ__N(mask)(n), p)));
 }
 SDQ__WORD void SDQ__N(store_bytes)(void *p, __m128i q, size_t n) {
     if (n >= 16) _mm_storeu_si128((__m128i *)p, q);
@@ -16946,6 +17113,29 @@ SDQ__KERNEL void SDQ__K(quantize_s8)(int8_t *q, const float *x, size_t n, float 
         SDQ__N(store_s8)(q + i, SDQ__N(clamp)(SDQ__N(rint)(v), -128.0f, 127.0f), n - i);
     }
 }
+SDQ__KERNEL float SDQ__K(ste_s8)(float *dw, const float *g, const float *w, size_t n, float inv) {
+    const SDQ__V s = SDQ__N(set1)(inv), lo = SDQ__N(set1)(-129.0f), hi = SDQ__N(set1)(128.0f);
+    const SDQ__V least = SDQ__N(set1)(-128.0f), most = SDQ__N(set1)(127.0f);
+    const SDQ__V zero = SDQ__N(set1)(0.0f);
+    SDQ__V sum = zero;
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        const SDQ__V d = SDQ__N(load)(g + i, n - i);
+        const SDQ__V v = SDQ__N(mul)(SDQ__N(load)(w + i, n - i), s), t = SDQ__N(rint)(v);
+        const SDQ__V pass = SDQ__N(if_less)(lo, t, SDQ__N(if_less)(t, hi, d, zero), zero);
+        SDQ__V slope = SDQ__N(if_less)(t, hi, SDQ__N(sub)(t, v), most);
+        slope = SDQ__N(if_less)(lo, t, slope, least);
+        sum = SDQ__N(fma)(d, slope, sum);
+        SDQ__N(store)(dw + i, SDQ__N(add)(SDQ__N(load)(dw + i, n - i), pass), n - i);
+    }
+    return SDQ__N(sum)(sum);
+}
+SDQ__KERNEL void SDQ__K(dequantize_s8)(float *y, const int8_t *q, size_t n, float s) {
+    const SDQ__V scale = SDQ__N(set1)(s);
+    size_t i;
+    for (i = 0; i < n; i += 16)
+        SDQ__N(store)(y + i, SDQ__N(mul)(SDQ__N(load_s8)(q + i, n - i), scale), n - i);
+}
 SDQ__KERNEL void SDQ__K(dequantize_u8)(float *y, const uint8_t *q, size_t n, float s, int32_t z) {
     const SDQ__V scale = SDQ__N(set1)(s), zero = SDQ__N(set1)((float)z);
     size_t i;
@@ -17430,26 +17620,82 @@ SDQ__KERNEL void SDQ__K(softmax_tile_bwd)(float *s, float *dp, size_t n, float s
  *   v = fma((1 - beta2) * g, g, beta2 * v)      torch: v.mul_(beta2).addcmul_(g, g, 1 - beta2)
  *   w = fma(-lr, (m * c1) / (sqrt(v * c2) + eps), w)
  * c1, c2 multiply where torch divides by 1 - beta^t: equal but for rounding. */
+typedef struct SDQ__N(adamw_const) { SDQ__V beta1, beta2, rest2, clip, c1, c2, eps, lr, decay; }
+    SDQ__N(adamw_const);
+SDQ__WORD SDQ__N(adamw_const) SDQ__N(adamw_set)(const sdq__adamw_step *s) {
+    SDQ__N(adamw_const) c;
+    c.beta1 = SDQ__N(set1)(1.0f - s->beta1); c.beta2 = SDQ__N(set1)(s->beta2);
+    c.rest2 = SDQ__N(set1)(1.0f - s->beta2); c.clip = SDQ__N(set1)(s->clip);
+    c.c1 = SDQ__N(set1)(s->c1); c.c2 = SDQ__N(set1)(s->c2); c.eps = SDQ__N(set1)(s->eps);
+    c.lr = SDQ__N(set1)(-s->lr); c.decay = SDQ__N(set1)(-s->decay);
+    return c;
+}
+/* Returns the new w; m and v are renewed in place. */
+SDQ__WORD SDQ__V SDQ__N(adamw_lanes)(const SDQ__N(adamw_const) *c, SDQ__V w, SDQ__V *m, SDQ__V *v,
+                                     SDQ__V grad) {
+    const SDQ__V g = SDQ__N(mul)(grad, c->clip);
+    SDQ__V root;
+    w = SDQ__N(fma)(c->decay, w, w);
+    *m = SDQ__N(fma)(c->beta1, SDQ__N(sub)(g, *m), *m);
+    *v = SDQ__N(fma)(SDQ__N(mul)(c->rest2, g), g, SDQ__N(mul)(c->beta2, *v));
+    root = SDQ__N(add)(SDQ__N(sqrt)(SDQ__N(mul)(*v, c->c2)), c->eps);
+    return SDQ__N(fma)(c->lr, SDQ__N(div)(SDQ__N(mul)(*m, c->c1), root), w);
+}
 SDQ__KERNEL void SDQ__K(adamw)(float *w, float *m, float *v, const float *grad, size_t n,
                                const sdq__adamw_step *s) {
-    const SDQ__V beta1 = SDQ__N(set1)(1.0f - s->beta1), beta2 = SDQ__N(set1)(s->beta2);
-    const SDQ__V rest2 = SDQ__N(set1)(1.0f - s->beta2), clip = SDQ__N(set1)(s->clip);
-    const SDQ__V c1 = SDQ__N(set1)(s->c1), c2 = SDQ__N(set1)(s->c2), eps = SDQ__N(set1)(s->eps);
-    const SDQ__V lr = SDQ__N(set1)(-s->lr), decay = SDQ__N(set1)(-s->decay);
+    const SDQ__N(adamw_const) c = SDQ__N(adamw_set)(s);
     size_t i;
     for (i = 0; i < n; i += 16) {
-        const SDQ__V g = SDQ__N(mul)(SDQ__N(load)(grad + i, n - i), clip);
-        SDQ__V vw = SDQ__N(load)(w + i, n - i), vm = SDQ__N(load)(m + i, n - i);
-        SDQ__V vv = SDQ__N(load)(v + i, n - i), root;
-        vw = SDQ__N(fma)(decay, vw, vw);
-        vm = SDQ__N(fma)(beta1, SDQ__N(sub)(g, vm), vm);
-        vv = SDQ__N(fma)(SDQ__N(mul)(rest2, g), g, SDQ__N(mul)(beta2, vv));
-        root = SDQ__N(add)(SDQ__N(sqrt)(SDQ__N(mul)(vv, c2)), eps);
-        vw = SDQ__N(fma)(lr, SDQ__N(div)(SDQ__N(mul)(vm, c1), root), vw);
+        SDQ__V vm = SDQ__N(load)(m + i, n - i), vv = SDQ__N(load)(v + i, n - i);
+        const SDQ__V vw = SDQ__N(adamw_lanes)(&c, SDQ__N(load)(w + i, n - i), &vm, &vv,
+                                              SDQ__N(load)(grad + i, n - i));
         SDQ__N(store)(m + i, vm, n - i);
         SDQ__N(store)(v + i, vv, n - i);
         SDQ__N(store)(w + i, vw, n - i);
     }
+}
+
+/* Moments to bytes; a block of zeros has scale 0 and is divided by 1. */
+SDQ__WORD void SDQ__N(moments8)(int8_t *m8, uint8_t *v8, const float *m, const float *v,
+                                const float *s, size_t n) {
+    const SDQ__V ms = SDQ__N(set1)(s[0] > 0.0f ? s[0] : 1.0f), zero = SDQ__N(set1)(0.0f);
+    const SDQ__V vs = SDQ__N(set1)(s[1] > 0.0f ? s[1] : 1.0f), one = SDQ__N(set1)(1.0f);
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        const SDQ__V x = SDQ__N(load)(m + i, n - i), y = SDQ__N(load)(v + i, n - i);
+        SDQ__V a = SDQ__N(sqrt)(SDQ__N(div)(SDQ__N(abs)(x), ms));
+        SDQ__V b = SDQ__N(sqrt)(SDQ__N(sqrt)(SDQ__N(div)(y, vs)));
+        a = SDQ__N(rint)(SDQ__N(mul)(a, SDQ__N(set1)(127.0f)));
+        b = SDQ__N(rint)(SDQ__N(mul)(b, SDQ__N(set1)(255.0f)));
+        b = SDQ__N(max)(b, SDQ__N(if_less)(zero, y, one, zero));
+        SDQ__N(store_s8)(m8 + i, SDQ__N(if_less)(x, zero, SDQ__N(sub)(zero, a), a), n - i);
+        SDQ__N(store_u8)(v8 + i, b, n - i);
+    }
+}
+SDQ__KERNEL void SDQ__K(adamw8)(float *w, int8_t *m8, uint8_t *v8, float *s, const float *grad,
+                                size_t n, const sdq__adamw_step *step) {
+    const SDQ__N(adamw_const) c = SDQ__N(adamw_set)(step);
+    const SDQ__V ms = SDQ__N(set1)(s[0]), vs = SDQ__N(set1)(s[1]);
+    SDQ__V m_most = SDQ__N(set1)(0.0f), v_most = m_most;
+    float m[SDQ__MOMENT_BLOCK], v[SDQ__MOMENT_BLOCK];
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        const SDQ__V a = SDQ__N(mul)(SDQ__N(load_s8)(m8 + i, n - i), SDQ__N(set1)(1.0f / 127.0f));
+        const SDQ__V b = SDQ__N(mul)(SDQ__N(load_u8)(v8 + i, n - i), SDQ__N(set1)(1.0f / 255.0f));
+        const SDQ__V b2 = SDQ__N(mul)(b, b);
+        SDQ__V vm = SDQ__N(mul)(SDQ__N(mul)(a, SDQ__N(abs)(a)), ms);
+        SDQ__V vv = SDQ__N(mul)(SDQ__N(mul)(b2, b2), vs);
+        const SDQ__V vw = SDQ__N(adamw_lanes)(&c, SDQ__N(load)(w + i, n - i), &vm, &vv,
+                                              SDQ__N(load)(grad + i, n - i));
+        SDQ__N(store)(m + i, vm, n - i);
+        SDQ__N(store)(v + i, vv, n - i);
+        SDQ__N(store)(w + i, vw, n - i);
+        m_most = SDQ__N(max)(m_most, SDQ__N(abs)(vm));
+        v_most = SDQ__N(max)(v_most, vv);
+    }
+    s[0] = SDQ__N(highest)(m_most);
+    s[1] = SDQ__N(highest)(v_most);
+    SDQ__N(moments8)(m8, v8, m, v, s, n);
 }
 
 /* ---- half precision ---- */
