@@ -11,9 +11,10 @@
  *     step 1: teacher 1.9 forward 2.1 backward 7.6 optimizer 1.3 total 12.9 loss 0.8 norm 1.2 peak 14.9 GiB
  *
  *   steps=3            threads=0 (all)      side=64 (of the latent)   batch=1     seed=1
- *   recipe=default     or reference         set=all|small|scales|..   lr=1e-5
+ *   recipe=default     or reference, or static: static ranges, and every layer is quantized
+ *   set=all            or small, scales, ranges
  *   mode=fake          or float: no quantization
- *   ema=0              of the weights
+ *   lr=1e-5            ema=0 (of the weights)    moments8=0 or 1
  */
 #define SDQ_IMPLEMENTATION
 #include "sdq.h"
@@ -28,6 +29,7 @@ typedef struct options {
     const char *model;
     long steps, threads, side, batch, seed;
     double lr, ema;
+    int moments8;
     sdq_recipe recipe;
     sdq_mode mode;
 } options;
@@ -50,6 +52,14 @@ static int word_of(const char *value, const char *const *words, int n) {
     return i;
 }
 
+/* What the peer of tools/peers/train.py does. */
+static void set_static(sdq_recipe *r) {
+    r->range_linear = r->range_conv = SDQ_RANGE_STATIC;
+    r->quantize_edges = r->quantize_time = r->quantize_context = r->quantize_shortcuts = 1;
+    r->weight_scale = SDQ_WEIGHT_CURRENT;
+    r->learn_scales = 0;
+}
+
 /* 0 when it is not an option. */
 static int set_option(options *o, const char *arg) {
     static const char *const sets[] = {"all", "small", "scales", "ranges"};
@@ -64,9 +74,11 @@ static int set_option(options *o, const char *arg) {
     else if (IS("seed")) o->seed = atol(v);
     else if (IS("lr")) o->lr = atof(v);
     else if (IS("ema")) o->ema = atof(v);
+    else if (IS("moments8")) o->moments8 = atoi(v);
     else if (IS("recipe")) {
         const sdq_train_set set = o->recipe.train_set;
         o->recipe = strcmp(v, "reference") ? sdq_recipe_default() : sdq_recipe_reference();
+        if (!strcmp(v, "static")) set_static(&o->recipe);
         o->recipe.train_set = set;
     } else if (IS("set")) {
         o->recipe.train_set = (sdq_train_set)word_of(v, sets, 4);
@@ -150,6 +162,7 @@ static sdq_status prepare(run *r, const options *o) {
     d.clip = 1.0f;
     d.weight_decay = 1e-2f;
     d.ema = (float)o->ema;
+    d.moments8 = o->moments8;
     st = sdq_optim_create(r->ctx, &d, &r->optim);
     if (st != SDQ_OK) return st;
     return sdq_optim_add_student(r->ctx, r->optim, r->student, &o->recipe, 1000.0f);
