@@ -1201,6 +1201,9 @@ typedef enum sdq_train_set {
     SDQ_TRAIN_SMALL,            /* the same without weights */
     SDQ_TRAIN_SCALES,           /* scales of weights and of static input ranges */
     SDQ_TRAIN_RANGES,           /* static input ranges alone */
+    SDQ_TRAIN_LORA,             /* deltas of low rank of the quantized weights (LoRA, arXiv
+                                 * 2106.09685), merged into the int8 weights when converting; with
+                                 * learn_scales scales, too. The weights may be packed */
     SDQ_TRAIN_SET_COUNT
 } sdq_train_set;
 
@@ -1220,6 +1223,9 @@ typedef struct sdq_recipe {
     int bias_correction;
     int learn_scales;           /* LSQ: weight scales and static input scales are trained */
     sdq_train_set train_set;
+    size_t lora_rank;           /* of SDQ_TRAIN_LORA; 0: 8 */
+    size_t last_blocks;         /* train only what lies in so many last blocks (a residual block, a
+                                 * transformer, a resampling convolution) and behind; 0: all */
     float moving;               /* moving constant of the observers; 0: true min and max */
     sdq_weight_scale weight_scale;
     int calibrate_on_data;      /* noised pictures in FAKE mode; else the sampler's trajectories */
@@ -2582,8 +2588,8 @@ typedef struct sdq__gemm {
     const float *x, *zero;      /* rows of ldx floats; at least kc zeros */
     const float *b;             /* packed panels, */
     const uint16_t *bh;         /* or halves, which become floats a piece at a time, */
-    const int8_t *bq;           /* or bytes [kc][taps][n], not packed: a layer's weights on the way */
-    const float *bs;            /*   back, with a scale for each of the kc */
+    const int8_t *bq;           /* or bytes [kc][taps][n], not packed: a layer's weights on the */
+    const float *bs;            /*   way back, with a scale for each of the kc */
     const float *bias, *res;
     float *y, *piece;           /* piece: SDQ__GEMM_KB * 32 floats per thread, for bh, bq */
     size_t *rows;               /* source rows of a block, plan.rows * taps per thread */
@@ -4836,6 +4842,10 @@ SDQ_API sdq_tensor *sdq_sample_gaussian(sdq_ctx *ctx, sdq_tensor *moments, sdq_t
  *   ds = sum dxh (rint(v) - v | inside, -z below, 255 - z above) / sqrt(255 N),  v = x / s
  * (0 below and 255 above where the zero point follows the scale: sdq__ly_follow).
  *
+ * A layer can carry a delta of low rank (LoRA, arXiv 2106.09685): FAKE mode then quantizes
+ * w + b a, b [out,rank] and a [rank,k], and only b and a get gradients: with dw that of the sum,
+ * da = b^T dw and db = dw a^T. FLOAT mode stays w alone, the teacher; w may be packed halves.
+ *
  * A part is a range of input channels with its own activation ranges: one, or two when the input
  * is a concatenation whose halves differ (Q-Diffusion, arXiv 2302.04304). The second part's
  * product adds to the first's.
@@ -4857,6 +4867,7 @@ struct sdq_layer {
     sdq_tensor w, b;            /* [out,kh,kw,in], [out]; data NULL when absent */
     float *wp;                  /* FLOAT: packed once, when w is not there to change, */
     uint16_t *wh;               /* or the same as halves, if that is exact: what the file had */
+    sdq_tensor la, lb;          /* a delta b a of the weights: [rank,k], [out,rank]; or no data */
     sdq_quant quant;
     sdq__qpart part[2];
     size_t parts;
@@ -4893,6 +4904,8 @@ SDQ_API void sdq_layer_free(sdq_ctx *ctx, sdq_layer *l) {
     }
     sdq__t_free(ctx, &l->w);
     sdq__t_free(ctx, &l->b);
+    sdq__t_free(ctx, &l->la);
+    sdq__t_free(ctx, &l->lb);
     sdq__t_free(ctx, &l->sw);
     sdq__free(ctx, l->wp);
     sdq__free(ctx, l->wh);
@@ -4973,7 +4986,7 @@ SDQ_API sdq_status sdq_layer_create(sdq_ctx *ctx, const sdq_layer_desc *desc, sd
 
 SDQ_API sdq_quant sdq_layer_quant(const sdq_layer *l) { return l->quant; }
 SDQ_API sdq_status sdq_layer_set_quant(sdq_ctx *ctx, sdq_layer *l, const sdq_quant *quant) {
-    if (sdq__ly_frozen(l) || l->part[0].w.b)
+    if (l->part[0].w.b)
         return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: has no float weights any more", l->name);
     if ((unsigned)quant->range >= SDQ_RANGE_COUNT)
         return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: range %d", l->name, (int)quant->range);
@@ -5155,6 +5168,111 @@ static sdq_status sdq__ly_freeze(sdq_ctx *ctx, sdq_layer *l, int halves) {
     return SDQ_OK;
 }
 
+/* The other way: panel p as rows of the weights. */
+typedef struct sdq__thaw {
+    const struct sdq__kernels *k;
+    const sdq_layer *l;
+    float *dst;
+} sdq__thaw;
+static void sdq__ly_thaw_task(void *arg, size_t p, int thread) {
+    const sdq__thaw *w = (const sdq__thaw *)arg;
+    const size_t k = sdq__ly_k(w->l), n = sdq__u_min(SDQ__NR, w->l->out - p * SDQ__NR);
+    float buf[64 * SDQ__NR];
+    size_t k0, i, j;
+    (void)thread;
+    for (k0 = 0; k0 < k; k0 += 64) {
+        const size_t kn = sdq__u_min(64, k - k0), at = (p * k + k0) * SDQ__NR;
+        const float *from = w->l->wh ? buf : w->l->wp + at;
+        if (w->l->wh) w->k->from_f16(buf, w->l->wh + at, kn * SDQ__NR);
+        for (j = 0; j < n; j++)
+            for (i = 0; i < kn; i++)
+                w->dst[(p * SDQ__NR + j) * k + k0 + i] = from[i * SDQ__NR + j];
+    }
+}
+/* The float weights [out][k] without a delta: the layer's, or in the arena. */
+static float *sdq__ly_thaw(sdq_ctx *ctx, const sdq_layer *l) {
+    sdq__thaw w;
+    if (l->w.data) return sdq_f32(&l->w);
+    w.k = ctx->k; w.l = l;
+    w.dst = SDQ__PUSH_N(ctx, float, l->out * sdq__ly_k(l));
+    if (w.dst) sdq__par_for(ctx, sdq__gemm_panels(l->out), sdq__ly_thaw_task, &w);
+    return w.dst;
+}
+
+/* w + b a, in the arena. */
+static const float *sdq__ly_add_delta(sdq_ctx *ctx, const sdq_layer *l, const float *weights) {
+    const size_t k = sdq__ly_k(l), rank = l->la.dim[0];
+    float *y = SDQ__PUSH_N(ctx, float, l->out * k);
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    float *panels = SDQ__PUSH_N(ctx, float, sdq__gemm_packed_count(k, rank));
+    sdq__gemm w;
+    if (!y || !panels) return NULL;
+    sdq__gemm_pack(panels, sdq_f32(&l->la), k, k, rank);
+    memset(&w, 0, sizeof w);
+    w.g = sdq__gemm_rows_geom(l->out);
+    w.x = sdq_f32(&l->lb);
+    w.b = panels;
+    w.res = weights;
+    w.y = y;
+    w.m = l->out;
+    w.kc = w.ldx = rank;
+    w.n = w.ldr = w.ldy = k;
+    sdq__gemm_run(ctx, &w, 0);
+    sdq_arena_release(ctx, mark);
+    return y;
+}
+/* The weights that FAKE mode quantizes. */
+static const float *sdq__ly_weights(sdq_ctx *ctx, const sdq_layer *l) {
+    const float *w = sdq__ly_thaw(ctx, l);
+    return w && l->la.data ? sdq__ly_add_delta(ctx, l, w) : w;
+}
+
+/* da += b^T dw, db += dw a^T. */
+static void sdq__ly_delta_gradient(sdq_ctx *ctx, sdq_layer *l, const float *dw) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    const size_t k = sdq__ly_k(l), rank = l->la.dim[0];
+    float *panels = SDQ__PUSH_N(ctx, float, sdq__gemm_packed_count(rank, k));
+    sdq__gemm_dw a;
+    sdq__gemm b;
+    memset(&a, 0, sizeof a);
+    memset(&b, 0, sizeof b);
+    a.dw = sdq__tape_grad(ctx, &l->la);
+    b.y = sdq__tape_grad(ctx, &l->lb);
+    if (!panels || !a.dw || !b.y) return;
+    a.g = b.g = sdq__gemm_rows_geom(l->out);
+    a.x = b.x = dw;
+    a.dy = sdq_f32(&l->lb);
+    a.m = b.m = l->out;
+    a.n = a.ldy = b.n = b.ldy = rank;
+    a.c = a.ldx = a.ldw = b.kc = b.ldx = k;
+    sdq__gemm_dw_run(ctx, &a);
+    sdq__gemm_pack_t(panels, sdq_f32(&l->la), k, rank, k);
+    b.b = panels;
+    b.more = 1;
+    sdq__gemm_run(ctx, &b, 0);
+    sdq_arena_release(ctx, mark);
+}
+
+/* Give the layer a delta of zeros: b = 0 and a from N(0, 1/rank), so that a first step of b moves
+ * the weights as far as the same step of all of them would. */
+static sdq_status sdq__ly_new_delta(sdq_ctx *ctx, sdq_layer *l, size_t rank, sdq_rng *rng) {
+    const size_t a[2] = {rank, sdq__ly_k(l)}, b[2] = {l->out, rank};
+    const float sd = 1.0f / sqrtf((float)rank);
+    size_t i;
+    if (!l->w.data && !sdq__ly_frozen(l))
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: has no float weights any more", l->name);
+    if (rank > sdq__u_min(l->out, a[1]))
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: its weights are %zu x %zu: a delta of"
+                         " rank %zu would be no smaller", l->name, l->out, a[1], rank);
+    sdq__t_free(ctx, &l->la);
+    sdq__t_free(ctx, &l->lb);
+    SDQ__TRY(sdq__t_init(ctx, &l->la, 2, a));
+    SDQ__TRY(sdq__t_init(ctx, &l->lb, 2, b));
+    sdq_rng_normal(rng, sdq_f32(&l->la), rank * a[1]);
+    for (i = 0; i < rank * a[1]; i++) sdq_f32(&l->la)[i] *= sd;
+    return SDQ_OK;
+}
+
 static float *sdq__ly_zeros(sdq_ctx *ctx, size_t n) {
     float *z = SDQ__PUSH_N(ctx, float, n);
     if (z) memset(z, 0, n * sizeof(float));
@@ -5192,9 +5310,9 @@ static void sdq__ly_input_gradient(sdq_ctx *ctx, const sdq_layer *l, const sdq_t
     sdq__pack p;
     sdq__gemm w;
     memset(&p, 0, sizeof p);
-    p.w = sdq_f32(&l->w);
+    p.w = q ? NULL : sdq__ly_thaw(ctx, l);
     p.out = l->out; p.taps = sdq__ly_taps(l); p.in = l->in;
-    if (!q) p.dst = SDQ__PUSH_N(ctx, float, sdq__gemm_packed_count(l->in, p.taps * l->out));
+    if (p.w) p.dst = SDQ__PUSH_N(ctx, float, sdq__gemm_packed_count(l->in, p.taps * l->out));
     memset(&w, 0, sizeof w);
     w.g = sdq__ly_geom(l, x);
     if (p.taps > 1) w.g = sdq__ly_geom_back(w.g);
@@ -5276,7 +5394,7 @@ static void sdq__ly_observe_input(sdq_ctx *ctx, sdq_layer *l, const sdq_tensor *
     }
 }
 
-static sdq_status sdq__ly_observe_weights(sdq_ctx *ctx, sdq_layer *l) {
+static sdq_status sdq__ly_observe_weights(sdq_ctx *ctx, sdq_layer *l, const float *w) {
     const size_t k = sdq__ly_k(l);
     const int seen = l->w_mn != NULL;
     size_t o;
@@ -5292,24 +5410,33 @@ static sdq_status sdq__ly_observe_weights(sdq_ctx *ctx, sdq_layer *l) {
     }
     for (o = 0; o < l->out; o++) {
         float mn = INFINITY, mx = -INFINITY;
-        ctx->k->minmax(sdq_f32(&l->w) + o * k, k, &mn, &mx);
+        ctx->k->minmax(w + o * k, k, &mn, &mx);
         sdq__ly_track(l, seen, mn, mx, &l->w_mn[o], &l->w_mx[o]);
     }
     return SDQ_OK;
 }
 
+/* The same of the weights as they are. */
+static sdq_status sdq__ly_observe_now(sdq_ctx *ctx, sdq_layer *l) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    const float *w = sdq__ly_weights(ctx, l);
+    const sdq_status st = w ? sdq__ly_observe_weights(ctx, l, w) : ctx->status;
+    sdq_arena_release(ctx, mark);
+    return st;
+}
+
 /* Weight scales as the settings say; FIXED ones are made once. */
-static sdq_status sdq__ly_weight_scales(sdq_ctx *ctx, sdq_layer *l) {
+static sdq_status sdq__ly_weight_scales(sdq_ctx *ctx, sdq_layer *l, const float *w) {
     const size_t k = sdq__ly_k(l);
     float *s = sdq_f32(&l->sw);
     size_t o;
     if (l->quant.weight_scale == SDQ_WEIGHT_FIXED && s[0] > 0.0f) return SDQ_OK;
     if (l->quant.weight_scale == SDQ_WEIGHT_MOVING && !l->w_mn)
-        SDQ__TRY(sdq__ly_observe_weights(ctx, l));
+        SDQ__TRY(sdq__ly_observe_weights(ctx, l, w));
     for (o = 0; o < l->out; o++) {
         float mn = INFINITY, mx = -INFINITY;
         if (l->quant.weight_scale == SDQ_WEIGHT_MOVING) { mn = l->w_mn[o]; mx = l->w_mx[o]; }
-        else ctx->k->minmax(sdq_f32(&l->w) + o * k, k, &mn, &mx);
+        else ctx->k->minmax(w + o * k, k, &mn, &mx);
         s[o] = sdq__q_weight_scale(mn, mx);
     }
     return SDQ_OK;
@@ -5366,7 +5493,7 @@ typedef struct sdq__qrun {
     const struct sdq__kernels *k;
     const sdq_layer *l;
     const sdq__qpart *part;
-    const float *x;
+    const float *x;             /* the input, or weights */
     sdq__qinput *out;
     int8_t *q;
     float *mn, *mx;             /* per entry and chunk, for ranges per picture */
@@ -5525,14 +5652,15 @@ static void sdq__ly_quantize_weight_task(void *arg, size_t o, int thread) {
     const sdq__qrun *w = (const sdq__qrun *)arg;
     const size_t k = sdq__ly_k(w->l);
     (void)thread;
-    w->k->quantize_s8(w->q + o * k, sdq_f32(&w->l->w) + o * k, k, 1.0f / sdq_f32(&w->l->sw)[o]);
+    w->k->quantize_s8(w->q + o * k, w->x + o * k, k, 1.0f / sdq_f32(&w->l->sw)[o]);
 }
 /* The weights as int8 [out,kh,kw,in] by the scales in sw. */
-static int8_t *sdq__ly_quantize_weights(sdq_ctx *ctx, const sdq_layer *l) {
+static int8_t *sdq__ly_quantize_weights(sdq_ctx *ctx, const sdq_layer *l, const float *weights) {
     sdq__qrun w;
     memset(&w, 0, sizeof w);
     w.k = ctx->k;
     w.l = l;
+    w.x = weights;
     w.q = SDQ__PUSH_N(ctx, int8_t, l->out * sdq__ly_k(l));
     if (w.q) sdq__par_for(ctx, l->out, sdq__ly_quantize_weight_task, &w);
     return w.q;
@@ -5619,8 +5747,10 @@ static sdq_status sdq__ly_forward_quant(sdq_ctx *ctx, sdq_layer *l, const sdq_te
     }
     mark = sdq_arena_mark(ctx);     /* packed weights are dropped again, also while recording */
     if (fake) {
-        SDQ__TRY(sdq__ly_weight_scales(ctx, l));
-        q = sdq__ly_quantize_weights(ctx, l);
+        const float *w = sdq__ly_weights(ctx, l);
+        if (!w) return ctx->status;
+        SDQ__TRY(sdq__ly_weight_scales(ctx, l, w));
+        q = sdq__ly_quantize_weights(ctx, l, w);
         if (!q) return ctx->status;
     }
     for (i = 0; i < l->parts; i++) {
@@ -5667,10 +5797,14 @@ static void sdq__ly_ste_input(sdq_ctx *ctx, sdq__qpart *p, const sdq__qinput *in
     if (ds) ds[0] += (float)(sum / sqrt(255.0 * (double)(rows / sdq__t_entries(x) * p->c)));
 }
 
-static void sdq__ly_fake_weight_gradient(sdq_ctx *ctx, sdq_layer *l, const sdq_tensor *x,
-                                         const sdq_tensor *y, const float *dy,
+/* weights: those that were quantized. */
+static void sdq__ly_fake_weight_gradient(sdq_ctx *ctx, sdq_layer *l, const float *weights,
+                                         const sdq_tensor *x, const sdq_tensor *y, const float *dy,
                                          const sdq__fake *keep) {
-    float *dw = sdq__tape_grad(ctx, &l->w), *ds = sdq__tape_grad(ctx, &l->sw);
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    const int delta = l->la.needs_grad || l->lb.needs_grad;
+    float *dw = delta ? sdq__ly_zeros(ctx, l->out * sdq__ly_k(l)) : sdq__tape_grad(ctx, &l->w);
+    float *ds = sdq__tape_grad(ctx, &l->sw);
     size_t i;
     for (i = 0; ctx->status == SDQ_OK && i < l->parts; i++) {
         const sdq__qinput *in = &keep->in[i];
@@ -5684,10 +5818,22 @@ static void sdq__ly_fake_weight_gradient(sdq_ctx *ctx, sdq_layer *l, const sdq_t
         w.dy = dy; w.dw = dw; w.ds = ds;
         w.m = sdq__t_rows(y); w.n = w.ldy = l->out;
         w.c = p->c; w.first = p->c0; w.ldw = l->in;
-        w.w = sdq_f32(&l->w);
+        w.w = weights;
         w.sw = sdq_f32(&l->sw);
         sdq__gemm_dw_run(ctx, &w);
     }
+    if (delta && ctx->status == SDQ_OK) sdq__ly_delta_gradient(ctx, l, dw);
+    sdq_arena_release(ctx, mark);
+}
+
+/* Gradients of leaves that have no memory of their own are made before anything is dropped. */
+static void sdq__ly_leaf_gradients(sdq_ctx *ctx, sdq_layer *l) {
+    size_t i;
+    (void)sdq__tape_grad(ctx, &l->w);
+    (void)sdq__tape_grad(ctx, &l->la);
+    (void)sdq__tape_grad(ctx, &l->lb);
+    (void)sdq__tape_grad(ctx, &l->sw);
+    for (i = 0; i < l->parts; i++) (void)sdq__tape_grad(ctx, &l->part[i].s);
 }
 
 static void sdq__ly_fake_back(sdq_ctx *ctx, sdq__node *n) {
@@ -5697,9 +5843,13 @@ static void sdq__ly_fake_back(sdq_ctx *ctx, sdq__node *n) {
     const int fixed = sdq__ly_range(l) == SDQ_RANGE_STATIC;
     float *dx = sdq__tape_grad(ctx, x), *db = sdq__tape_grad(ctx, l->b.data ? &l->b : NULL);
     float *dres = sdq__tape_grad(ctx, res), *dy = n->y->grad;
-    const sdq_mark mark = sdq_arena_mark(ctx);
     const size_t count = sdq_tensor_count(n->y);
+    const float *weights;
+    sdq_mark mark;
     size_t i;
+    sdq__ly_leaf_gradients(ctx, l);
+    mark = sdq_arena_mark(ctx);
+    weights = sdq__ly_weights(ctx, l);
     if (ctx->status != SDQ_OK) return;
     if (dres) sdq__op_binary(ctx, ctx->k->add, dres, dres, dy, count);
     if (keep->mask) {
@@ -5709,15 +5859,15 @@ static void sdq__ly_fake_back(sdq_ctx *ctx, sdq__node *n) {
         dy = m;
     }
     if (dx || (fixed && l->part[0].s.needs_grad)) {
-        const int8_t *q = sdq__ly_quantize_weights(ctx, l);
+        const int8_t *q = sdq__ly_quantize_weights(ctx, l, weights);
         float *g = fixed ? SDQ__PUSH_N(ctx, float, sdq_tensor_count(x)) : dx;
         if (!q || !g) return;
         sdq__ly_input_gradient(ctx, l, x, n->y, dy, q, g, !fixed);
         for (i = 0; fixed && i < l->parts; i++)
             sdq__ly_ste_input(ctx, &l->part[i], &keep->in[i], x, g, dx);
     }
-    if (l->w.needs_grad || l->sw.needs_grad)
-        sdq__ly_fake_weight_gradient(ctx, l, x, n->y, dy, keep);
+    if (l->w.needs_grad || l->sw.needs_grad || l->lb.needs_grad)
+        sdq__ly_fake_weight_gradient(ctx, l, weights, x, n->y, dy, keep);
     if (db) sdq__gemm_colsum(ctx, db, dy, sdq__t_rows(n->y), l->out);
     sdq_arena_release(ctx, mark);
 }
@@ -5746,7 +5896,8 @@ static sdq_tensor *sdq__ly_forward_fake(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *
                                         sdq_tensor *y) {
     sdq__node *n = NULL;
     sdq__fake *keep = NULL;
-    sdq_tensor *leaf = l->w.needs_grad ? &l->w : l->sw.needs_grad ? &l->sw : &l->part[0].s;
+    sdq_tensor *leaf = l->w.needs_grad ? &l->w : l->lb.needs_grad ? &l->lb
+                     : l->sw.needs_grad ? &l->sw : &l->part[0].s;
     const sdq_mark mark = sdq_arena_mark(ctx);
     n = sdq__tape_push(ctx, sdq__ly_fake_back, y, x, res, leaf, l->b.data ? &l->b : NULL);
     if (n) {
@@ -5762,7 +5913,7 @@ static sdq_tensor *sdq__ly_forward_fake(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *
     }
     if (l->observe && !ctx->replay) {
         sdq__ly_observe_input(ctx, l, x);
-        if (l->quant.weight_scale == SDQ_WEIGHT_MOVING && sdq__ly_observe_weights(ctx, l) != SDQ_OK)
+        if (l->quant.weight_scale == SDQ_WEIGHT_MOVING && sdq__ly_observe_now(ctx, l) != SDQ_OK)
             return NULL;
     }
     sdq__ly_follow(l);
@@ -5783,7 +5934,7 @@ static sdq_tensor *sdq__ly_forward(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *x, sd
         sdq__node *n =
             sdq__tape_push(ctx, sdq__ly_float_back, y, x, res, &l->w, l->b.data ? &l->b : NULL);
         if (n) n->p[0] = l;
-        if (n && !l->w.data && x->needs_grad) {
+        if (n && !l->w.data && !sdq__ly_frozen(l) && x->needs_grad) {
             sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: gradients need float weights", l->name);
             return NULL;
         }
@@ -5792,7 +5943,7 @@ static sdq_tensor *sdq__ly_forward(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *x, sd
         return ctx->status == SDQ_OK ? y : NULL;
     }
     if (mode == SDQ_FAKE) {
-        if (l->w.data) return sdq__ly_forward_fake(ctx, l, x, res, y);
+        if (l->w.data || sdq__ly_frozen(l)) return sdq__ly_forward_fake(ctx, l, x, res, y);
         sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: FAKE mode needs float weights", l->name);
         return NULL;
     }
@@ -5847,24 +5998,34 @@ static sdq_status sdq__ly_set_int8(sdq_ctx *ctx, sdq_layer *l, const int8_t *q) 
         return st;
     }
     sdq__free(ctx, l->w.data);
-    l->w.data = NULL;
-    l->w.needs_grad = 0;
+    sdq__free(ctx, l->wp);
+    sdq__free(ctx, l->wh);
+    l->wp = NULL;
+    l->wh = NULL;
+    for (i = 0; i < 3; i++) {       /* what the int8 weights were made from */
+        sdq_tensor *t = i == 0 ? &l->w : i == 1 ? &l->la : &l->lb;
+        if (i) sdq__free(ctx, t->data);
+        t->data = NULL;
+        t->needs_grad = 0;
+    }
     return SDQ_OK;
 }
 
 SDQ_API sdq_status sdq_layer_convert(sdq_ctx *ctx, sdq_layer *l) {
     const sdq_mark mark = sdq_arena_mark(ctx);
+    const float *w;
     const int8_t *q;
     sdq_status st;
-    if (!l->quant.enabled || !l->w.data) return SDQ_OK;
+    if (!l->quant.enabled || (!l->w.data && !sdq__ly_frozen(l))) return SDQ_OK;
     if (sdq__ly_range(l) == SDQ_RANGE_STATIC && !l->part[0].seen)
         return sdq__fail(ctx, SDQ_ERR_NOT_CALIBRATED,
                          "layer %s: its input range was never observed;"
                          " calibrate first",
                          l->name);
     sdq__ly_follow(l);
-    st = sdq__ly_weight_scales(ctx, l);
-    q = st == SDQ_OK ? sdq__ly_quantize_weights(ctx, l) : NULL;
+    w = sdq__ly_weights(ctx, l);
+    st = w ? sdq__ly_weight_scales(ctx, l, w) : ctx->status;
+    q = st == SDQ_OK ? sdq__ly_quantize_weights(ctx, l, w) : NULL;
     if (q) st = sdq__ly_set_int8(ctx, l, q);
     sdq_arena_release(ctx, mark);
     return st == SDQ_OK ? ctx->status : st;
@@ -14938,9 +15099,9 @@ SDQ_API sdq_tensor *sdq_diffusion_task_loss(sdq_ctx *ctx, void *arg, sdq_rng *rn
 
 /* Parameters of a model, with or without the weights of its layers. */
 static sdq_status sdq__task_add_params(sdq_ctx *ctx, sdq_optim *o, sdq_model *m,
-                                       const char *prefix, int weights) {
+                                       const char *prefix, int weights, size_t first) {
     size_t i;
-    for (i = 0; i < sdq_model_param_count(m); i++) {
+    for (i = first; i < sdq_model_param_count(m); i++) {
         const char *name;
         char full[256];
         sdq_tensor *t = sdq_model_param(m, i, &name);
@@ -14954,7 +15115,7 @@ static sdq_status sdq__task_add_params(sdq_ctx *ctx, sdq_optim *o, sdq_model *m,
 }
 SDQ_API sdq_status sdq_optim_add_model(sdq_ctx *ctx, sdq_optim *o, sdq_model *m,
                                        const char *prefix) {
-    return sdq__task_add_params(ctx, o, m, prefix, 1);
+    return sdq__task_add_params(ctx, o, m, prefix, 1, 0);
 }
 /* ===========================================================================
  * >>recipe   which layers are quantized, and how
@@ -14999,7 +15160,9 @@ SDQ_API sdq_recipe sdq_recipe_reference(void) {
 static const char *const sdq__rc_range[SDQ_RANGE_COUNT] = {"default", "static", "picture",
                                                            "position", "block"};
 static const char *const sdq__rc_train_set[SDQ_TRAIN_SET_COUNT] = {"all", "small", "scales",
-                                                                   "ranges"};
+                                                                   "ranges", "lora"};
+
+static size_t sdq__rc_rank(const sdq_recipe *r) { return r->lora_rank ? r->lora_rank : 8; }
 
 SDQ_API void sdq_recipe_to_str(const sdq_recipe *r, char *buf, size_t size) {
     (void)snprintf(
@@ -15007,11 +15170,14 @@ SDQ_API void sdq_recipe_to_str(const sdq_recipe *r, char *buf, size_t size) {
         "range_linear=%s range_conv=%s quantize_outputs=%d quantize_edges=%d "
         "quantize_time=%d quantize_context=%d quantize_shortcuts=%d quantize_last_self=%d "
         "quantize_attention=%d split_skip=%d bias_correction=%d learn_scales=%d train_set=%s "
-        "moving=%g weight_scale=%d calibrate_on_data=%d noise_loss=%g teacher_loss=%g coherent=%d",
+        "lora_rank=%zu last_blocks=%zu moving=%g weight_scale=%d calibrate_on_data=%d "
+        "noise_loss=%g teacher_loss=%g coherent=%d",
         sdq__rc_range[r->range_linear], sdq__rc_range[r->range_conv], r->quantize_outputs,
         r->quantize_edges, r->quantize_time, r->quantize_context, r->quantize_shortcuts,
         r->quantize_last_self, r->quantize_attention, r->split_skip, r->bias_correction,
-        r->learn_scales, sdq__rc_train_set[r->train_set], (double)r->moving,
+        r->learn_scales, sdq__rc_train_set[r->train_set],
+        r->train_set == SDQ_TRAIN_LORA ? sdq__rc_rank(r) : (size_t)0, r->last_blocks,
+        (double)r->moving,
         (int)r->weight_scale, r->calibrate_on_data, (double)r->noise_loss,
         (double)r->teacher_loss, r->coherent);
 }
@@ -15413,25 +15579,85 @@ SDQ_API sdq_tensor *sdq_distill_task_loss(sdq_ctx *ctx, void *arg, sdq_rng *rng,
     return sum;
 }
 
+/* Length of the name of the block that a parameter is in; 0: in none. */
+static size_t sdq__ds_block(const char *name) {
+    static const char *const kinds[] = {"resnets.", "attentions.", "samplers."};
+    size_t i;
+    for (i = 0; i < SDQ__COUNT(kinds); i++) {
+        const char *at = strstr(name, kinds[i]);
+        if (!at) continue;
+        at += strlen(kinds[i]);
+        return (size_t)(at - name) + strcspn(at, ".");
+    }
+    return 0;
+}
+/* The first parameter of the last blocks; parameters are in the order of evaluation. */
+static size_t sdq__ds_first(const sdq_model *m, size_t blocks) {
+    const char *last = "";
+    size_t i, len = 0, count = 0;
+    for (i = m->params; blocks && i > 0; i--) {
+        const char *name = m->param[i - 1].name;
+        const size_t n = sdq__ds_block(name);
+        if (n == 0 && count < blocks) continue;
+        if (n && n == len && strncmp(name, last, n) == 0) continue;
+        if (count++ == blocks) return i;
+        last = name;
+        len = n;
+    }
+    return 0;
+}
+
+/* Deltas for the quantized layers from `first` on, always from the same random numbers. */
+static sdq_status sdq__ds_add_deltas(sdq_ctx *ctx, sdq_optim *o, sdq_model *m, size_t rank,
+                                     size_t first) {
+    char name[256];
+    sdq_rng rng;
+    size_t i;
+    sdq_rng_init(&rng, SDQ_RNG_TORCH, 0);
+    for (i = first; i < m->layers; i++) {
+        sdq_layer *l = m->layer[i];
+        if (!l->quant.enabled) continue;
+        SDQ__TRY(sdq__ly_new_delta(ctx, l, sdq__u_min(rank, sdq__u_min(l->out, l->in)), &rng));
+        (void)snprintf(name, sizeof name, "%s.lora_a", l->name);
+        SDQ__TRY(sdq_optim_add(ctx, o, &l->la, name, 0.0f, 0.0f, 1));
+        (void)snprintf(name, sizeof name, "%s.lora_b", l->name);
+        SDQ__TRY(sdq_optim_add(ctx, o, &l->lb, name, 0.0f, 0.0f, 1));
+    }
+    return SDQ_OK;
+}
+
+/* The weight scale of a layer as it is now, if nothing has made it yet. */
+static sdq_status sdq__ds_weight_scales(sdq_ctx *ctx, sdq_layer *l) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    const float *w = sdq__ly_weights(ctx, l);
+    const sdq_status st = w ? sdq__ly_weight_scales(ctx, l, w) : ctx->status;
+    sdq_arena_release(ctx, mark);
+    return st;
+}
+
 SDQ_API sdq_status sdq_optim_add_student(sdq_ctx *ctx, sdq_optim *o, sdq_model *m,
                                          const sdq_recipe *r, float scale_lr) {
+    const size_t first = sdq__ds_first(m, r->last_blocks);
     char name[256];
-    size_t i, p;
+    size_t i, p, first_layer = 0;
+    for (i = 0; i < first; i++) first_layer += m->param[i].layer && m->param[i].rank > 1;
     if (r->train_set <= SDQ_TRAIN_SMALL)
-        SDQ__TRY(sdq__task_add_params(ctx, o, m, "", r->train_set == SDQ_TRAIN_ALL));
+        SDQ__TRY(sdq__task_add_params(ctx, o, m, "", r->train_set == SDQ_TRAIN_ALL, first));
+    if (r->train_set == SDQ_TRAIN_LORA)
+        SDQ__TRY(sdq__ds_add_deltas(ctx, o, m, sdq__rc_rank(r), first_layer));
     for (i = 0; r->moving > 0.0f && i < m->layers; i++) {       /* observers that go on moving */
         sdq_layer *l = m->layer[i];
         if (!l->quant.enabled) continue;
         if (l->quant.weight_scale == SDQ_WEIGHT_MOVING && !l->w_mn)
-            SDQ__TRY(sdq__ly_observe_weights(ctx, l));
+            SDQ__TRY(sdq__ly_observe_now(ctx, l));
         (void)snprintf(name, sizeof name, "%s.observers", l->name);
         SDQ__TRY(sdq__opt_add_state(ctx, o, name, sdq__ly_state_count(l), sdq__ly_state, l));
     }
-    for (i = 0; r->learn_scales && i < m->layers; i++) {
+    for (i = first_layer; r->learn_scales && i < m->layers; i++) {
         sdq_layer *l = m->layer[i];
         if (!l->quant.enabled) continue;
         if (l->quant.weight_scale == SDQ_WEIGHT_FIXED && r->train_set != SDQ_TRAIN_RANGES) {
-            SDQ__TRY(sdq__ly_weight_scales(ctx, l));
+            SDQ__TRY(sdq__ds_weight_scales(ctx, l));
             (void)snprintf(name, sizeof name, "%s.weight_scale", l->name);
             SDQ__TRY(sdq_optim_add(ctx, o, &l->sw, name, scale_lr / 20.0f, 1e-7f, 0));
         }
@@ -15614,29 +15840,14 @@ static void sdq__cv_layer(sdq__cv_out *o, const sdq_layer *l) {
 
 static int sdq__cv_is_int8(const sdq_layer *l) { return l && l->part[0].w.b != NULL; }
 
-/* The float weights of a frozen layer as [out,kh,kw,in] again. */
-static sdq_tensor *sdq__cv_thaw(sdq_ctx *ctx, const sdq_layer *l) {
-    const size_t k = sdq__ly_k(l);
-    sdq_tensor *t = sdq__t_raw(ctx, SDQ_F32, 4, l->w.dim);
-    size_t o, i;
-    for (o = 0; t && o < l->out; o++)
-        for (i = 0; i < k; i++) {
-            const size_t at = (o / SDQ__NR * k + i) * SDQ__NR + o % SDQ__NR;
-            sdq_f32(t)[o * k + i] = l->wh ? sdq__u_from_f16(l->wh[at]) : l->wp[at];
-        }
-    return t;
-}
-
 static void sdq__cv_param(sdq__cv_out *o, const sdq__param *p) {
-    const sdq_tensor *t = p->rank > 1 && p->layer && sdq__ly_frozen(p->layer)
-                              ? sdq__cv_thaw(o->ctx, p->layer)
-                                                                  : sdq__md_tensor(p);
+    const int packed = p->rank > 1 && p->layer && sdq__ly_frozen(p->layer);
+    const sdq_tensor *t = packed ? NULL : sdq__md_tensor(p);
     const size_t n = p->dim[0] * p->dim[1] * p->dim[2] * p->dim[3];
     const int bias = p->rank == 1;
-    const float *data;
+    const float *data = packed ? sdq__ly_thaw(o->ctx, p->layer) : t ? sdq_f32(t) : NULL;
     float *copy;
-    if (!t) return;         /* an int8 weight: written by its layer */
-    data = sdq_f32(t);
+    if (!data) return;      /* an int8 weight: written by its layer */
     if (p->dim[2] * p->dim[3] > 1) {
         copy = SDQ__PUSH_N(o->ctx, float, n);
         if (!copy) return;

@@ -619,7 +619,8 @@ static void quantize_once(const sdq__kernels *k, guarded *gx, guarded *gq, size_
 static void ste_once(const sdq__kernels *k, guarded *gd, guarded *gg, guarded *gw, size_t n,
                      int at_end) {
     float *dw = (float *)guard_place(gd, 4 * n, at_end);
-    float *g = (float *)guard_place(gg, 4 * n, at_end), *w = (float *)guard_place(gw, 4 * n, at_end);
+    float *g = (float *)guard_place(gg, 4 * n, at_end);
+    float *w = (float *)guard_place(gw, 4 * n, at_end);
     const float inv = sdqt_uniform(10.0f, 200.0f);
     float old[MAX_N], sum;
     double want = 0, mag = 0;
@@ -1177,7 +1178,8 @@ static void test_gemm_u8s8(int tier) {
  * must have the same names, apart from those with tests of their own. */
 static void test_list(int tier) {
     static const char *const own[] = {"gemm_f32", "gemm_u8s8", "quantize_u8", "quantize_s8",
-                                      "quantize_rows", "dequantize_u8", "dequantize_s8", "ste_s8", "adamw8", "from_f16", "from_bf16",
+                                      "quantize_rows", "dequantize_u8", "dequantize_s8", "ste_s8",
+                                      "adamw8", "from_f16", "from_bf16",
                                       "softmax_tile_u8", "win_input", "win_weight", "win_output"};
     static const char *const names[] = {
 #define SDQ__X(ret, name, args, cls) #name,

@@ -876,10 +876,10 @@ static void golden_weight(sdq_ctx *ctx, sdq_file *f, const char *path, int lsq) 
     d.kernel = ex->rank == 4 ? 3 : 1;
     SDQT_CHECK(sdq_layer_create(ctx, &d, &l) == SDQ_OK);
     memcpy(l->w.data, ex->data, n * 4);
-    SDQT_CHECK(sdq__ly_weight_scales(ctx, l) == SDQ_OK);
+    SDQT_CHECK(sdq__ly_weight_scales(ctx, l, sdq_f32(&l->w)) == SDQ_OK);
     for (i = 0; i < out && !lsq; i++) SDQT_CHECK(sdq_f32(&l->sw)[i] == s[i]);
     memcpy(l->sw.data, s, out * 4);
-    q = sdq__ly_quantize_weights(ctx, l);
+    q = sdq__ly_quantize_weights(ctx, l, sdq_f32(&l->w));
     for (i = 0; i < n; i++) y[i] = (float)q[i] * s[i / k];
     SDQT_CHECK(apart(y, golden_f(f, path, "y"), n, s, k) == 0);
     l->w.needs_grad = 1;
@@ -933,7 +933,7 @@ static void golden_observer(sdq_ctx *ctx, sdq_file *f, const char *name, int wei
         SDQT_CHECK(sdq_layer_forward(ctx, l, x, NULL, SDQ_FAKE) != NULL);
         (void)snprintf(role, sizeof role, "y%d", batch);
         if (weight) {
-            const int8_t *q = sdq__ly_quantize_weights(ctx, l);
+            const int8_t *q = sdq__ly_quantize_weights(ctx, l, sdq_f32(&l->w));
             float *y = SDQ__PUSH_N(ctx, float, n);
             for (o = 0; o < 5; o++)
                 SDQT_CHECK(l->w_mn[o] == mn[batch * 5 + (int)o]

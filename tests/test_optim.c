@@ -435,7 +435,7 @@ static sdq_status job_new(sdq_ctx *ctx, job *j) {
     q.weight_scale = SDQ_WEIGHT_FIXED;
     q.learn_scales = 1;
     SDQ__TRY(sdq_layer_set_quant(ctx, j->b, &q));
-    SDQ__TRY(sdq__ly_weight_scales(ctx, j->b));
+    SDQ__TRY(sdq__ly_weight_scales(ctx, j->b, sdq_f32(&j->b->w)));
     SDQ__TRY(job_layer(ctx, &j->c, OUT, OUT, 3));
     q.range = SDQ_RANGE_STATIC;
     q.weight_scale = SDQ_WEIGHT_MOVING;
@@ -444,7 +444,7 @@ static sdq_status job_new(sdq_ctx *ctx, job *j) {
     q.split = 2;
     q.learn_scales = 0;
     SDQ__TRY(sdq_layer_set_quant(ctx, j->c, &q));
-    SDQ__TRY(sdq__ly_observe_weights(ctx, j->c));
+    SDQ__TRY(sdq__ly_observe_now(ctx, j->c));
     sdq_layer_observe(j->c, 1);
     SDQ__TRY(sdq_optim_create(ctx, &d, &j->o));
     SDQ__TRY(sdq_optim_add(ctx, j->o, sdq_layer_weight(j->a), "a.weight", 0, 0, 1));

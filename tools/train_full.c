@@ -8,13 +8,20 @@
  * latent, the student in FAKE mode with checkpointing, the loss MSE(student, teacher)
  * + MSE(student, noise), backward, clipping, AdamW. One line per step, the times in seconds:
  *
- *     step 1: teacher 1.9 forward 2.1 backward 7.6 optimizer 1.3 total 12.9 loss 0.8 norm 1.2 peak 14.9 GiB
+ *     step 1: teacher 1.90 forward 2.10 backward 7.60 optimizer 1.30 total 12.90 ...
  *
  *   steps=3            threads=0 (all)      side=64 (of the latent)   batch=1     seed=1
  *   recipe=default     or reference, or static: static ranges, and every layer is quantized
- *   set=all            or small, scales, ranges
+ *   set=all            or small, scales, ranges, lora      rank=8    last=0 (blocks; 0: all)
+ *   packed=0           or 1: the student's weights stay packed halves; not with set=all
  *   mode=fake          or float: no quantization
  *   lr=1e-5            ema=0 (of the weights)    moments8=0 or 1
+ *
+ *     build/train_full MODEL in=FILE gradients=FILE
+ *
+ * is for tools/check_gradients.py: the gradient of MSE(unet(sample), target) in float with respect
+ * to every parameter, as safetensors in diffusers' layout. in: F32 sample [1,c,h,w], timestep [1],
+ * encoder_hidden_states [1,t,d], target [1,c,h,w].
  */
 #define SDQ_IMPLEMENTATION
 #include "sdq.h"
@@ -26,10 +33,10 @@
 #include <time.h>
 
 typedef struct options {
-    const char *model;
+    const char *model, *in, *gradients;
     long steps, threads, side, batch, seed;
     double lr, ema;
-    int moments8;
+    int moments8, packed;
     sdq_recipe recipe;
     sdq_mode mode;
 } options;
@@ -62,26 +69,33 @@ static void set_static(sdq_recipe *r) {
 
 /* 0 when it is not an option. */
 static int set_option(options *o, const char *arg) {
-    static const char *const sets[] = {"all", "small", "scales", "ranges"};
+    static const char *const sets[] = {"all", "small", "scales", "ranges", "lora"};
     const char *v = strchr(arg, '=');
     const size_t n = v ? (size_t)(v++ - arg) : 0;
 #define IS(key) (n == strlen(key) && memcmp(arg, key, n) == 0)
     if (!v) return 0;
-    if (IS("steps")) o->steps = atol(v);
+    if (IS("in")) o->in = v;
+    else if (IS("gradients")) o->gradients = v;
+    else if (IS("steps")) o->steps = atol(v);
     else if (IS("threads")) o->threads = atol(v);
     else if (IS("side")) o->side = atol(v);
     else if (IS("batch")) o->batch = atol(v);
     else if (IS("seed")) o->seed = atol(v);
     else if (IS("lr")) o->lr = atof(v);
     else if (IS("ema")) o->ema = atof(v);
+    else if (IS("rank")) o->recipe.lora_rank = (size_t)atol(v);
+    else if (IS("last")) o->recipe.last_blocks = (size_t)atol(v);
+    else if (IS("packed")) o->packed = atoi(v);
     else if (IS("moments8")) o->moments8 = atoi(v);
     else if (IS("recipe")) {
-        const sdq_train_set set = o->recipe.train_set;
+        const sdq_recipe old = o->recipe;
         o->recipe = strcmp(v, "reference") ? sdq_recipe_default() : sdq_recipe_reference();
         if (!strcmp(v, "static")) set_static(&o->recipe);
-        o->recipe.train_set = set;
+        o->recipe.train_set = old.train_set;
+        o->recipe.lora_rank = old.lora_rank;
+        o->recipe.last_blocks = old.last_blocks;
     } else if (IS("set")) {
-        o->recipe.train_set = (sdq_train_set)word_of(v, sets, 4);
+        o->recipe.train_set = (sdq_train_set)word_of(v, sets, 5);
         return o->recipe.train_set < SDQ_TRAIN_SET_COUNT;
     } else if (IS("mode")) o->mode = strcmp(v, "float") ? SDQ_FAKE : SDQ_FLOAT;
     else return 0;
@@ -147,7 +161,7 @@ static sdq_status prepare(run *r, const options *o) {
     sdq_optim_desc d;
     sdq_rng rng;
     sdq_status st = sdq__md_load(r->ctx, o->model, SDQ_PART_UNET, 1, &r->teacher);
-    if (st == SDQ_OK) st = sdq_model_load(r->ctx, o->model, SDQ_PART_UNET, &r->student);
+    if (st == SDQ_OK) st = sdq__md_load(r->ctx, o->model, SDQ_PART_UNET, o->packed, &r->student);
     if (st == SDQ_OK) st = sdq_recipe_apply(r->ctx, r->student, &o->recipe, NULL);
     if (st != SDQ_OK) return st;
     sdq_rng_init(&rng, SDQ_RNG_TORCH, (uint64_t)o->seed);
@@ -166,6 +180,78 @@ static sdq_status prepare(run *r, const options *o) {
     st = sdq_optim_create(r->ctx, &d, &r->optim);
     if (st != SDQ_OK) return st;
     return sdq_optim_add_student(r->ctx, r->optim, r->student, &o->recipe, 1000.0f);
+}
+
+/* An array of a file; [1,c,h,w] becomes [1,h,w,c]. */
+static sdq_tensor *read_array(sdq_ctx *ctx, const sdq_file *f, const char *name) {
+    const sdq_entry *e = sdq_file_find(f, name);
+    const size_t *d = e ? e->dim : NULL;
+    sdq_tensor *t = NULL;
+    size_t c, i;
+    if (e && e->dtype == SDQ_F32 && e->rank == 4 && d[0] == 1)
+        t = sdq_tensor_4d(ctx, 1, d[2], d[3], d[1]);
+    else if (e && e->dtype == SDQ_F32 && e->rank > 0 && e->rank < 4)
+        t = sdq_tensor_new(ctx, SDQ_F32, e->rank, d);
+    if (!t) {
+        fprintf(stderr, "train_full: no F32 array %s that can be used\n", name);
+        exit(1);
+    }
+    if (e->rank < 4) memcpy(t->data, e->data, e->bytes);
+    for (c = 0; e->rank == 4 && c < d[1]; c++)
+        for (i = 0; i < d[2] * d[3]; i++)
+            memcpy(sdq_f32(t) + i * d[1] + c, (const float *)e->data + c * d[2] * d[3] + i, 4);
+    return t;
+}
+
+static sdq_status write_gradients(sdq_ctx *ctx, const sdq_model *m, const char *path) {
+    const size_t n = sdq_model_param_count(m);
+    sdq_entry *e = (sdq_entry *)calloc(n, sizeof *e);
+    sdq_status st;
+    size_t i, k;
+    if (!e) return SDQ_ERR_OOM;
+    for (i = 0; i < n; i++) {
+        const sdq_tensor *g = sdq_model_param_copy(ctx, m, i, 1);
+        (void)sdq_model_param(m, i, &e[i].name);
+        e[i].dtype = SDQ_F32;
+        e[i].rank = g ? g->rank : 0;
+        for (k = 0; k < 8; k++) e[i].dim[k] = g && k < 4 ? g->dim[k] : 1;
+        e[i].data = g ? g->data : NULL;
+        e[i].bytes = g ? sdq_tensor_count(g) * sizeof(float) : 0;
+    }
+    st = sdq_last_error(ctx) == SDQ_OK ? sdq_file_write(ctx, path, e, n, NULL, 0)
+                                       : sdq_last_error(ctx);
+    free(e);
+    return st;
+}
+
+static sdq_status gradients(sdq_ctx *ctx, const options *o) {
+    sdq_file *f = NULL;
+    sdq_model *m = NULL;
+    sdq_unet_input in;
+    sdq_tensor *target;
+    sdq_status st = sdq_file_open(ctx, o->in, &f);
+    size_t i;
+    if (st == SDQ_OK) st = sdq_model_load(ctx, o->model, SDQ_PART_UNET, &m);
+    if (st != SDQ_OK) return st;
+    for (i = 0; i < sdq_model_param_count(m); i++) {
+        sdq_tensor *p = sdq_model_param(m, i, NULL);
+        p->grad = (float *)calloc(sdq_tensor_count(p), sizeof(float));
+        p->needs_grad = 1;
+    }
+    memset(&in, 0, sizeof in);
+    in.sample = read_array(ctx, f, "sample");
+    in.timesteps = sdq_f32(read_array(ctx, f, "timestep"));
+    in.context = read_array(ctx, f, "encoder_hidden_states");
+    in.checkpoint = 1;
+    target = read_array(ctx, f, "target");
+    sdq_tape_begin(ctx);
+    st = sdq_backward(ctx, sdq_mse(ctx, sdq_unet_forward(ctx, m, &in, SDQ_FLOAT), target, NULL));
+    sdq_tape_end(ctx);
+    if (st == SDQ_OK) st = write_gradients(ctx, m, o->gradients);
+    for (i = 0; i < sdq_model_param_count(m); i++) free(sdq_model_param(m, i, NULL)->grad);
+    sdq_model_free(ctx, m);
+    sdq_file_close(ctx, f);
+    return st;
 }
 
 int main(int argc, char **argv) {
@@ -194,6 +280,13 @@ int main(int argc, char **argv) {
     o.model = argv[1];
     d.threads = (int)o.threads;
     if (sdq_ctx_create(&d, &r.ctx) != SDQ_OK) return 1;
+    if (o.in && o.gradients) {
+        if (gradients(r.ctx, &o) != SDQ_OK)
+            fprintf(stderr, "train_full: %s\n", sdq_error_text(r.ctx));
+        i = sdq_last_error(r.ctx) != SDQ_OK;
+        sdq_ctx_free(r.ctx);
+        return (int)i;
+    }
     if (prepare(&r, &o) == SDQ_OK) printf("loaded: peak %.2f GiB\n", peak_gib());
     for (i = 1; i <= o.steps && sdq_last_error(r.ctx) == SDQ_OK; i++) step(&r, &o, i);
     if (sdq_last_error(r.ctx) != SDQ_OK)
