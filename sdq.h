@@ -15106,7 +15106,7 @@ static sdq_status sdq__task_add_params(sdq_ctx *ctx, sdq_optim *o, sdq_model *m,
         char full[256];
         sdq_tensor *t = sdq_model_param(m, i, &name);
         const size_t n = strlen(name);
-        const int weight = n > 7 && strcmp(name + n - 7, ".weight") == 0 && t && t->rank > 1;
+        const int weight = n > 7 && strcmp(name + n - 7, ".weight") == 0 && m->param[i].rank > 1;
         if (weight && !weights) continue;
         (void)snprintf(full, sizeof full, "%s%s", prefix, name);
         SDQ__TRY(sdq_optim_add(ctx, o, t, full, 0.0f, 0.0f, weight));

@@ -13,6 +13,8 @@
  *   steps=3            threads=0 (all)      side=64 (of the latent)   batch=1     seed=1
  *   recipe=default     or reference, or static: static ranges, and every layer is quantized
  *   set=all            or small, scales, ranges, lora      rank=8    last=0 (blocks; 0: all)
+ *   noise=1            weight of MSE(student, noise)
+ *   validate=0         batches that are not trained on: MSE(student, teacher) before and after
  *   packed=0           or 1: the student's weights stay packed halves; not with set=all
  *   mode=fake          or float: no quantization
  *   lr=1e-5            ema=0 (of the weights)    moments8=0 or 1
@@ -34,8 +36,8 @@
 
 typedef struct options {
     const char *model, *in, *gradients;
-    long steps, threads, side, batch, seed;
-    double lr, ema;
+    long steps, threads, side, batch, seed, validate;
+    double lr, ema, noise;
     int moments8, packed;
     sdq_recipe recipe;
     sdq_mode mode;
@@ -83,6 +85,8 @@ static int set_option(options *o, const char *arg) {
     else if (IS("seed")) o->seed = atol(v);
     else if (IS("lr")) o->lr = atof(v);
     else if (IS("ema")) o->ema = atof(v);
+    else if (IS("noise")) o->noise = atof(v);
+    else if (IS("validate")) o->validate = atol(v);
     else if (IS("rank")) o->recipe.lora_rank = (size_t)atol(v);
     else if (IS("last")) o->recipe.last_blocks = (size_t)atol(v);
     else if (IS("packed")) o->packed = atoi(v);
@@ -141,7 +145,11 @@ static void step(run *r, const options *o, long number) {
     sdq_tape_begin(r->ctx);
     r->in.checkpoint = 1;
     y = sdq_unet_forward(r->ctx, r->student, &r->in, o->mode);
-    y = sdq_add(r->ctx, sdq_mse(r->ctx, y, target, NULL), sdq_mse(r->ctx, y, r->noise, NULL));
+    {
+        sdq_tensor *wanted = sdq_mse(r->ctx, y, target, NULL);
+        y = sdq_scale(r->ctx, sdq_mse(r->ctx, y, r->noise, NULL), (float)o->noise);
+        y = sdq_add(r->ctx, wanted, y);
+    }
     if (y) loss = (double)sdq_f32(y)[0];
     t[2] = seconds();
     (void)sdq_backward(r->ctx, y);
@@ -154,6 +162,24 @@ static void step(run *r, const options *o, long number) {
            "loss %.6f norm %.4f peak %.2f GiB\n", number, t[1] - t[0], t[2] - t[1], t[3] - t[2],
            t[4] - t[3], t[4] - t[0], loss, sdq_optim_grad_norm(r->optim), peak_gib());
     fflush(stdout);
+}
+
+/* The mean over batches of their own seeds, far from those of the steps. */
+static void validate(run *r, const options *o, const char *when) {
+    double sum = 0.0;
+    long i;
+    for (i = 0; i < o->validate; i++) {
+        const sdq_mark mark = sdq_arena_mark(r->ctx);
+        sdq_tensor *target, *y;
+        sdq_rng rng;
+        sdq_rng_init(&rng, SDQ_RNG_TORCH, (uint64_t)(1000000 + i));
+        fill_batch(r, o, &rng);
+        target = sdq_unet_forward(r->ctx, r->teacher, &r->in, SDQ_FLOAT);
+        y = sdq_mse(r->ctx, sdq_unet_forward(r->ctx, r->student, &r->in, o->mode), target, NULL);
+        if (y) sum += (double)sdq_f32(y)[0];
+        sdq_arena_release(r->ctx, mark);
+    }
+    if (o->validate) printf("validation %s: %.6e\n", when, sum / (double)o->validate);
 }
 
 static sdq_status prepare(run *r, const options *o) {
@@ -264,6 +290,7 @@ int main(int argc, char **argv) {
     memset(&d, 0, sizeof d);
     o.steps = 3; o.side = 64; o.batch = 1; o.seed = 1;
     o.lr = 1e-5;
+    o.noise = 1.0;
     o.mode = SDQ_FAKE;
     o.recipe = sdq_recipe_default();
     o.recipe.train_set = SDQ_TRAIN_ALL;
@@ -288,7 +315,9 @@ int main(int argc, char **argv) {
         return (int)i;
     }
     if (prepare(&r, &o) == SDQ_OK) printf("loaded: peak %.2f GiB\n", peak_gib());
+    validate(&r, &o, "before");
     for (i = 1; i <= o.steps && sdq_last_error(r.ctx) == SDQ_OK; i++) step(&r, &o, i);
+    validate(&r, &o, "after");
     if (sdq_last_error(r.ctx) != SDQ_OK)
         fprintf(stderr, "train_full: %s\n", sdq_error_text(r.ctx));
     i = sdq_last_error(r.ctx) != SDQ_OK;
