@@ -745,7 +745,9 @@ static sdq_status quantizer_states(job *j, quantizer *q) {
 static sdq_status quantizer_prepare(job *j, quantizer *q) {
     const int data = q->recipe.calibrate_on_data || q->recipe.noise_loss > 0.0f;
     if (!j->pipe) TRY(load_pipeline(j, q->model, NULL, &j->pipe));
-    TRY(sdq_model_load(j->ctx, q->model, SDQ_PART_UNET, &j->unet));
+    TRY(q->recipe.train_set == SDQ_TRAIN_LORA
+            ? sdq_model_load_packed(j->ctx, q->model, SDQ_PART_UNET, &j->unet)
+            : sdq_model_load(j->ctx, q->model, SDQ_PART_UNET, &j->unet));
     TRY(sdq_recipe_apply(j->ctx, j->unet, &q->recipe, q->keep));
     if (data) TRY(quantizer_data(j, q));
     if (q->recipe.calibrate_on_data) {

@@ -186,8 +186,10 @@ static sdq_status prepare(run *r, const options *o) {
     const sdq_mark mark = sdq_arena_mark(r->ctx);
     sdq_optim_desc d;
     sdq_rng rng;
-    sdq_status st = sdq__md_load(r->ctx, o->model, SDQ_PART_UNET, 1, &r->teacher);
-    if (st == SDQ_OK) st = sdq__md_load(r->ctx, o->model, SDQ_PART_UNET, o->packed, &r->student);
+    sdq_status st = sdq_model_load_packed(r->ctx, o->model, SDQ_PART_UNET, &r->teacher);
+    if (st == SDQ_OK)
+        st = o->packed ? sdq_model_load_packed(r->ctx, o->model, SDQ_PART_UNET, &r->student)
+                       : sdq_model_load(r->ctx, o->model, SDQ_PART_UNET, &r->student);
     if (st == SDQ_OK) st = sdq_recipe_apply(r->ctx, r->student, &o->recipe, NULL);
     if (st != SDQ_OK) return st;
     sdq_rng_init(&rng, SDQ_RNG_TORCH, (uint64_t)o->seed);
