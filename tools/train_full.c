@@ -25,6 +25,9 @@
  * to every parameter, as safetensors in diffusers' layout. in: F32 sample [1,c,h,w], timestep [1],
  * encoder_hidden_states [1,t,d], target [1,c,h,w].
  */
+#ifndef _DEFAULT_SOURCE
+#define _DEFAULT_SOURCE     /* getrusage, clock_gettime */
+#endif
 #define SDQ_IMPLEMENTATION
 #include "sdq.h"
 
@@ -45,7 +48,7 @@ typedef struct options {
 
 static double seconds(void) {
     struct timespec t;
-    timespec_get(&t, TIME_UTC);
+    clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
