@@ -110,8 +110,8 @@
  *
  *     A step of Stable Diffusion 1.5 (860 million weights, 512x512, batch 1, checkpoint 1, teacher
  *     in halves) takes, on two Zen 5 cores, and needs at most (tools/train_full.c):
- *         train_set ALL                      9.7 s   15.5 GiB   weights, gradients, two moments
- *         ALL, moments8                      9.3 s   10.7 GiB   moments in a byte each
+ *         train_set ALL                     9-11 s   15.5 GiB   weights, gradients, two moments
+ *         ALL, moments8                     9-11 s   10.7 GiB   moments in a byte each
  *         ALL, last_blocks 8                 5.5 s    5.9 GiB   gradients of 8 blocks
  *         LORA of rank 8, packed            11.7 s    4.4 GiB   the weights stay halves
  *         SCALES, packed                    10.3 s    4.2 GiB

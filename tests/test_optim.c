@@ -938,8 +938,9 @@ static void descent_free(descent *r) {
     sdq_ctx_free(r->ctx);
 }
 
-/* The way of the weights is that of float moments but for rounding (measured: 0.006 of it), they
- * end as close to the minimum, and a run that was stopped goes on to the same bytes. */
+/* The weights of a run with float moments and of one with bytes are close (measured: 0.0138 of their
+ * length), the second ends a little farther from the minimum (measured: 1.10 times; curvatures of
+ * 1 to 1/1000 share a block here), and a run that was stopped goes on to the same bytes. */
 static void test_moments8(int tier) {
     descent a, b, c;
     double e, end[2];
