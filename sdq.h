@@ -108,6 +108,15 @@
  *     up. The coherent loss is that of the sum of neighbouring evaluations. What was tried and what
  *     it brought is told in examples/emoji/README.md.
  *
+ *     A step of Stable Diffusion 1.5 (860 million weights, 512x512, batch 1, checkpoint 1, teacher
+ *     in halves) takes, on two Zen 5 cores, and needs at most (tools/train_full.c):
+ *         train_set ALL                     9-11 s   15.5 GiB   weights, gradients, two moments
+ *         ALL, moments8                     9-11 s   10.7 GiB   moments in a byte each
+ *         ALL, last_blocks 8                 5.5 s    5.9 GiB   gradients of 8 blocks
+ *         LORA of rank 8, packed            11.7 s    4.4 GiB   the weights stay halves
+ *         SCALES, packed                    10.3 s    4.2 GiB
+ *     An average of the weights (ema) is 3.2 GiB more. packed: sdq_model_load_packed.
+ *
  * Numerics and determinism
  *     The same input gives the same bits on every instruction set, with any number of threads, and
  *     whether a picture is drawn alone or in a batch. int8 sums are exact. Every float sum has a
@@ -435,7 +444,8 @@ typedef struct sdq_quant {
 
 /* The settings of a layer. */
 SDQ_API sdq_quant sdq_layer_quant(const sdq_layer *layer);
-/* Change the settings; forgets the observed ranges. Only for a layer with float weights. */
+/* Change the settings; forgets the observed ranges. Only for a layer with float weights, which may
+ * be packed. */
 SDQ_API sdq_status sdq_layer_set_quant(sdq_ctx *ctx, sdq_layer *layer, const sdq_quant *quant);
 /* While on, every forward (FLOAT or FAKE) updates the observers of the layer. */
 SDQ_API void sdq_layer_observe(sdq_layer *layer, int on);
@@ -864,6 +874,10 @@ SDQ_API sdq_file_info sdq_file_describe(const sdq_file *file);
  * Errors: SDQ_ERR_MISSING (file, key or tensor), _UNSUPPORTED (a configuration value), _SHAPE,
  * _FORMAT, _IO, _OOM. */
 SDQ_API sdq_status sdq_model_load(sdq_ctx *ctx, const char *path, sdq_part part, sdq_model **out);
+/* The same, packed for the float kernels at once: weights that the file has as halves stay halves.
+ * For teachers, and for students whose weights themselves are not trained (see sdq_train_set). */
+SDQ_API sdq_status sdq_model_load_packed(sdq_ctx *ctx, const char *path, sdq_part part,
+                                         sdq_model **out);
 /* The same structure from config.json alone, with random weights as PyTorch, diffusers and
  * transformers draw them. The UNet's and the VAE's are those of torch.manual_seed(seed). */
 SDQ_API sdq_status sdq_model_init(sdq_ctx *ctx, const char *path, sdq_part part, uint64_t seed,
@@ -978,6 +992,9 @@ typedef struct sdq_optim_desc {
     float weight_decay;
     float clip;             /* largest global L2 norm of the gradient; 0: no clipping */
     float ema; /* keep an average of the weights: decay min((1+t)/(10+t), ema); 0: none */
+    int moments8;           /* moments of tensors of 4096 and more in a byte each, not in 4: a
+                             * step of a large network needs 6 bytes less per weight, and its
+                             * moments are rounded; see >>optim */
     sdq_schedule schedule;  /* COSINE: falls to 0 at `steps` */
     size_t warmup, steps;   /* steps of a linear rise; length of the cosine */
 } sdq_optim_desc;
@@ -1225,6 +1242,10 @@ typedef enum sdq_train_set {
     SDQ_TRAIN_SMALL,            /* the same without weights */
     SDQ_TRAIN_SCALES,           /* scales of weights and of static input ranges */
     SDQ_TRAIN_RANGES,           /* static input ranges alone */
+    SDQ_TRAIN_LORA,             /* deltas of low rank of the quantized weights (LoRA, arXiv
+                                 * 2106.09685), merged into the int8 weights when converting; with
+                                 * learn_scales scales, too. Sets without weights, and this one,
+                                 * also train a student of sdq_model_load_packed */
     SDQ_TRAIN_SET_COUNT
 } sdq_train_set;
 
@@ -1245,6 +1266,9 @@ typedef struct sdq_recipe {
     int bias_correction;
     int learn_scales;           /* LSQ: weight scales and static input scales are trained */
     sdq_train_set train_set;
+    size_t lora_rank;           /* of SDQ_TRAIN_LORA; 0: 8 */
+    size_t last_blocks;         /* train only what lies in so many last blocks (a residual block, a
+                                 * transformer, a resampling convolution) and behind; 0: all */
     float moving;               /* moving constant of the observers; 0: true min and max */
     sdq_weight_scale weight_scale;
     int calibrate_on_data;      /* noised pictures in FAKE mode; else the sampler's trajectories */
@@ -1975,6 +1999,8 @@ typedef struct sdq__adamw_step {
     float clip;                             /* gradients are multiplied by this first */
 } sdq__adamw_step;
 
+#define SDQ__MOMENT_BLOCK 256   /* moments in bytes: elements that share their scales */
+
 /* X(return type, name, arguments, class). n: elements of a row; no alignment is assumed and
  * nothing past n is read or written. All EXACT: equal to the bit on all tiers. */
 #define SDQ__KERNEL_LIST(X) \
@@ -2006,6 +2032,12 @@ typedef struct sdq__adamw_step {
     X(void, quantize_rows, \
       (uint8_t *q, size_t ldq, const float *x, size_t ldx, size_t rows, size_t n, float *s, \
        int32_t *z, size_t lds), EXACT) \
+    /* straight through a quantizer, with v = w * inv, t = rint(v) and t inside -128..127: \
+       dw += inside ? g : 0; returns the sum of g * (inside ? t - v : t < 0 ? -128 : 127) */ \
+    X(float, ste_s8, \
+      (float *dw, const float *g, const float *w, size_t n, float inv), EXACT) \
+    /* y = q * s */ \
+    X(void, dequantize_s8, (float *y, const int8_t *q, size_t n, float s), EXACT) \
     /* y = (q - z) * s */ \
     X(void, dequantize_u8, (float *y, const uint8_t *q, size_t n, float s, int32_t z), EXACT) \
     /* element-wise */ \
@@ -2102,6 +2134,13 @@ typedef struct sdq__adamw_step {
     X(void, adamw, \
       (float *w, float *m, float *v, const float *grad, size_t n, const sdq__adamw_step *s), \
        EXACT) \
+    /* the same for at most 256 elements with moments in bytes, before and after it \
+       m = s[0] |a| a, a = m8/127, v = s[1] b^4, b = v8/255; new s: largest |m| and v, \
+       m8 = rint(127 sqrt(|m|/s[0])) with the sign of m, v8 = rint(255 (v/s[1])^(1/4)), \
+       but at least 1 where v is not 0 */ \
+    X(void, adamw8, \
+      (float *w, int8_t *m8, uint8_t *v8, float *s, const float *grad, size_t n, \
+       const sdq__adamw_step *step), EXACT) \
     /* half precision to float, exact */ \
     X(void, from_f16, (float *y, const uint16_t *x, size_t n), EXACT) \
     X(void, from_bf16, (float *y, const uint16_t *x, size_t n), EXACT)
@@ -2726,9 +2765,11 @@ typedef struct sdq__gemm {
     sdq__geom g;
     const float *x, *zero;      /* rows of ldx floats; at least kc zeros */
     const float *b;             /* packed panels, */
-    const uint16_t *bh;         /* or halves, which become floats a piece at a time */
+    const uint16_t *bh;         /* or halves, which become floats a piece at a time, */
+    const int8_t *bq;           /* or bytes [kc][taps][n], not packed: a layer's weights on the */
+    const float *bs;            /*   way back, with a scale for each of the kc */
     const float *bias, *res;
-    float *y, *piece;           /* piece: SDQ__GEMM_KB * 32 floats per thread, for bh */
+    float *y, *piece;           /* piece: SDQ__GEMM_KB * 32 floats per thread, for bh, bq */
     size_t *rows;               /* source rows of a block, plan.rows * taps per thread */
     float *pair;                /* geglu: [plan.rows][64] per thread, else NULL */
     size_t m, n, kc, ldx, ldr, ldy;
@@ -2771,12 +2812,26 @@ static void sdq__gemm_pack(float *dst, const float *b, size_t ldb, size_t n, siz
     }
 }
 
-/* n numbers of the weights from `from` on. */
-static const float *sdq__gemm_weights(const sdq__gemm *w, int thread, size_t from, size_t n) {
+/* A piece of panel p from bytes. */
+static void sdq__gemm_weights_s8(const sdq__gemm *w, float *to, size_t p, size_t t0, size_t taps,
+                                 size_t c0, size_t cn) {
+    const size_t all = w->g.kh * w->g.kw, n = sdq__u_min(SDQ__NR, w->n - p * SDQ__NR);
+    size_t t, c;
+    if (n < SDQ__NR) memset(to, 0, taps * cn * SDQ__NR * sizeof *to);
+    for (t = t0; t < t0 + taps; t++)
+        for (c = c0; c < c0 + cn; c++, to += SDQ__NR)
+            w->k->dequantize_s8(to, w->bq + (c * all + t) * w->n + p * SDQ__NR, n, w->bs[c]);
+}
+
+/* Panel p of the weights: taps t0.., channels c0... */
+static const float *sdq__gemm_weights(const sdq__gemm *w, int thread, size_t p, size_t t0,
+                                      size_t taps, size_t c0, size_t cn) {
+    const size_t from = ((p * w->g.kh * w->g.kw + t0) * w->kc + c0) * SDQ__NR;
     float *piece;
     if (w->b) return w->b + from;
     piece = w->piece + (size_t)thread * SDQ__GEMM_KB * SDQ__NR;
-    w->k->from_f16(piece, w->bh + from, n);
+    if (w->bh) w->k->from_f16(piece, w->bh + from, taps * cn * SDQ__NR);
+    else sdq__gemm_weights_s8(w, piece, p, t0, taps, c0, cn);
     return piece;
 }
 
@@ -2788,8 +2843,7 @@ static void sdq__gemm_piece(const sdq__gemm *w, const sdq__part *at, int thread,
     const int first = t0 == 0 && c0 == 0, last = t0 + taps == all && c0 + cn == w->kc;
     size_t p, m, i;
     for (p = at->p0; p < at->p1; p++) {
-        const float *b = sdq__gemm_weights(w, thread, ((p * all + t0) * w->kc + c0) * SDQ__NR,
-                                           taps * cn * SDQ__NR);
+        const float *b = sdq__gemm_weights(w, thread, p, t0, taps, c0, cn);
         for (m = at->m0; m < at->m1; m += SDQ__MR) {
             const float *a[SDQ__MAX_TAPS * SDQ__MR];
             const size_t *s = src + (m - at->m0) / SDQ__MR * all * SDQ__MR;
@@ -2879,7 +2933,7 @@ static void sdq__gemm_run(sdq_ctx *ctx, sdq__gemm *w, int geglu) {
                              SDQ__GEMM_MB_MOST);
     w->rows = SDQ__PUSH_N(ctx, size_t, (size_t)ctx->threads * w->plan.rows * taps);
     w->pair = geglu ? sdq__gemm_pairs(ctx, w->plan.rows) : NULL;
-    if (w->bh)
+    if (!w->b)
         w->piece = SDQ__PUSH_N(ctx, float, (size_t)ctx->threads * SDQ__GEMM_KB * SDQ__NR);
     if (ctx->status == SDQ_OK)
         sdq__par_for(ctx, w->plan.blocks * w->plan.groups, sdq__gemm_task, w);
@@ -3049,7 +3103,9 @@ static void sdq__win_run(sdq_ctx *ctx, const sdq__gemm *f) {
 /* ---- weight gradient: dw[n][t][c] += sum over output pixels m of dy[m][n] x[src(m,t)][c] ----
  * One task is one tap and one panel of input channels. The rows of x that the tap reads are
  * packed, SDQ__DW_MB at a time; every output is one chain over m in order. If q is given the
- * rows are (q - z) s instead: the input of a fake-quantized layer, kept as bytes. */
+ * rows are (q - z) s instead: the input of a fake-quantized layer, kept as bytes.
+ * If sw is given the sums are the gradient of fake-quantized weights and stay in the caches: what
+ * passes straight through (see >>layer) is added to dw, and the scales' share to ds, by task. */
 
 #define SDQ__DW_MB 512
 
@@ -3061,9 +3117,11 @@ typedef struct sdq__gemm_dw {
     const float *qs;            /* scale and zero point of row r, block j: */
     const int32_t *qz;          /*   [r / rows_per_scale * blocks + j] */
     const float *dy;
-    float *dw, *scratch;        /* scratch: SDQ__DW_MB * 32 floats per thread */
+    float *dw, *scratch;        /* scratch: SDQ__DW_MB * 32 floats per thread, + n * 32 */
     size_t m, n, c, ldx, ldq, ldy, ldw, blocks, rows_per_scale;
     size_t first;               /* channel of dw column 0 */
+    const float *w, *sw;        /* NULL, or float weights, laid out as dw, and their scales [n] */
+    float *ds, *part;           /* NULL, or gradient of sw; its parts [task][n] */
 } sdq__gemm_dw;
 
 static void sdq__gemm_dw_pack(const sdq__gemm_dw *w, float *dst, size_t m0, size_t rows, size_t tap,
@@ -3090,27 +3148,66 @@ static void sdq__gemm_dw_pack(const sdq__gemm_dw *w, float *dst, size_t m0, size
     }
 }
 
+static size_t sdq__gemm_dw_tasks(const sdq__gemm_dw *w) {
+    return w->g.kh * w->g.kw * sdq__gemm_panels(w->c);
+}
+static size_t sdq__gemm_dw_scratch(const sdq__gemm_dw *w) {     /* floats per thread */
+    return (SDQ__DW_MB + (w->sw ? w->n : 0)) * SDQ__NR;
+}
+
+/* The sums g[n][32] of a task, whose column 0 is `at` in a row of dw, through the quantizer. */
+static void sdq__gemm_dw_ste(const sdq__gemm_dw *w, size_t task, const float *g, size_t at,
+                             size_t cn) {
+    const size_t row = w->g.kh * w->g.kw * w->ldw;
+    float none[SDQ__NR] = {0};
+    size_t o;
+    for (o = 0; o < w->n; o++, at += row) {
+        const float s = w->k->ste_s8(w->dw ? w->dw + at : none, g + o * SDQ__NR, w->w + at, cn,
+                                     1.0f / w->sw[o]);
+        if (w->part) w->part[task * w->n + o] = s;
+    }
+}
+
 static void sdq__gemm_dw_task(void *arg, size_t task, int thread) {
     const sdq__gemm_dw *w = (const sdq__gemm_dw *)arg;
     const size_t panels = sdq__gemm_panels(w->c), tap = task / panels, c0 = task % panels * SDQ__NR;
-    const size_t cn = sdq__u_min(SDQ__NR, w->c - c0);
-    float *b = w->scratch + (size_t)thread * SDQ__DW_MB * SDQ__NR;
+    const size_t cn = sdq__u_min(SDQ__NR, w->c - c0), at = tap * w->ldw + w->first + c0;
+    float *b = w->scratch + (size_t)thread * sdq__gemm_dw_scratch(w);
+    float *y = w->sw ? b + SDQ__DW_MB * SDQ__NR : w->dw + at;
+    const size_t ldy = w->sw ? SDQ__NR : w->g.kh * w->g.kw * w->ldw;
     size_t m;
     for (m = 0; m < w->m; m += SDQ__DW_MB) {
         const size_t rows = sdq__u_min(SDQ__DW_MB, w->m - m);
         sdq__gemm_dw_pack(w, b, m, rows, tap, c0, cn);
-        sdq__gemm_small(w->k, w->dy + m * w->ldy, 1, w->ldy, b, rows,
-                        w->dw + tap * w->ldw + w->first + c0, w->g.kh * w->g.kw * w->ldw,
-                        w->n, cn, rows, 1);
+        sdq__gemm_small(w->k, w->dy + m * w->ldy, 1, w->ldy, b, rows, y, ldy, w->n, cn, rows,
+                        !w->sw || m > 0);
     }
+    if (w->sw) sdq__gemm_dw_ste(w, task, y, at, cn);
+}
+
+/* ds += the sum of its parts, in the order of the tasks, / sqrt(127 k). */
+static void sdq__gemm_dw_scales(sdq_ctx *ctx, const sdq__gemm_dw *w) {
+    const double root = sqrt(127.0 * (double)(w->g.kh * w->g.kw * w->ldw));
+    const size_t tasks = sdq__gemm_dw_tasks(w);
+    double *sum = SDQ__PUSH_N(ctx, double, w->n);
+    size_t o, i;
+    if (!sum) return;
+    for (o = 0; o < w->n; o++) sum[o] = 0.0;
+    for (i = 0; i < tasks; i++)
+        for (o = 0; o < w->n; o++) sum[o] += (double)w->part[i * w->n + o];
+    for (o = 0; o < w->n; o++) w->ds[o] += (float)(sum[o] / root);
 }
 
 static void sdq__gemm_dw_run(sdq_ctx *ctx, sdq__gemm_dw *w) {
     const sdq_mark mark = sdq_arena_mark(ctx);
+    const size_t tasks = sdq__gemm_dw_tasks(w);
     w->k = ctx->k;
-    w->scratch = SDQ__PUSH_N(ctx, float, (size_t)ctx->threads * SDQ__DW_MB * SDQ__NR);
-    if (w->scratch)
-        sdq__par_for(ctx, w->g.kh * w->g.kw * sdq__gemm_panels(w->c), sdq__gemm_dw_task, w);
+    w->scratch = SDQ__PUSH_N(ctx, float, (size_t)ctx->threads * sdq__gemm_dw_scratch(w));
+    w->part = w->ds ? SDQ__PUSH_N(ctx, float, tasks * w->n) : NULL;
+    if (ctx->status == SDQ_OK) {
+        sdq__par_for(ctx, tasks, sdq__gemm_dw_task, w);
+        if (w->ds) sdq__gemm_dw_scales(ctx, w);
+    }
     sdq_arena_release(ctx, mark);
 }
 
@@ -5036,6 +5133,10 @@ SDQ_API sdq_tensor *sdq_sample_gaussian(sdq_ctx *ctx, sdq_tensor *moments, sdq_t
  *   ds = sum dxh (rint(v) - v | inside, -z below, 255 - z above) / sqrt(255 N),  v = x / s
  * (0 below and 255 above where the zero point follows the scale: sdq__ly_follow).
  *
+ * A layer can carry a delta of low rank (LoRA, arXiv 2106.09685): FAKE mode then quantizes
+ * w + b a, b [out,rank] and a [rank,k], and only b and a get gradients: with dw that of the sum,
+ * da = b^T dw and db = dw a^T. FLOAT mode stays w alone, the teacher; w may be packed halves.
+ *
  * A part is a range of input channels with its own activation ranges: one, or two when the input
  * is a concatenation whose halves differ (Q-Diffusion, arXiv 2302.04304). The second part's
  * product adds to the first's.
@@ -5057,6 +5158,7 @@ struct sdq_layer {
     sdq_tensor w, b;            /* [out,kh,kw,in], [out]; data NULL when absent */
     float *wp;                  /* FLOAT: packed once, when w is not there to change, */
     uint16_t *wh;               /* or the same as halves, if that is exact: what the file had */
+    sdq_tensor la, lb;          /* a delta b a of the weights: [rank,k], [out,rank]; or no data */
     sdq_quant quant;
     sdq__qpart part[2];
     size_t parts;
@@ -5093,6 +5195,8 @@ SDQ_API void sdq_layer_free(sdq_ctx *ctx, sdq_layer *l) {
     }
     sdq__t_free(ctx, &l->w);
     sdq__t_free(ctx, &l->b);
+    sdq__t_free(ctx, &l->la);
+    sdq__t_free(ctx, &l->lb);
     sdq__t_free(ctx, &l->sw);
     sdq__free(ctx, l->wp);
     sdq__free(ctx, l->wh);
@@ -5173,7 +5277,7 @@ SDQ_API sdq_status sdq_layer_create(sdq_ctx *ctx, const sdq_layer_desc *desc, sd
 
 SDQ_API sdq_quant sdq_layer_quant(const sdq_layer *l) { return l->quant; }
 SDQ_API sdq_status sdq_layer_set_quant(sdq_ctx *ctx, sdq_layer *l, const sdq_quant *quant) {
-    if (sdq__ly_frozen(l) || l->part[0].w.b)
+    if (l->part[0].w.b)
         return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: has no float weights any more", l->name);
     if ((unsigned)quant->range >= SDQ_RANGE_COUNT)
         return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: range %d", l->name, (int)quant->range);
@@ -5254,8 +5358,6 @@ static sdq_tensor *sdq__ly_result(sdq_ctx *ctx, const sdq_layer *l, sdq_tensor *
 typedef struct sdq__pack {
     float *dst;
     const float *w;
-    const int8_t *q;
-    const float *s;
     size_t out, taps, in;
 } sdq__pack;
 
@@ -5266,8 +5368,7 @@ static void sdq__ly_pack_task(void *arg, size_t p, int thread) {
     (void)thread;
     sdq__gemm_pack_t(w->dst + p * SDQ__NR * k, w->w + p * SDQ__NR * k, k, n, k);
 }
-/* Panels of input channels for the input gradient: dst[panel][tap][out][32]; from the float
- * weights or, if q is given, from q s. */
+/* Panels of input channels for the input gradient: dst[panel][tap][out][32]. */
 static void sdq__ly_pack_back_task(void *arg, size_t p, int thread) {
     const sdq__pack *w = (const sdq__pack *)arg;
     const size_t n = sdq__u_min(SDQ__NR, w->in - p * SDQ__NR);
@@ -5277,8 +5378,7 @@ static void sdq__ly_pack_back_task(void *arg, size_t p, int thread) {
     for (t = 0; t < w->taps; t++)
         for (o = 0; o < w->out; o++, dst += SDQ__NR) {
             const size_t at = (o * w->taps + t) * w->in + p * SDQ__NR;
-            for (j = 0; j < n; j++)
-                dst[j] = w->q ? (float)w->q[at + j] * w->s[o] : w->w[at + j];
+            for (j = 0; j < n; j++) dst[j] = w->w[at + j];
             for (; j < SDQ__NR; j++) dst[j] = 0.0f;
         }
 }
@@ -5359,6 +5459,111 @@ static sdq_status sdq__ly_freeze(sdq_ctx *ctx, sdq_layer *l, int halves) {
     return SDQ_OK;
 }
 
+/* The other way: panel p as rows of the weights. */
+typedef struct sdq__thaw {
+    const struct sdq__kernels *k;
+    const sdq_layer *l;
+    float *dst;
+} sdq__thaw;
+static void sdq__ly_thaw_task(void *arg, size_t p, int thread) {
+    const sdq__thaw *w = (const sdq__thaw *)arg;
+    const size_t k = sdq__ly_k(w->l), n = sdq__u_min(SDQ__NR, w->l->out - p * SDQ__NR);
+    float buf[64 * SDQ__NR];
+    size_t k0, i, j;
+    (void)thread;
+    for (k0 = 0; k0 < k; k0 += 64) {
+        const size_t kn = sdq__u_min(64, k - k0), at = (p * k + k0) * SDQ__NR;
+        const float *from = w->l->wh ? buf : w->l->wp + at;
+        if (w->l->wh) w->k->from_f16(buf, w->l->wh + at, kn * SDQ__NR);
+        for (j = 0; j < n; j++)
+            for (i = 0; i < kn; i++)
+                w->dst[(p * SDQ__NR + j) * k + k0 + i] = from[i * SDQ__NR + j];
+    }
+}
+/* The float weights [out][k] without a delta: the layer's, or in the arena. */
+static float *sdq__ly_thaw(sdq_ctx *ctx, const sdq_layer *l) {
+    sdq__thaw w;
+    if (l->w.data) return sdq_f32(&l->w);
+    w.k = ctx->k; w.l = l;
+    w.dst = SDQ__PUSH_N(ctx, float, l->out * sdq__ly_k(l));
+    if (w.dst) sdq__par_for(ctx, sdq__gemm_panels(l->out), sdq__ly_thaw_task, &w);
+    return w.dst;
+}
+
+/* w + b a, in the arena. */
+static const float *sdq__ly_add_delta(sdq_ctx *ctx, const sdq_layer *l, const float *weights) {
+    const size_t k = sdq__ly_k(l), rank = l->la.dim[0];
+    float *y = SDQ__PUSH_N(ctx, float, l->out * k);
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    float *panels = SDQ__PUSH_N(ctx, float, sdq__gemm_packed_count(k, rank));
+    sdq__gemm w;
+    if (!y || !panels) return NULL;
+    sdq__gemm_pack(panels, sdq_f32(&l->la), k, k, rank);
+    memset(&w, 0, sizeof w);
+    w.g = sdq__gemm_rows_geom(l->out);
+    w.x = sdq_f32(&l->lb);
+    w.b = panels;
+    w.res = weights;
+    w.y = y;
+    w.m = l->out;
+    w.kc = w.ldx = rank;
+    w.n = w.ldr = w.ldy = k;
+    sdq__gemm_run(ctx, &w, 0);
+    sdq_arena_release(ctx, mark);
+    return y;
+}
+/* The weights that FAKE mode quantizes. */
+static const float *sdq__ly_weights(sdq_ctx *ctx, const sdq_layer *l) {
+    const float *w = sdq__ly_thaw(ctx, l);
+    return w && l->la.data ? sdq__ly_add_delta(ctx, l, w) : w;
+}
+
+/* da += b^T dw, db += dw a^T. */
+static void sdq__ly_delta_gradient(sdq_ctx *ctx, sdq_layer *l, const float *dw) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    const size_t k = sdq__ly_k(l), rank = l->la.dim[0];
+    float *panels = SDQ__PUSH_N(ctx, float, sdq__gemm_packed_count(rank, k));
+    sdq__gemm_dw a;
+    sdq__gemm b;
+    memset(&a, 0, sizeof a);
+    memset(&b, 0, sizeof b);
+    a.dw = sdq__tape_grad(ctx, &l->la);
+    b.y = sdq__tape_grad(ctx, &l->lb);
+    if (!panels || !a.dw || !b.y) return;
+    a.g = b.g = sdq__gemm_rows_geom(l->out);
+    a.x = b.x = dw;
+    a.dy = sdq_f32(&l->lb);
+    a.m = b.m = l->out;
+    a.n = a.ldy = b.n = b.ldy = rank;
+    a.c = a.ldx = a.ldw = b.kc = b.ldx = k;
+    sdq__gemm_dw_run(ctx, &a);
+    sdq__gemm_pack_t(panels, sdq_f32(&l->la), k, rank, k);
+    b.b = panels;
+    b.more = 1;
+    sdq__gemm_run(ctx, &b, 0);
+    sdq_arena_release(ctx, mark);
+}
+
+/* Give the layer a delta of zeros: b = 0 and a from N(0, 1/rank), so that a first step of b moves
+ * the weights as far as the same step of all of them would. */
+static sdq_status sdq__ly_new_delta(sdq_ctx *ctx, sdq_layer *l, size_t rank, sdq_rng *rng) {
+    const size_t a[2] = {rank, sdq__ly_k(l)}, b[2] = {l->out, rank};
+    const float sd = 1.0f / sqrtf((float)rank);
+    size_t i;
+    if (!l->w.data && !sdq__ly_frozen(l))
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: has no float weights any more", l->name);
+    if (rank > sdq__u_min(l->out, a[1]))
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: its weights are %zu x %zu: a delta of"
+                         " rank %zu would be no smaller", l->name, l->out, a[1], rank);
+    sdq__t_free(ctx, &l->la);
+    sdq__t_free(ctx, &l->lb);
+    SDQ__TRY(sdq__t_init(ctx, &l->la, 2, a));
+    SDQ__TRY(sdq__t_init(ctx, &l->lb, 2, b));
+    sdq_rng_normal(rng, sdq_f32(&l->la), rank * a[1]);
+    for (i = 0; i < rank * a[1]; i++) sdq_f32(&l->la)[i] *= sd;
+    return SDQ_OK;
+}
+
 static float *sdq__ly_zeros(sdq_ctx *ctx, size_t n) {
     float *z = SDQ__PUSH_N(ctx, float, n);
     if (z) memset(z, 0, n * sizeof(float));
@@ -5396,22 +5601,24 @@ static void sdq__ly_input_gradient(sdq_ctx *ctx, const sdq_layer *l, const sdq_t
     sdq__pack p;
     sdq__gemm w;
     memset(&p, 0, sizeof p);
-    p.dst = SDQ__PUSH_N(ctx, float, sdq__gemm_packed_count(l->in, sdq__ly_taps(l) * l->out));
-    p.w = sdq_f32(&l->w); p.q = q; p.s = sdq_f32(&l->sw);
+    p.w = q ? NULL : sdq__ly_thaw(ctx, l);
     p.out = l->out; p.taps = sdq__ly_taps(l); p.in = l->in;
+    if (p.w) p.dst = SDQ__PUSH_N(ctx, float, sdq__gemm_packed_count(l->in, p.taps * l->out));
     memset(&w, 0, sizeof w);
     w.g = sdq__ly_geom(l, x);
     if (p.taps > 1) w.g = sdq__ly_geom_back(w.g);
     w.x = dy;
     w.b = p.dst;
+    w.bq = q;
+    w.bs = sdq_f32(&l->sw);
     w.zero = sdq__ly_zeros(ctx, l->out);
     w.y = dx;
     w.m = sdq__t_rows(x);
     w.n = w.ldy = l->in;
     w.kc = w.ldx = sdq__t_chan(y);
     w.more = more;
-    if (p.dst && w.zero) {
-        sdq__par_for(ctx, sdq__gemm_panels(l->in), sdq__ly_pack_back_task, &p);
+    if ((p.dst || q) && w.zero) {
+        if (p.dst) sdq__par_for(ctx, sdq__gemm_panels(l->in), sdq__ly_pack_back_task, &p);
         sdq__gemm_run(ctx, &w, 0);
     }
     sdq_arena_release(ctx, mark);
@@ -5478,7 +5685,7 @@ static void sdq__ly_observe_input(sdq_ctx *ctx, sdq_layer *l, const sdq_tensor *
     }
 }
 
-static sdq_status sdq__ly_observe_weights(sdq_ctx *ctx, sdq_layer *l) {
+static sdq_status sdq__ly_observe_weights(sdq_ctx *ctx, sdq_layer *l, const float *w) {
     const size_t k = sdq__ly_k(l);
     const int seen = l->w_mn != NULL;
     size_t o;
@@ -5494,24 +5701,33 @@ static sdq_status sdq__ly_observe_weights(sdq_ctx *ctx, sdq_layer *l) {
     }
     for (o = 0; o < l->out; o++) {
         float mn = INFINITY, mx = -INFINITY;
-        ctx->k->minmax(sdq_f32(&l->w) + o * k, k, &mn, &mx);
+        ctx->k->minmax(w + o * k, k, &mn, &mx);
         sdq__ly_track(l, seen, mn, mx, &l->w_mn[o], &l->w_mx[o]);
     }
     return SDQ_OK;
 }
 
+/* The same of the weights as they are. */
+static sdq_status sdq__ly_observe_now(sdq_ctx *ctx, sdq_layer *l) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    const float *w = sdq__ly_weights(ctx, l);
+    const sdq_status st = w ? sdq__ly_observe_weights(ctx, l, w) : ctx->status;
+    sdq_arena_release(ctx, mark);
+    return st;
+}
+
 /* Weight scales as the settings say; FIXED ones are made once. */
-static sdq_status sdq__ly_weight_scales(sdq_ctx *ctx, sdq_layer *l) {
+static sdq_status sdq__ly_weight_scales(sdq_ctx *ctx, sdq_layer *l, const float *w) {
     const size_t k = sdq__ly_k(l);
     float *s = sdq_f32(&l->sw);
     size_t o;
     if (ctx->dry || (l->quant.weight_scale == SDQ_WEIGHT_FIXED && s[0] > 0.0f)) return SDQ_OK;
     if (l->quant.weight_scale == SDQ_WEIGHT_MOVING && !l->w_mn)
-        SDQ__TRY(sdq__ly_observe_weights(ctx, l));
+        SDQ__TRY(sdq__ly_observe_weights(ctx, l, w));
     for (o = 0; o < l->out; o++) {
         float mn = INFINITY, mx = -INFINITY;
         if (l->quant.weight_scale == SDQ_WEIGHT_MOVING) { mn = l->w_mn[o]; mx = l->w_mx[o]; }
-        else ctx->k->minmax(sdq_f32(&l->w) + o * k, k, &mn, &mx);
+        else ctx->k->minmax(w + o * k, k, &mn, &mx);
         s[o] = sdq__q_weight_scale(mn, mx);
     }
     return SDQ_OK;
@@ -5568,7 +5784,7 @@ typedef struct sdq__qrun {
     const struct sdq__kernels *k;
     const sdq_layer *l;
     const sdq__qpart *part;
-    const float *x;
+    const float *x;             /* the input, or weights */
     sdq__qinput *out;
     int8_t *q;
     float *mn, *mx;             /* per entry and chunk, for ranges per picture */
@@ -5727,14 +5943,15 @@ static void sdq__ly_quantize_weight_task(void *arg, size_t o, int thread) {
     const sdq__qrun *w = (const sdq__qrun *)arg;
     const size_t k = sdq__ly_k(w->l);
     (void)thread;
-    w->k->quantize_s8(w->q + o * k, sdq_f32(&w->l->w) + o * k, k, 1.0f / sdq_f32(&w->l->sw)[o]);
+    w->k->quantize_s8(w->q + o * k, w->x + o * k, k, 1.0f / sdq_f32(&w->l->sw)[o]);
 }
 /* The weights as int8 [out,kh,kw,in] by the scales in sw. */
-static int8_t *sdq__ly_quantize_weights(sdq_ctx *ctx, const sdq_layer *l) {
+static int8_t *sdq__ly_quantize_weights(sdq_ctx *ctx, const sdq_layer *l, const float *weights) {
     sdq__qrun w;
     memset(&w, 0, sizeof w);
     w.k = ctx->k;
     w.l = l;
+    w.x = weights;
     w.q = SDQ__PUSH_N(ctx, int8_t, l->out * sdq__ly_k(l));
     if (w.q) sdq__par_for(ctx, l->out, sdq__ly_quantize_weight_task, &w);
     return w.q;
@@ -5821,8 +6038,10 @@ static sdq_status sdq__ly_forward_quant(sdq_ctx *ctx, sdq_layer *l, const sdq_te
     }
     mark = sdq_arena_mark(ctx);     /* packed weights are dropped again, also while recording */
     if (fake) {
-        SDQ__TRY(sdq__ly_weight_scales(ctx, l));
-        q = sdq__ly_quantize_weights(ctx, l);
+        const float *w = sdq__ly_weights(ctx, l);
+        if (!w) return ctx->status;
+        SDQ__TRY(sdq__ly_weight_scales(ctx, l, w));
+        q = sdq__ly_quantize_weights(ctx, l, w);
         if (!q) return ctx->status;
     }
     for (i = 0; i < l->parts; i++) {
@@ -5869,32 +6088,16 @@ static void sdq__ly_ste_input(sdq_ctx *ctx, sdq__qpart *p, const sdq__qinput *in
     if (ds) ds[0] += (float)(sum / sqrt(255.0 * (double)(rows / sdq__t_entries(x) * p->c)));
 }
 
-/* The same for the weights: g = gradient of wh. */
-static void sdq__ly_ste_weight(sdq_ctx *ctx, sdq_layer *l, const float *g) {
-    const size_t k = sdq__ly_k(l);
-    const float *w = sdq_f32(&l->w);
-    float *dw = sdq__tape_grad(ctx, &l->w), *ds = sdq__tape_grad(ctx, &l->sw);
-    size_t o, j;
-    for (o = 0; o < l->out; o++) {
-        const float inv = 1.0f / sdq_f32(&l->sw)[o];
-        double sum = 0.0;
-        for (j = o * k; j < (o + 1) * k; j++) {
-            const float v = w[j] * inv, t = sdq__q_rint(v);
-            const int in = t >= -128.0f && t <= 127.0f;
-            if (in && dw) dw[j] += g[j];
-            sum += (double)(g[j] * (in ? t - v : t < 0.0f ? -128.0f : 127.0f));
-        }
-        if (ds) ds[o] += (float)(sum / sqrt(127.0 * (double)k));
-    }
-}
-
-static void sdq__ly_fake_weight_gradient(sdq_ctx *ctx, sdq_layer *l, const sdq_tensor *x,
-                                         const sdq_tensor *y, const float *dy,
+/* weights: those that were quantized. */
+static void sdq__ly_fake_weight_gradient(sdq_ctx *ctx, sdq_layer *l, const float *weights,
+                                         const sdq_tensor *x, const sdq_tensor *y, const float *dy,
                                          const sdq__fake *keep) {
     const sdq_mark mark = sdq_arena_mark(ctx);
-    float *g = sdq__ly_zeros(ctx, l->out * sdq__ly_k(l));
+    const int delta = l->la.needs_grad || l->lb.needs_grad;
+    float *dw = delta ? sdq__ly_zeros(ctx, l->out * sdq__ly_k(l)) : sdq__tape_grad(ctx, &l->w);
+    float *ds = sdq__tape_grad(ctx, &l->sw);
     size_t i;
-    for (i = 0; g && i < l->parts; i++) {
+    for (i = 0; ctx->status == SDQ_OK && i < l->parts; i++) {
         const sdq__qinput *in = &keep->in[i];
         const sdq__qpart *p = &l->part[i];
         sdq__gemm_dw w;
@@ -5903,13 +6106,25 @@ static void sdq__ly_fake_weight_gradient(sdq_ctx *ctx, sdq_layer *l, const sdq_t
         w.q = in->q; w.ldq = in->ld; w.qs = in->s; w.qz = in->z;
         w.blocks = in->blocks;
         w.rows_per_scale = in->per_row ? 1 : in->rows / in->entries;
-        w.dy = dy; w.dw = g;
+        w.dy = dy; w.dw = dw; w.ds = ds;
         w.m = sdq__t_rows(y); w.n = w.ldy = l->out;
         w.c = p->c; w.first = p->c0; w.ldw = l->in;
+        w.w = weights;
+        w.sw = sdq_f32(&l->sw);
         sdq__gemm_dw_run(ctx, &w);
     }
-    if (g) sdq__ly_ste_weight(ctx, l, g);
+    if (delta && ctx->status == SDQ_OK) sdq__ly_delta_gradient(ctx, l, dw);
     sdq_arena_release(ctx, mark);
+}
+
+/* Gradients of leaves that have no memory of their own are made before anything is dropped. */
+static void sdq__ly_leaf_gradients(sdq_ctx *ctx, sdq_layer *l) {
+    size_t i;
+    (void)sdq__tape_grad(ctx, &l->w);
+    (void)sdq__tape_grad(ctx, &l->la);
+    (void)sdq__tape_grad(ctx, &l->lb);
+    (void)sdq__tape_grad(ctx, &l->sw);
+    for (i = 0; i < l->parts; i++) (void)sdq__tape_grad(ctx, &l->part[i].s);
 }
 
 static void sdq__ly_fake_back(sdq_ctx *ctx, sdq__node *n) {
@@ -5919,9 +6134,13 @@ static void sdq__ly_fake_back(sdq_ctx *ctx, sdq__node *n) {
     const int fixed = sdq__ly_range(l) == SDQ_RANGE_STATIC;
     float *dx = sdq__tape_grad(ctx, x), *db = sdq__tape_grad(ctx, l->b.data ? &l->b : NULL);
     float *dres = sdq__tape_grad(ctx, res), *dy = n->y->grad;
-    const sdq_mark mark = sdq_arena_mark(ctx);
     const size_t count = sdq_tensor_count(n->y);
+    const float *weights;
+    sdq_mark mark;
     size_t i;
+    sdq__ly_leaf_gradients(ctx, l);
+    mark = sdq_arena_mark(ctx);
+    weights = sdq__ly_weights(ctx, l);
     if (ctx->status != SDQ_OK) return;
     if (dres) sdq__op_binary(ctx, ctx->k->add, dres, dres, dy, count);
     if (keep->mask) {
@@ -5931,15 +6150,15 @@ static void sdq__ly_fake_back(sdq_ctx *ctx, sdq__node *n) {
         dy = m;
     }
     if (dx || (fixed && l->part[0].s.needs_grad)) {
-        const int8_t *q = sdq__ly_quantize_weights(ctx, l);
+        const int8_t *q = sdq__ly_quantize_weights(ctx, l, weights);
         float *g = fixed ? SDQ__PUSH_N(ctx, float, sdq_tensor_count(x)) : dx;
         if (!q || !g) return;
         sdq__ly_input_gradient(ctx, l, x, n->y, dy, q, g, !fixed);
         for (i = 0; fixed && i < l->parts; i++)
             sdq__ly_ste_input(ctx, &l->part[i], &keep->in[i], x, g, dx);
     }
-    if (l->w.needs_grad || l->sw.needs_grad)
-        sdq__ly_fake_weight_gradient(ctx, l, x, n->y, dy, keep);
+    if (l->w.needs_grad || l->sw.needs_grad || l->lb.needs_grad)
+        sdq__ly_fake_weight_gradient(ctx, l, weights, x, n->y, dy, keep);
     if (db) sdq__gemm_colsum(ctx, db, dy, sdq__t_rows(n->y), l->out);
     sdq_arena_release(ctx, mark);
 }
@@ -5968,7 +6187,8 @@ static sdq_tensor *sdq__ly_forward_fake(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *
                                         sdq_tensor *y) {
     sdq__node *n = NULL;
     sdq__fake *keep = NULL;
-    sdq_tensor *leaf = l->w.needs_grad ? &l->w : l->sw.needs_grad ? &l->sw : &l->part[0].s;
+    sdq_tensor *leaf = l->w.needs_grad ? &l->w : l->lb.needs_grad ? &l->lb
+                     : l->sw.needs_grad ? &l->sw : &l->part[0].s;
     const sdq_mark mark = sdq_arena_mark(ctx);
     n = sdq__tape_push(ctx, sdq__ly_fake_back, y, x, res, leaf, l->b.data ? &l->b : NULL);
     if (n) {
@@ -5984,7 +6204,7 @@ static sdq_tensor *sdq__ly_forward_fake(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *
     }
     if (l->observe && !ctx->replay) {
         sdq__ly_observe_input(ctx, l, x);
-        if (l->quant.weight_scale == SDQ_WEIGHT_MOVING && sdq__ly_observe_weights(ctx, l) != SDQ_OK)
+        if (l->quant.weight_scale == SDQ_WEIGHT_MOVING && sdq__ly_observe_now(ctx, l) != SDQ_OK)
             return NULL;
     }
     sdq__ly_follow(l);
@@ -6005,7 +6225,7 @@ static sdq_tensor *sdq__ly_forward(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *x, sd
         sdq__node *n =
             sdq__tape_push(ctx, sdq__ly_float_back, y, x, res, &l->w, l->b.data ? &l->b : NULL);
         if (n) n->p[0] = l;
-        if (n && !l->w.data && x->needs_grad) {
+        if (n && !l->w.data && !sdq__ly_frozen(l) && x->needs_grad) {
             sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: gradients need float weights", l->name);
             return NULL;
         }
@@ -6014,7 +6234,7 @@ static sdq_tensor *sdq__ly_forward(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *x, sd
         return ctx->status == SDQ_OK ? y : NULL;
     }
     if (mode == SDQ_FAKE) {
-        if (l->w.data) return sdq__ly_forward_fake(ctx, l, x, res, y);
+        if (l->w.data || sdq__ly_frozen(l)) return sdq__ly_forward_fake(ctx, l, x, res, y);
         sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: FAKE mode needs float weights", l->name);
         return NULL;
     }
@@ -6069,24 +6289,34 @@ static sdq_status sdq__ly_set_int8(sdq_ctx *ctx, sdq_layer *l, const int8_t *q) 
         return st;
     }
     sdq__free(ctx, l->w.data);
-    l->w.data = NULL;
-    l->w.needs_grad = 0;
+    sdq__free(ctx, l->wp);
+    sdq__free(ctx, l->wh);
+    l->wp = NULL;
+    l->wh = NULL;
+    for (i = 0; i < 3; i++) {       /* what the int8 weights were made from */
+        sdq_tensor *t = i == 0 ? &l->w : i == 1 ? &l->la : &l->lb;
+        if (i) sdq__free(ctx, t->data);
+        t->data = NULL;
+        t->needs_grad = 0;
+    }
     return SDQ_OK;
 }
 
 SDQ_API sdq_status sdq_layer_convert(sdq_ctx *ctx, sdq_layer *l) {
     const sdq_mark mark = sdq_arena_mark(ctx);
+    const float *w;
     const int8_t *q;
     sdq_status st;
-    if (!l->quant.enabled || !l->w.data) return SDQ_OK;
+    if (!l->quant.enabled || (!l->w.data && !sdq__ly_frozen(l))) return SDQ_OK;
     if (sdq__ly_range(l) == SDQ_RANGE_STATIC && !l->part[0].seen)
         return sdq__fail(ctx, SDQ_ERR_NOT_CALIBRATED,
                          "layer %s: its input range was never observed;"
                          " calibrate first",
                          l->name);
     sdq__ly_follow(l);
-    st = sdq__ly_weight_scales(ctx, l);
-    q = st == SDQ_OK ? sdq__ly_quantize_weights(ctx, l) : NULL;
+    w = sdq__ly_weights(ctx, l);
+    st = w ? sdq__ly_weight_scales(ctx, l, w) : ctx->status;
+    q = st == SDQ_OK ? sdq__ly_quantize_weights(ctx, l, w) : NULL;
     if (q) st = sdq__ly_set_int8(ctx, l, q);
     sdq_arena_release(ctx, mark);
     return st == SDQ_OK ? ctx->status : st;
@@ -9932,6 +10162,14 @@ SDQ_API int32_t sdq_tokenizer_end(const sdq_tokenizer *t) { return t->end; }
 SDQ_API int32_t sdq_tokenizer_pad(const sdq_tokenizer *t) { return t->pad; }
 /* ===========================================================================
  * >>optim   AdamW, clipping, schedule, average of the weights, the training loop
+ *
+ * Weights, gradients and two moments are 16 bytes per weight. With moments8 they are 10: moments
+ * are bytes with a scale per block of 256, as in Dettmers et al., "8-bit Optimizers via Block-wise
+ * Quantization" (arXiv 2110.02861); tensors of less than 4096 elements and scales keep floats.
+ * The code is a root instead of their tables: a first moment x of a block with the largest a is
+ * kept as 127 sqrt(|x| / a) and its sign, a second one as 255 (x / a)^(1/4), which reaches down to
+ * 2e-10 a and never becomes 0, since the root of it is divided by. A step computes with floats
+ * and rounds what it leaves behind; the decay of a whole block is in its scale, which is exact.
  * ======================================================================== */
 
 /* Copy what must survive a stop into v (load 0), or back (load 1). */
@@ -9941,6 +10179,9 @@ typedef struct sdq__leaf {
     sdq_tensor *t;
     char *name;
     float *m, *v, *ema;
+    int8_t *m8;                 /* or moments in bytes, */
+    uint8_t *v8;
+    float *scale;               /*   with scales [block][2] */
     float lr_scale, floor;
     int decay;
     sdq__state_fn state;        /* values that are only kept, such as observers: no moments */
@@ -9971,7 +10212,24 @@ static void sdq__opt_leaf_free(sdq_ctx *ctx, sdq__leaf *l) {
     sdq__free(ctx, l->name);
     sdq__free(ctx, l->m);
     sdq__free(ctx, l->v);
+    sdq__free(ctx, l->m8);
+    sdq__free(ctx, l->v8);
+    sdq__free(ctx, l->scale);
     sdq__free(ctx, l->ema);
+}
+
+#define SDQ__OPT_SMALL 4096     /* below it moments are never bytes */
+
+static void sdq__opt_moments(sdq_ctx *ctx, const sdq_optim *o, sdq__leaf *l) {
+    const size_t n = sdq_tensor_count(l->t);
+    if (o->desc.moments8 && n >= SDQ__OPT_SMALL && l->floor <= 0.0f) {
+        l->m8 = SDQ__NEW_N(ctx, int8_t, n);
+        l->v8 = SDQ__NEW_N(ctx, uint8_t, n);
+        l->scale = SDQ__NEW_N(ctx, float, 2 * sdq__u_div_up(n, SDQ__MOMENT_BLOCK));
+    } else {
+        l->m = SDQ__NEW_N(ctx, float, n);
+        l->v = SDQ__NEW_N(ctx, float, n);
+    }
 }
 
 SDQ_API void sdq_optim_free(sdq_ctx *ctx, sdq_optim *o) {
@@ -10006,12 +10264,11 @@ SDQ_API sdq_status sdq_optim_add(sdq_ctx *ctx, sdq_optim *o, sdq_tensor *t, cons
         return ctx->status;
     l.t = t;
     l.name = sdq__strdup(ctx, name);
-    l.m = SDQ__NEW_N(ctx, float, n);
-    l.v = SDQ__NEW_N(ctx, float, n);
     l.ema = o->desc.ema > 0.0f ? SDQ__NEW_N(ctx, float, n) : NULL;
     l.lr_scale = lr_scale == 0.0f ? 1.0f : lr_scale;
     l.floor = floor;
     l.decay = decay;
+    sdq__opt_moments(ctx, o, &l);
     grad = SDQ__NEW_N(ctx, float, n);
     if (ctx->status != SDQ_OK) {
         sdq__opt_leaf_free(ctx, &l);
@@ -10066,18 +10323,55 @@ static double sdq__opt_rate(const sdq_optim_desc *d, size_t t) {
     return lr;
 }
 
-static double sdq__opt_norm(sdq_ctx *ctx, const sdq_optim *o) {
+/* A leaf's step or its share of the norm, a piece at a time. */
+typedef struct sdq__opt_run {
+    const struct sdq__kernels *k;
+    const sdq__leaf *l;
+    const sdq__adamw_step *step;
+    float ema, *part;           /* part: sums of squares of the pieces */
+    size_t n;
+} sdq__opt_run;
+
+static void sdq__opt_norm_task(void *arg, size_t task, int thread) {
+    const sdq__opt_run *w = (const sdq__opt_run *)arg;
+    const float *g = w->l->t->grad + task * SDQ__PIECE;
+    (void)thread;
+    w->part[task] = w->k->dot(g, g, sdq__u_min(SDQ__PIECE, w->n - task * SDQ__PIECE));
+}
+static double sdq__opt_norm(sdq_ctx *ctx, const sdq_optim *o, float *scratch) {
     double sum = 0.0;
     size_t i, j;
     for (i = 0; i < o->count; i++) {
-        const float *g = o->leaf[i].t->grad;
-        const size_t n = g ? sdq_tensor_count(o->leaf[i].t) : 0;
-        for (j = 0; j < n; j += SDQ__PIECE) {
-            const size_t m = sdq__u_min(SDQ__PIECE, n - j);
-            sum += (double)ctx->k->dot(g + j, g + j, m);
-        }
+        sdq__opt_run w;
+        if (!o->leaf[i].t->grad) continue;
+        w.k = ctx->k; w.l = &o->leaf[i]; w.part = scratch;
+        w.n = sdq_tensor_count(w.l->t);
+        sdq__par_for(ctx, sdq__u_div_up(w.n, SDQ__PIECE), sdq__opt_norm_task, &w);
+        for (j = 0; j * SDQ__PIECE < w.n; j++) sum += (double)scratch[j];
     }
     return sqrt(sum);
+}
+
+/* n elements from i on, a multiple of blocks. */
+static void sdq__opt_step_bytes(const sdq__opt_run *w, size_t i, size_t n) {
+    const sdq__leaf *l = w->l;
+    const size_t end = i + n;
+    for (; i < end; i += SDQ__MOMENT_BLOCK)
+        w->k->adamw8(sdq_f32(l->t) + i, l->m8 + i, l->v8 + i,
+                     l->scale + 2 * (i / SDQ__MOMENT_BLOCK), l->t->grad + i,
+                     sdq__u_min(SDQ__MOMENT_BLOCK, end - i), w->step);
+}
+/* Step, average, and the gradient back to zeros while it is in the caches. */
+static void sdq__opt_step_task(void *arg, size_t task, int thread) {
+    const sdq__opt_run *w = (const sdq__opt_run *)arg;
+    const sdq__leaf *l = w->l;
+    const size_t i = task * SDQ__PIECE, n = sdq__u_min(SDQ__PIECE, w->n - i);
+    float *x = sdq_f32(l->t) + i, *g = l->t->grad + i;
+    (void)thread;
+    if (l->m8) sdq__opt_step_bytes(w, i, n);
+    else if (l->floor <= 0.0f) w->k->adamw(x, l->m + i, l->v + i, g, n, w->step);
+    if (l->ema) w->k->lerp(l->ema + i, x, n, w->ema);
+    memset(g, 0, n * sizeof *g);
 }
 
 /* AdamW on u = log w: du = dw w, w' = w (1 + step) to first order. Such gradients are small (LSQ
@@ -10097,11 +10391,13 @@ static void sdq__opt_scale_step(sdq_ctx *ctx, sdq__leaf *l, const sdq__adamw_ste
         w[j] = v > l->floor ? v : l->floor;
     }
 }
-/* Scratch for the largest of them. */
+/* Scratch for the largest of them, and for the norm of the largest leaf. */
 static float *sdq__opt_scratch(sdq_ctx *ctx, const sdq_optim *o) {
     size_t n = 1, i;
-    for (i = 0; i < o->count; i++)
-        if (o->leaf[i].floor > 0.0f) n = sdq__u_max(n, sdq_tensor_count(o->leaf[i].t));
+    for (i = 0; i < o->count; i++) {
+        const size_t count = sdq_tensor_count(o->leaf[i].t);
+        n = sdq__u_max(n, o->leaf[i].floor > 0.0f ? count : sdq__u_div_up(count, SDQ__PIECE));
+    }
     return SDQ__PUSH_N(ctx, float, n);
 }
 
@@ -10115,7 +10411,7 @@ SDQ_API sdq_status sdq_optim_step(sdq_ctx *ctx, sdq_optim *o) {
     size_t i;
     if (ctx->status != SDQ_OK) return ctx->status;
     sdq_arena_release(ctx, mark);       /* nothing else is pushed before the end */
-    o->norm = sdq__opt_norm(ctx, o);
+    o->norm = sdq__opt_norm(ctx, o, scratch);
     if (!(o->norm < 1e30))
         return sdq__fail(ctx, SDQ_ERR_NUMERIC,
                          "training: the gradient of step %zu is not finite; the"
@@ -10131,17 +10427,18 @@ SDQ_API sdq_status sdq_optim_step(sdq_ctx *ctx, sdq_optim *o) {
                  : 1.0f;
     for (i = 0; i < o->count; i++) {
         sdq__leaf *l = &o->leaf[i];
-        float *w = sdq_f32(l->t);
-        const size_t n = sdq_tensor_count(l->t);
+        sdq__opt_run w;
         if (l->state) continue;
         s.lr = (float)(o->rate * (double)l->lr_scale);
         s.decay = l->decay ? s.lr * d->weight_decay : 0.0f;
         if (l->floor > 0.0f) sdq__opt_scale_step(ctx, l, &s, scratch);
-        else ctx->k->adamw(w, l->m, l->v, l->t->grad, n, &s);
-        if (l->ema) ctx->k->lerp(l->ema, w, n, (float)(1.0 - decay));
+        memset(&w, 0, sizeof w);
+        w.k = ctx->k; w.l = l; w.step = &s;
+        w.ema = (float)(1.0 - decay);
+        w.n = sdq_tensor_count(l->t);
+        sdq__par_for(ctx, sdq__u_div_up(w.n, SDQ__PIECE), sdq__opt_step_task, &w);
     }
     o->step++;
-    sdq_optim_zero(o);
     return SDQ_OK;
 }
 
@@ -10157,23 +10454,53 @@ SDQ_API void sdq_optim_swap_ema(sdq_optim *o) {
     }
 }
 
-/* ---- state files: weight/NAME, m/NAME, v/NAME, ema/NAME and the step ---- */
+/* ---- state files: weight/NAME, its moments m/ and v/, or m8/, v8/ and their scales, ema/, and
+ * the step ---- */
 
-static const char *const sdq__opt_kind[4] = {"weight", "m", "v", "ema"};
+typedef struct sdq__opt_slot { const char *kind; sdq_dtype dtype; void *data; } sdq__opt_slot;
 
-static float *sdq__opt_slot(const sdq__leaf *l, size_t kind) {
-    return kind == 0 ? sdq_f32(l->t) : kind == 1 ? l->m : kind == 2 ? l->v : l->ema;
-}
-static size_t sdq__opt_kinds(const sdq_optim *o, const sdq__leaf *l) {
-    return l->state ? 1 : o->desc.ema > 0.0f ? 4 : 3;
-}
-static size_t sdq__opt_arrays(const sdq_optim *o) {
-    size_t i, n = 0;
-    for (i = 0; i < o->count; i++) n += sdq__opt_kinds(o, &o->leaf[i]);
+/* What a leaf keeps; returns how many. */
+static size_t sdq__opt_slots(const sdq__leaf *l, sdq__opt_slot *slot) {
+    size_t n = 0, i;
+    sdq__opt_slot all[7];
+    memset(all, 0, sizeof all);
+    for (i = 0; i < 7; i++) all[i].dtype = SDQ_F32;
+    all[0].kind = "weight"; all[0].data = l->t->data;
+    all[1].kind = "m"; all[1].data = l->m;
+    all[2].kind = "v"; all[2].data = l->v;
+    all[3].kind = "m8"; all[3].data = l->m8; all[3].dtype = SDQ_I8;
+    all[4].kind = "v8"; all[4].data = l->v8; all[4].dtype = SDQ_U8;
+    all[5].kind = "scales"; all[5].data = l->scale;
+    all[6].kind = "ema"; all[6].data = l->ema;
+    for (i = 0; i < 7; i++)
+        if (all[i].data) slot[n++] = all[i];
     return n;
 }
-static void sdq__opt_slot_name(char *buf, size_t size, const sdq__leaf *l, size_t kind) {
-    (void)snprintf(buf, size, "%s/%s", sdq__opt_kind[kind], l->name);
+static size_t sdq__opt_arrays(const sdq_optim *o) {
+    sdq__opt_slot slot[7];
+    size_t i, n = 0;
+    for (i = 0; i < o->count; i++) n += sdq__opt_slots(&o->leaf[i], slot);
+    return n;
+}
+/* The array of a slot in a file, without its data. name: room for 256. */
+static void sdq__opt_entry(const sdq__leaf *l, const sdq__opt_slot *slot, char *name,
+                           sdq_entry *e) {
+    const sdq_tensor *t = l->t;
+    const size_t n = sdq_tensor_count(t);
+    size_t i;
+    memset(e, 0, sizeof *e);
+    (void)snprintf(name, 256, "%s/%s", slot->kind, l->name);
+    e->name = name;
+    e->dtype = slot->dtype;
+    e->rank = t->rank;
+    for (i = 0; i < 8; i++) e->dim[i] = i < 4 ? t->dim[i] : 1;
+    e->bytes = n * sdq__u_dtype_size(slot->dtype);
+    if (slot->data != l->scale) return;
+    e->rank = 2;
+    e->dim[0] = sdq__u_div_up(n, SDQ__MOMENT_BLOCK);
+    e->dim[1] = 2;
+    e->dim[2] = e->dim[3] = 1;
+    e->bytes = 2 * e->dim[0] * sizeof(float);
 }
 
 SDQ_API sdq_status sdq_optim_save(sdq_ctx *ctx, const sdq_optim *o, const char *path) {
@@ -10181,21 +10508,18 @@ SDQ_API sdq_status sdq_optim_save(sdq_ctx *ctx, const sdq_optim *o, const char *
     const sdq_mark mark = sdq_arena_mark(ctx);
     sdq_entry *e = SDQ__PUSH_N(ctx, sdq_entry, arrays + 1);
     char *names = SDQ__PUSH_N(ctx, char, (arrays + 1) * 256), step[32];
+    sdq__opt_slot slot[7];
     sdq_pair meta;
     sdq_status st = ctx->status;
     size_t i, k, n = 0;
     if (e && names) {
-        memset(e, 0, (arrays + 1) * sizeof *e);
         for (i = 0; i < o->count; i++) {
-            if (o->leaf[i].state) o->leaf[i].state(o->leaf[i].user, sdq_f32(o->leaf[i].t), 0);
-            for (k = 0; k < sdq__opt_kinds(o, &o->leaf[i]); k++, n++) {
-                const sdq_tensor *t = o->leaf[i].t;
-                sdq__opt_slot_name(names + n * 256, 256, &o->leaf[i], k);
-                e[n].name = names + n * 256;
-                e[n].rank = t->rank;
-                memcpy(e[n].dim, t->dim, sizeof t->dim);
-                e[n].data = sdq__opt_slot(&o->leaf[i], k);
-                e[n].bytes = sdq_tensor_count(t) * sizeof(float);
+            const sdq__leaf *l = &o->leaf[i];
+            const size_t slots = sdq__opt_slots(l, slot);
+            if (l->state) l->state(l->user, sdq_f32(l->t), 0);
+            for (k = 0; k < slots; k++, n++) {
+                sdq__opt_entry(l, &slot[k], names + n * 256, &e[n]);
+                e[n].data = slot[k].data;
             }
         }
         (void)snprintf(step, sizeof step, "%zu", o->step);
@@ -10222,6 +10546,7 @@ SDQ_API sdq_status sdq_optim_load(sdq_ctx *ctx, sdq_optim *o, const char *path) 
     sdq_status st = sdq_file_open(ctx, path, &f);
     const char *text;
     size_t i, k, pass, step = 0;
+    sdq__opt_slot slot[7];
     char name[256];
     if (st != SDQ_OK) return st;
     text = sdq_file_meta(f, "step");
@@ -10233,22 +10558,27 @@ SDQ_API sdq_status sdq_optim_load(sdq_ctx *ctx, sdq_optim *o, const char *path) 
         goto done;
     }
     for (pass = 0; pass < 2; pass++)        /* check everything before anything changes */
-        for (i = 0; i < o->count; i++)
-            for (k = 0; k < sdq__opt_kinds(o, &o->leaf[i]); k++) {
+        for (i = 0; i < o->count; i++) {
+            const size_t slots = sdq__opt_slots(&o->leaf[i], slot);
+            for (k = 0; k < slots; k++) {
                 const sdq_entry *e;
-                const sdq_tensor *t = o->leaf[i].t;
+                sdq_entry want;
+                sdq_tensor t;
                 char shape[96];
-                sdq__opt_slot_name(name, sizeof name, &o->leaf[i], k);
+                sdq__opt_entry(&o->leaf[i], &slot[k], name, &want);
                 e = sdq_file_find(f, name);
-                if (!e || e->dtype != SDQ_F32 || e->rank != t->rank
-                    || memcmp(e->dim, t->dim, sizeof t->dim) != 0) {
-                    st = sdq__fail(ctx, SDQ_ERR_SHAPE, "%s: array %s is missing or is not F32 %s;"
+                if (!e || e->dtype != want.dtype || e->rank != want.rank
+                    || memcmp(e->dim, want.dim, sizeof want.dim) != 0) {
+                    t.rank = want.rank;
+                    memcpy(t.dim, want.dim, sizeof t.dim);
+                    st = sdq__fail(ctx, SDQ_ERR_SHAPE, "%s: array %s is missing or is not %s %s;"
                                    " use another state file or delete it", path, name,
-                                   sdq__t_shape(t, shape));
+                                   sdq_dtype_name(want.dtype), sdq__t_shape(&t, shape));
                     goto done;
                 }
-                if (pass) memcpy(sdq__opt_slot(&o->leaf[i], k), e->data, e->bytes);
+                if (pass) memcpy(slot[k].data, e->data, e->bytes);
             }
+        }
     for (i = 0; i < o->count; i++)
         if (o->leaf[i].state) o->leaf[i].state(o->leaf[i].user, sdq_f32(o->leaf[i].t), 1);
     o->step = step;
@@ -13061,6 +13391,10 @@ SDQ_API sdq_status sdq_model_load(sdq_ctx *ctx, const char *path, sdq_part part,
                                   sdq_model **out) {
     return out ? sdq__md_load(ctx, path, part, 0, out) : SDQ_ERR_ARGUMENT;
 }
+SDQ_API sdq_status sdq_model_load_packed(sdq_ctx *ctx, const char *path, sdq_part part,
+                                         sdq_model **out) {
+    return out ? sdq__md_load(ctx, path, part, 1, out) : SDQ_ERR_ARGUMENT;
+}
 
 SDQ_API sdq_status sdq_model_freeze(sdq_ctx *ctx, sdq_model *m) {
     size_t i;
@@ -15457,14 +15791,14 @@ SDQ_API sdq_tensor *sdq_diffusion_task_loss(sdq_ctx *ctx, void *arg, sdq_rng *rn
 
 /* Parameters of a model, with or without the weights of its layers. */
 static sdq_status sdq__task_add_params(sdq_ctx *ctx, sdq_optim *o, sdq_model *m,
-                                       const char *prefix, int weights) {
+                                       const char *prefix, int weights, size_t first) {
     size_t i;
-    for (i = 0; i < sdq_model_param_count(m); i++) {
+    for (i = first; i < sdq_model_param_count(m); i++) {
         const char *name;
         char full[256];
         sdq_tensor *t = sdq_model_param(m, i, &name);
         const size_t n = strlen(name);
-        const int weight = n > 7 && strcmp(name + n - 7, ".weight") == 0 && t && t->rank > 1;
+        const int weight = n > 7 && strcmp(name + n - 7, ".weight") == 0 && m->param[i].rank > 1;
         if (weight && !weights) continue;
         (void)snprintf(full, sizeof full, "%s%s", prefix, name);
         SDQ__TRY(sdq_optim_add(ctx, o, t, full, 0.0f, 0.0f, weight));
@@ -15473,7 +15807,7 @@ static sdq_status sdq__task_add_params(sdq_ctx *ctx, sdq_optim *o, sdq_model *m,
 }
 SDQ_API sdq_status sdq_optim_add_model(sdq_ctx *ctx, sdq_optim *o, sdq_model *m,
                                        const char *prefix) {
-    return sdq__task_add_params(ctx, o, m, prefix, 1);
+    return sdq__task_add_params(ctx, o, m, prefix, 1, 0);
 }
 /* ===========================================================================
  * >>recipe   which layers are quantized, and how
@@ -15518,7 +15852,9 @@ SDQ_API sdq_recipe sdq_recipe_reference(void) {
 static const char *const sdq__rc_range[SDQ_RANGE_COUNT] = {"default", "static", "picture",
                                                            "position", "block"};
 static const char *const sdq__rc_train_set[SDQ_TRAIN_SET_COUNT] = {"all", "small", "scales",
-                                                                   "ranges"};
+                                                                   "ranges", "lora"};
+
+static size_t sdq__rc_rank(const sdq_recipe *r) { return r->lora_rank ? r->lora_rank : 8; }
 
 SDQ_API void sdq_recipe_to_str(const sdq_recipe *r, char *buf, size_t size) {
     (void)snprintf(
@@ -15526,11 +15862,14 @@ SDQ_API void sdq_recipe_to_str(const sdq_recipe *r, char *buf, size_t size) {
         "range_linear=%s range_conv=%s quantize_outputs=%d quantize_edges=%d "
         "quantize_time=%d quantize_context=%d quantize_shortcuts=%d quantize_last_self=%d "
         "attention_bits=%d split_skip=%d bias_correction=%d learn_scales=%d train_set=%s "
-        "moving=%g weight_scale=%d calibrate_on_data=%d noise_loss=%g teacher_loss=%g coherent=%d",
+        "lora_rank=%zu last_blocks=%zu moving=%g weight_scale=%d calibrate_on_data=%d "
+        "noise_loss=%g teacher_loss=%g coherent=%d",
         sdq__rc_range[r->range_linear], sdq__rc_range[r->range_conv], r->quantize_outputs,
         r->quantize_edges, r->quantize_time, r->quantize_context, r->quantize_shortcuts,
-        r->quantize_last_self, r->attention_bits ? r->attention_bits : 32, r->split_skip, r->bias_correction,
-        r->learn_scales, sdq__rc_train_set[r->train_set], (double)r->moving,
+        r->quantize_last_self, r->attention_bits ? r->attention_bits : 32, r->split_skip,
+        r->bias_correction, r->learn_scales, sdq__rc_train_set[r->train_set],
+        r->train_set == SDQ_TRAIN_LORA ? sdq__rc_rank(r) : (size_t)0, r->last_blocks,
+        (double)r->moving,
         (int)r->weight_scale, r->calibrate_on_data, (double)r->noise_loss,
         (double)r->teacher_loss, r->coherent);
 }
@@ -15936,25 +16275,85 @@ SDQ_API sdq_tensor *sdq_distill_task_loss(sdq_ctx *ctx, void *arg, sdq_rng *rng,
     return sum;
 }
 
+/* Length of the name of the block that a parameter is in; 0: in none. */
+static size_t sdq__ds_block(const char *name) {
+    static const char *const kinds[] = {"resnets.", "attentions.", "samplers."};
+    size_t i;
+    for (i = 0; i < SDQ__COUNT(kinds); i++) {
+        const char *at = strstr(name, kinds[i]);
+        if (!at) continue;
+        at += strlen(kinds[i]);
+        return (size_t)(at - name) + strcspn(at, ".");
+    }
+    return 0;
+}
+/* The first parameter of the last blocks; parameters are in the order of evaluation. */
+static size_t sdq__ds_first(const sdq_model *m, size_t blocks) {
+    const char *last = "";
+    size_t i, len = 0, count = 0;
+    for (i = m->params; blocks && i > 0; i--) {
+        const char *name = m->param[i - 1].name;
+        const size_t n = sdq__ds_block(name);
+        if (n == 0 && count < blocks) continue;
+        if (n && n == len && strncmp(name, last, n) == 0) continue;
+        if (count++ == blocks) return i;
+        last = name;
+        len = n;
+    }
+    return 0;
+}
+
+/* Deltas for the quantized layers from `first` on, always from the same random numbers. */
+static sdq_status sdq__ds_add_deltas(sdq_ctx *ctx, sdq_optim *o, sdq_model *m, size_t rank,
+                                     size_t first) {
+    char name[256];
+    sdq_rng rng;
+    size_t i;
+    sdq_rng_init(&rng, SDQ_RNG_TORCH, 0);
+    for (i = first; i < m->layers; i++) {
+        sdq_layer *l = m->layer[i];
+        if (!l->quant.enabled) continue;
+        SDQ__TRY(sdq__ly_new_delta(ctx, l, sdq__u_min(rank, sdq__u_min(l->out, l->in)), &rng));
+        (void)snprintf(name, sizeof name, "%s.lora_a", l->name);
+        SDQ__TRY(sdq_optim_add(ctx, o, &l->la, name, 0.0f, 0.0f, 1));
+        (void)snprintf(name, sizeof name, "%s.lora_b", l->name);
+        SDQ__TRY(sdq_optim_add(ctx, o, &l->lb, name, 0.0f, 0.0f, 1));
+    }
+    return SDQ_OK;
+}
+
+/* The weight scale of a layer as it is now, if nothing has made it yet. */
+static sdq_status sdq__ds_weight_scales(sdq_ctx *ctx, sdq_layer *l) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    const float *w = sdq__ly_weights(ctx, l);
+    const sdq_status st = w ? sdq__ly_weight_scales(ctx, l, w) : ctx->status;
+    sdq_arena_release(ctx, mark);
+    return st;
+}
+
 SDQ_API sdq_status sdq_optim_add_student(sdq_ctx *ctx, sdq_optim *o, sdq_model *m,
                                          const sdq_recipe *r, float scale_lr) {
+    const size_t first = sdq__ds_first(m, r->last_blocks);
     char name[256];
-    size_t i, p;
+    size_t i, p, first_layer = 0;
+    for (i = 0; i < first; i++) first_layer += m->param[i].layer && m->param[i].rank > 1;
     if (r->train_set <= SDQ_TRAIN_SMALL)
-        SDQ__TRY(sdq__task_add_params(ctx, o, m, "", r->train_set == SDQ_TRAIN_ALL));
+        SDQ__TRY(sdq__task_add_params(ctx, o, m, "", r->train_set == SDQ_TRAIN_ALL, first));
+    if (r->train_set == SDQ_TRAIN_LORA)
+        SDQ__TRY(sdq__ds_add_deltas(ctx, o, m, sdq__rc_rank(r), first_layer));
     for (i = 0; r->moving > 0.0f && i < m->layers; i++) {       /* observers that go on moving */
         sdq_layer *l = m->layer[i];
         if (!l->quant.enabled) continue;
         if (l->quant.weight_scale == SDQ_WEIGHT_MOVING && !l->w_mn)
-            SDQ__TRY(sdq__ly_observe_weights(ctx, l));
+            SDQ__TRY(sdq__ly_observe_now(ctx, l));
         (void)snprintf(name, sizeof name, "%s.observers", l->name);
         SDQ__TRY(sdq__opt_add_state(ctx, o, name, sdq__ly_state_count(l), sdq__ly_state, l));
     }
-    for (i = 0; r->learn_scales && i < m->layers; i++) {
+    for (i = first_layer; r->learn_scales && i < m->layers; i++) {
         sdq_layer *l = m->layer[i];
         if (!l->quant.enabled) continue;
         if (l->quant.weight_scale == SDQ_WEIGHT_FIXED && r->train_set != SDQ_TRAIN_RANGES) {
-            SDQ__TRY(sdq__ly_weight_scales(ctx, l));
+            SDQ__TRY(sdq__ds_weight_scales(ctx, l));
             (void)snprintf(name, sizeof name, "%s.weight_scale", l->name);
             SDQ__TRY(sdq_optim_add(ctx, o, &l->sw, name, scale_lr / 20.0f, 1e-7f, 0));
         }
@@ -16137,29 +16536,14 @@ static void sdq__cv_layer(sdq__cv_out *o, const sdq_layer *l) {
 
 static int sdq__cv_is_int8(const sdq_layer *l) { return l && l->part[0].w.b != NULL; }
 
-/* The float weights of a frozen layer as [out,kh,kw,in] again. */
-static sdq_tensor *sdq__cv_thaw(sdq_ctx *ctx, const sdq_layer *l) {
-    const size_t k = sdq__ly_k(l);
-    sdq_tensor *t = sdq__t_raw(ctx, SDQ_F32, 4, l->w.dim);
-    size_t o, i;
-    for (o = 0; t && o < l->out; o++)
-        for (i = 0; i < k; i++) {
-            const size_t at = (o / SDQ__NR * k + i) * SDQ__NR + o % SDQ__NR;
-            sdq_f32(t)[o * k + i] = l->wh ? sdq__u_from_f16(l->wh[at]) : l->wp[at];
-        }
-    return t;
-}
-
 static void sdq__cv_param(sdq__cv_out *o, const sdq__param *p) {
-    const sdq_tensor *t = p->rank > 1 && p->layer && sdq__ly_frozen(p->layer)
-                              ? sdq__cv_thaw(o->ctx, p->layer)
-                                                                  : sdq__md_tensor(p);
+    const int packed = p->rank > 1 && p->layer && sdq__ly_frozen(p->layer);
+    const sdq_tensor *t = packed ? NULL : sdq__md_tensor(p);
     const size_t n = p->dim[0] * p->dim[1] * p->dim[2] * p->dim[3];
     const int bias = p->rank == 1;
-    const float *data;
+    const float *data = packed ? sdq__ly_thaw(o->ctx, p->layer) : t ? sdq_f32(t) : NULL;
     float *copy;
-    if (!t) return;         /* an int8 weight: written by its layer */
-    data = sdq_f32(t);
+    if (!data) return;      /* an int8 weight: written by its layer */
     if (p->dim[2] * p->dim[3] > 1) {
         copy = SDQ__PUSH_N(o->ctx, float, n);
         if (!copy) return;
@@ -16857,6 +17241,9 @@ SDQ__WORD SDQ__V SDQ__N(scale2)(SDQ__V p, SDQ__V n) {
 SDQ__WORD SDQ__V SDQ__N(load_u8)(const uint8_t *p, size_t n) {
     SDQ__LANES(l < n ? (float)p[l] : 0.0f);
 }
+SDQ__WORD SDQ__V SDQ__N(load_s8)(const int8_t *p, size_t n) {
+    SDQ__LANES(l < n ? (float)p[l] : 0.0f);
+}
 /* The lanes hold integers that the type can hold. */
 SDQ__WORD void SDQ__N(store_u8)(uint8_t *p, SDQ__V v, size_t n) {
     size_t l;
@@ -16985,6 +17372,13 @@ SDQ__WORD SDQ__V SDQ__N(load_u8)(const uint8_t *p, size_t n) {
     else memcpy(&q, p, n);
     return SDQ__N(pair)(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(q)),
                         _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(q, 8))));
+}
+SDQ__WORD SDQ__V SDQ__N(load_s8)(const int8_t *p, size_t n) {
+    __m128i q = _mm_setzero_si128();
+    if (n >= 16) q = _mm_loadu_si128((const __m128i *)(const void *)p);
+    else memcpy(&q, p, n);
+    return SDQ__N(pair)(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q)),
+                        _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(q, 8))));
 }
 /* The 16 lanes as int16, in order. */
 SDQ__WORD __m256i SDQ__N(int16)(SDQ__V v) {
@@ -17181,6 +17575,9 @@ SDQ__WORD float SDQ__N(lane0)(SDQ__V v) { return _mm512_cvtss_f32(v); }
 SDQ__WORD SDQ__V SDQ__N(scale2)(SDQ__V p, SDQ__V n) { return _mm512_scalef_ps(p, n); }
 SDQ__WORD SDQ__V SDQ__N(load_u8)(const uint8_t *p, size_t n) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(SDQ__N(mask)(n), p)));
+}
+SDQ__WORD SDQ__V SDQ__N(load_s8)(const int8_t *p, size_t n) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(SDQ__N(mask)(n), p)));
 }
 SDQ__WORD void SDQ__N(store_bytes)(void *p, __m128i q, size_t n) {
     if (n >= 16) _mm_storeu_si128((__m128i *)p, q);
@@ -17742,6 +18139,29 @@ SDQ__KERNEL void SDQ__K(quantize_s16)(int16_t *q, const float *x, size_t n, floa
         SDQ__N(store_s16)(q + i, SDQ__N(clamp)(SDQ__N(rint)(v), -32767.0f, 32767.0f), n - i);
     }
 }
+SDQ__KERNEL float SDQ__K(ste_s8)(float *dw, const float *g, const float *w, size_t n, float inv) {
+    const SDQ__V s = SDQ__N(set1)(inv), lo = SDQ__N(set1)(-129.0f), hi = SDQ__N(set1)(128.0f);
+    const SDQ__V least = SDQ__N(set1)(-128.0f), most = SDQ__N(set1)(127.0f);
+    const SDQ__V zero = SDQ__N(set1)(0.0f);
+    SDQ__V sum = zero;
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        const SDQ__V d = SDQ__N(load)(g + i, n - i);
+        const SDQ__V v = SDQ__N(mul)(SDQ__N(load)(w + i, n - i), s), t = SDQ__N(rint)(v);
+        const SDQ__V pass = SDQ__N(if_less)(lo, t, SDQ__N(if_less)(t, hi, d, zero), zero);
+        SDQ__V slope = SDQ__N(if_less)(t, hi, SDQ__N(sub)(t, v), most);
+        slope = SDQ__N(if_less)(lo, t, slope, least);
+        sum = SDQ__N(fma)(d, slope, sum);
+        SDQ__N(store)(dw + i, SDQ__N(add)(SDQ__N(load)(dw + i, n - i), pass), n - i);
+    }
+    return SDQ__N(sum)(sum);
+}
+SDQ__KERNEL void SDQ__K(dequantize_s8)(float *y, const int8_t *q, size_t n, float s) {
+    const SDQ__V scale = SDQ__N(set1)(s);
+    size_t i;
+    for (i = 0; i < n; i += 16)
+        SDQ__N(store)(y + i, SDQ__N(mul)(SDQ__N(load_s8)(q + i, n - i), scale), n - i);
+}
 SDQ__KERNEL void SDQ__K(dequantize_u8)(float *y, const uint8_t *q, size_t n, float s, int32_t z) {
     const SDQ__V scale = SDQ__N(set1)(s), zero = SDQ__N(set1)((float)z);
     size_t i;
@@ -18249,26 +18669,82 @@ SDQ__KERNEL void SDQ__K(softmax_tile_bwd)(float *s, float *dp, size_t n, float s
  *   v = fma((1 - beta2) * g, g, beta2 * v)      torch: v.mul_(beta2).addcmul_(g, g, 1 - beta2)
  *   w = fma(-lr, (m * c1) / (sqrt(v * c2) + eps), w)
  * c1, c2 multiply where torch divides by 1 - beta^t: equal but for rounding. */
+typedef struct SDQ__N(adamw_const) { SDQ__V beta1, beta2, rest2, clip, c1, c2, eps, lr, decay; }
+    SDQ__N(adamw_const);
+SDQ__WORD SDQ__N(adamw_const) SDQ__N(adamw_set)(const sdq__adamw_step *s) {
+    SDQ__N(adamw_const) c;
+    c.beta1 = SDQ__N(set1)(1.0f - s->beta1); c.beta2 = SDQ__N(set1)(s->beta2);
+    c.rest2 = SDQ__N(set1)(1.0f - s->beta2); c.clip = SDQ__N(set1)(s->clip);
+    c.c1 = SDQ__N(set1)(s->c1); c.c2 = SDQ__N(set1)(s->c2); c.eps = SDQ__N(set1)(s->eps);
+    c.lr = SDQ__N(set1)(-s->lr); c.decay = SDQ__N(set1)(-s->decay);
+    return c;
+}
+/* Returns the new w; m and v are renewed in place. */
+SDQ__WORD SDQ__V SDQ__N(adamw_lanes)(const SDQ__N(adamw_const) *c, SDQ__V w, SDQ__V *m, SDQ__V *v,
+                                     SDQ__V grad) {
+    const SDQ__V g = SDQ__N(mul)(grad, c->clip);
+    SDQ__V root;
+    w = SDQ__N(fma)(c->decay, w, w);
+    *m = SDQ__N(fma)(c->beta1, SDQ__N(sub)(g, *m), *m);
+    *v = SDQ__N(fma)(SDQ__N(mul)(c->rest2, g), g, SDQ__N(mul)(c->beta2, *v));
+    root = SDQ__N(add)(SDQ__N(sqrt)(SDQ__N(mul)(*v, c->c2)), c->eps);
+    return SDQ__N(fma)(c->lr, SDQ__N(div)(SDQ__N(mul)(*m, c->c1), root), w);
+}
 SDQ__KERNEL void SDQ__K(adamw)(float *w, float *m, float *v, const float *grad, size_t n,
                                const sdq__adamw_step *s) {
-    const SDQ__V beta1 = SDQ__N(set1)(1.0f - s->beta1), beta2 = SDQ__N(set1)(s->beta2);
-    const SDQ__V rest2 = SDQ__N(set1)(1.0f - s->beta2), clip = SDQ__N(set1)(s->clip);
-    const SDQ__V c1 = SDQ__N(set1)(s->c1), c2 = SDQ__N(set1)(s->c2), eps = SDQ__N(set1)(s->eps);
-    const SDQ__V lr = SDQ__N(set1)(-s->lr), decay = SDQ__N(set1)(-s->decay);
+    const SDQ__N(adamw_const) c = SDQ__N(adamw_set)(s);
     size_t i;
     for (i = 0; i < n; i += 16) {
-        const SDQ__V g = SDQ__N(mul)(SDQ__N(load)(grad + i, n - i), clip);
-        SDQ__V vw = SDQ__N(load)(w + i, n - i), vm = SDQ__N(load)(m + i, n - i);
-        SDQ__V vv = SDQ__N(load)(v + i, n - i), root;
-        vw = SDQ__N(fma)(decay, vw, vw);
-        vm = SDQ__N(fma)(beta1, SDQ__N(sub)(g, vm), vm);
-        vv = SDQ__N(fma)(SDQ__N(mul)(rest2, g), g, SDQ__N(mul)(beta2, vv));
-        root = SDQ__N(add)(SDQ__N(sqrt)(SDQ__N(mul)(vv, c2)), eps);
-        vw = SDQ__N(fma)(lr, SDQ__N(div)(SDQ__N(mul)(vm, c1), root), vw);
+        SDQ__V vm = SDQ__N(load)(m + i, n - i), vv = SDQ__N(load)(v + i, n - i);
+        const SDQ__V vw = SDQ__N(adamw_lanes)(&c, SDQ__N(load)(w + i, n - i), &vm, &vv,
+                                              SDQ__N(load)(grad + i, n - i));
         SDQ__N(store)(m + i, vm, n - i);
         SDQ__N(store)(v + i, vv, n - i);
         SDQ__N(store)(w + i, vw, n - i);
     }
+}
+
+/* Moments to bytes; a block of zeros has scale 0 and is divided by 1. */
+SDQ__WORD void SDQ__N(moments8)(int8_t *m8, uint8_t *v8, const float *m, const float *v,
+                                const float *s, size_t n) {
+    const SDQ__V ms = SDQ__N(set1)(s[0] > 0.0f ? s[0] : 1.0f), zero = SDQ__N(set1)(0.0f);
+    const SDQ__V vs = SDQ__N(set1)(s[1] > 0.0f ? s[1] : 1.0f), one = SDQ__N(set1)(1.0f);
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        const SDQ__V x = SDQ__N(load)(m + i, n - i), y = SDQ__N(load)(v + i, n - i);
+        SDQ__V a = SDQ__N(sqrt)(SDQ__N(div)(SDQ__N(abs)(x), ms));
+        SDQ__V b = SDQ__N(sqrt)(SDQ__N(sqrt)(SDQ__N(div)(y, vs)));
+        a = SDQ__N(rint)(SDQ__N(mul)(a, SDQ__N(set1)(127.0f)));
+        b = SDQ__N(rint)(SDQ__N(mul)(b, SDQ__N(set1)(255.0f)));
+        b = SDQ__N(max)(b, SDQ__N(if_less)(zero, y, one, zero));
+        SDQ__N(store_s8)(m8 + i, SDQ__N(if_less)(x, zero, SDQ__N(sub)(zero, a), a), n - i);
+        SDQ__N(store_u8)(v8 + i, b, n - i);
+    }
+}
+SDQ__KERNEL void SDQ__K(adamw8)(float *w, int8_t *m8, uint8_t *v8, float *s, const float *grad,
+                                size_t n, const sdq__adamw_step *step) {
+    const SDQ__N(adamw_const) c = SDQ__N(adamw_set)(step);
+    const SDQ__V ms = SDQ__N(set1)(s[0]), vs = SDQ__N(set1)(s[1]);
+    SDQ__V m_most = SDQ__N(set1)(0.0f), v_most = m_most;
+    float m[SDQ__MOMENT_BLOCK], v[SDQ__MOMENT_BLOCK];
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        const SDQ__V a = SDQ__N(mul)(SDQ__N(load_s8)(m8 + i, n - i), SDQ__N(set1)(1.0f / 127.0f));
+        const SDQ__V b = SDQ__N(mul)(SDQ__N(load_u8)(v8 + i, n - i), SDQ__N(set1)(1.0f / 255.0f));
+        const SDQ__V b2 = SDQ__N(mul)(b, b);
+        SDQ__V vm = SDQ__N(mul)(SDQ__N(mul)(a, SDQ__N(abs)(a)), ms);
+        SDQ__V vv = SDQ__N(mul)(SDQ__N(mul)(b2, b2), vs);
+        const SDQ__V vw = SDQ__N(adamw_lanes)(&c, SDQ__N(load)(w + i, n - i), &vm, &vv,
+                                              SDQ__N(load)(grad + i, n - i));
+        SDQ__N(store)(m + i, vm, n - i);
+        SDQ__N(store)(v + i, vv, n - i);
+        SDQ__N(store)(w + i, vw, n - i);
+        m_most = SDQ__N(max)(m_most, SDQ__N(abs)(vm));
+        v_most = SDQ__N(max)(v_most, vv);
+    }
+    s[0] = SDQ__N(highest)(m_most);
+    s[1] = SDQ__N(highest)(v_most);
+    SDQ__N(moments8)(m8, v8, m, v, s, n);
 }
 
 /* ---- half precision ---- */

@@ -388,6 +388,10 @@ static void train_set_of(fixture *f, sdq_recipe r, const char *const *keep) {
         parts2 += on && l->parts == 2;
         (void)snprintf(name, sizeof name, "%s.weight_scale", l->name);
         leaf_is(o, on && fixed, name, 25, 1e-7f, &count);
+        (void)snprintf(name, sizeof name, "%s.lora_a", l->name);
+        leaf_is(o, on && r.train_set == SDQ_TRAIN_LORA, name, 1, 0, &count);
+        (void)snprintf(name, sizeof name, "%s.lora_b", l->name);
+        leaf_is(o, on && r.train_set == SDQ_TRAIN_LORA, name, 1, 0, &count);
         for (p = 0; p < 2; p++) {
             (void)snprintf(name, sizeof name, "%s.input_scale.%zu", l->name, p);
             leaf_is(o, on && ranges && p < l->parts, name, 500, 1e-7f, &count);
@@ -413,11 +417,11 @@ static void test_train_sets(int tier) {
             sdq_optim *o = NULL;
             r.train_set = (sdq_train_set)set;
             if (fixed & 2) r.weight_scale = SDQ_WEIGHT_CURRENT;
-            if (set < SDQ_TRAIN_SCALES || fixed & 1
+            if (set < SDQ_TRAIN_SCALES || set == SDQ_TRAIN_LORA || fixed & 1
                 || (set == SDQ_TRAIN_SCALES && !(fixed & 2))) {
                 train_set_of(&f, r, NULL);
                 train_set_of(&f, r, keep);
-                if (set > SDQ_TRAIN_SMALL) r.learn_scales = 0;
+                if (set > SDQ_TRAIN_SMALL && set != SDQ_TRAIN_LORA) r.learn_scales = 0;
                 else { r.learn_scales = 0; train_set_of(&f, r, NULL); continue; }
             }
             SDQT_CHECK(sdq_recipe_apply(f.ctx, f.student, &r, NULL) == SDQ_OK
@@ -430,6 +434,144 @@ static void test_train_sets(int tier) {
             sdq_optim_free(f.ctx, o);
         }
     close_fixture(&f);
+}
+
+/* The last blocks: everything from some parameter on, whose block is the one asked for. */
+static void test_last_blocks(int tier) {
+    static const char *const from[] = {"conv_in.", "up_blocks.1.attentions.1.", "up_blocks.1.resnets.1.",
+                                       "up_blocks.1.attentions.0.", "up_blocks.1.resnets.0.",
+                                       "up_blocks.0.upsamplers.0."};
+    sdq_recipe r = sdq_recipe_default();
+    size_t blocks, i, total;
+    fixture f;
+    r.train_set = SDQ_TRAIN_ALL;
+    open_fixture(&f, tier, &r);
+    total = sdq_model_param_count(f.student);
+    for (blocks = 0; blocks < 6; blocks++) {
+        sdq_optim *o = NULL;
+        size_t count = 0, scales = 0;
+        int inside = blocks == 0;
+        r.last_blocks = blocks;
+        SDQT_CHECK(sdq_optim_create(f.ctx, NULL, &o) == SDQ_OK);
+        SDQT_CHECK(sdq_optim_add_student(f.ctx, o, f.student, &r, 500) == SDQ_OK);
+        for (i = 0; i < total; i++) {
+            const char *name;
+            (void)sdq_model_param(f.student, i, &name);
+            inside = inside || strncmp(name, from[blocks], strlen(from[blocks])) == 0;
+            leaf_is(o, inside, name, 1, 0, &count);
+            if (f.student->param[i].layer && f.student->param[i].rank > 1)
+                scales += inside && f.student->param[i].layer->quant.enabled;
+        }
+        SDQT_THAT(count > 0 && o->count == count + scales, "%zu blocks: %zu leaves, %zu + %zu",
+                  blocks, o->count, count, scales);
+        sdq_optim_free(f.ctx, o);
+    }
+    r.last_blocks = 1000;       /* more than there are: all */
+    {
+        sdq_optim *o = NULL;
+        SDQT_CHECK(sdq_optim_create(f.ctx, NULL, &o) == SDQ_OK);
+        SDQT_CHECK(sdq_optim_add_student(f.ctx, o, f.student, &r, 500) == SDQ_OK);
+        SDQT_CHECK(find_leaf(o, "conv_in.weight") < o->count);
+        sdq_optim_free(f.ctx, o);
+    }
+    close_fixture(&f);
+}
+
+/* ---- deltas of low rank ---- */
+
+#define RANK 3
+
+/* A layer with weights w + b a, and the same as a delta of packed w: both compute the same, and
+ * the gradients of a and b follow from that of the sum. */
+static void delta_of(sdq_ctx *ctx, int kernel, sdq_range range) {
+    const size_t k = 12 * (size_t)(kernel * kernel), out = 40;
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    sdq_layer *l[2];
+    sdq_tensor *x = sdq_tensor_4d(ctx, 2, 5, 5, 12), *y[2], *none;
+    sdq_layer_desc d;
+    sdq_quant q;
+    sdq_rng rng;
+    size_t i, j, o, r;
+    memset(&d, 0, sizeof d);
+    d.name = "layer";
+    d.in = 12; d.out = out; d.kernel = kernel;
+    for (i = 0; i < 4; i++) d.pad[i] = kernel > 1;
+    for (i = 0; i < sdq_tensor_count(x); i++) sdq_f32(x)[i] = sdqt_normal();
+    x->needs_grad = 1;
+    for (j = 0; j < 2; j++) {
+        if (sdq_layer_create(ctx, &d, &l[j]) != SDQ_OK) exit(2);
+        q = sdq_layer_quant(l[j]);
+        q.range = range;
+        SDQT_CHECK(sdq_layer_set_quant(ctx, l[j], &q) == SDQ_OK);
+    }
+    for (i = 0; i < out * k; i++) sdq_f32(&l[0]->w)[i] = sdq_f32(&l[1]->w)[i] = sdqt_normal();
+    if (kernel == 3) SDQT_CHECK(sdq__ly_freeze(ctx, l[1], 0) == SDQ_OK);
+    sdq_rng_init(&rng, SDQ_RNG_TORCH, 3);
+    SDQT_CHECK(sdq__ly_new_delta(ctx, l[1], RANK, &rng) == SDQ_OK);
+    for (j = 0; j < 2; j++) {
+        sdq_layer_observe(l[j], 1);
+        SDQT_CHECK(sdq_layer_forward(ctx, l[j], x, NULL, SDQ_FLOAT) != NULL);
+        sdq_layer_observe(l[j], 0);
+        y[j] = sdq_layer_forward(ctx, l[j], x, NULL, SDQ_FAKE);
+    }
+    SDQT_BYTES(y[0]->data, y[1]->data, sdq_tensor_count(y[0]) * 4);     /* b = 0 */
+    for (i = 0; i < out * RANK; i++) sdq_f32(&l[1]->lb)[i] = 0.3f * sdqt_normal();
+    for (o = 0; o < out; o++)
+        for (i = 0; i < k; i++) {
+            float sum = 0;
+            for (r = 0; r < RANK; r++)
+                sum = fmaf(sdq_f32(&l[1]->lb)[o * RANK + r], sdq_f32(&l[1]->la)[r * k + i], sum);
+            sdq_f32(&l[0]->w)[o * k + i] = sum + sdq_f32(&l[0]->w)[o * k + i];
+        }
+    l[0]->w.needs_grad = l[1]->la.needs_grad = l[1]->lb.needs_grad = 1;
+    sdq_tape_begin(ctx);
+    for (j = 0; j < 2; j++) y[j] = sdq_layer_forward(ctx, l[j], x, NULL, SDQ_FAKE);
+    SDQT_BYTES(y[0]->data, y[1]->data, sdq_tensor_count(y[0]) * 4);
+    none = sdq_tensor_new(ctx, SDQ_F32, 4, y[0]->dim);
+    SDQT_CHECK(sdq_backward(ctx, sdq_add(ctx, sdq_mse(ctx, y[0], none, NULL),
+                                         sdq_mse(ctx, y[1], none, NULL))) == SDQ_OK);
+    sdq_tape_end(ctx);
+    SDQT_CHECK(!l[1]->w.grad && l[0]->w.grad && l[1]->la.grad && l[1]->lb.grad);
+    for (r = 0; r < RANK; r++) {
+        for (i = 0; i < k; i++) {
+            double sum = 0, mag = 0;
+            for (o = 0; o < out; o++) {
+                const double p = (double)sdq_f32(&l[1]->lb)[o * RANK + r]
+                               * (double)l[0]->w.grad[o * k + i];
+                sum += p;
+                mag += fabs(p);
+            }
+            SDQT_NEAR(l[1]->la.grad[r * k + i], sum, 1e-5 * mag);
+        }
+        for (o = 0; o < out; o++) {
+            double sum = 0, mag = 0;
+            for (i = 0; i < k; i++) {
+                const double p = (double)sdq_f32(&l[1]->la)[r * k + i]
+                               * (double)l[0]->w.grad[o * k + i];
+                sum += p;
+                mag += fabs(p);
+            }
+            SDQT_NEAR(l[1]->lb.grad[o * RANK + r], sum, 1e-5 * mag);
+        }
+    }
+    SDQT_CHECK(sdq_layer_convert(ctx, l[1]) == SDQ_OK);         /* merged */
+    y[0] = sdq_layer_forward(ctx, l[1], x, NULL, SDQ_INT8);
+    SDQT_BYTES(y[0]->data, y[1]->data, sdq_tensor_count(y[0]) * 4);
+    SDQT_CHECK(!l[1]->la.data && !l[1]->lb.data && !sdq__ly_frozen(l[1]));
+    SDQT_CHECK(sdq__ly_new_delta(ctx, l[1], RANK, &rng) == SDQ_ERR_ARGUMENT);
+    sdq_clear_error(ctx);
+    SDQT_CHECK(sdq__ly_new_delta(ctx, l[0], out + 1, &rng) == SDQ_ERR_ARGUMENT);
+    sdq_clear_error(ctx);
+    for (j = 0; j < 2; j++) sdq_layer_free(ctx, l[j]);
+    sdq_arena_release(ctx, mark);
+}
+static void test_delta(int tier) {
+    sdq_ctx *ctx = new_ctx(tier);
+    delta_of(ctx, 1, SDQ_RANGE_POSITION);
+    delta_of(ctx, 3, SDQ_RANGE_POSITION);
+    delta_of(ctx, 1, SDQ_RANGE_STATIC);
+    delta_of(ctx, 3, SDQ_RANGE_STATIC);
+    sdq_ctx_free(ctx);
 }
 
 /* ---- learned static ranges of one layer ---- */
@@ -561,7 +703,7 @@ static void beyond(sdq_ctx *ctx, int one_sided, int above) {
         sdq_f32(x)[i] = above ? 2 * l->part[0].mx + sdqt_uniform(0, 1)
                               : -2 * l->part[0].mx - sdqt_uniform(0, 1);
     (void)sum_of(ctx, l, x, &grad);
-    q = sdq__ly_quantize_weights(ctx, l);
+    q = sdq__ly_quantize_weights(ctx, l, sdq_f32(&l->w));
     for (i = 0; i < OUT * IN; i++) {
         weights += (double)q[i] * (double)sdq_f32(&l->sw)[i / IN];
         size += fabs((double)q[i] * (double)sdq_f32(&l->sw)[i / IN]);
@@ -617,6 +759,7 @@ static void trains(int tier, sdq_recipe r, int coherent, float lr, double below)
     if (!fake || !int8) exit(2);
     open_fixture(&f, tier, &r);
     s = collect(&f);
+    if (r.train_set == SDQ_TRAIN_LORA) SDQT_CHECK(sdq_model_freeze(f.ctx, f.student) == SDQ_OK);
     SDQT_THAT(sdq_calibrate_states(f.ctx, f.student, s, 5, 1, NULL, NULL) == SDQ_OK, "%s",
               sdq_error_text(f.ctx));
     for (i = 0; i < f.student->layers; i++)         /* something to repair */
@@ -671,6 +814,13 @@ static void test_training(int tier) {
     trains(tier, r, 0, 5e-3f, 0.6);
     r.attention_bits = 16;
     trains(tier, r, 0, 5e-3f, 0.6);
+    r = sdq_recipe_default();
+    r.train_set = SDQ_TRAIN_LORA;
+    r.lora_rank = 2;
+    trains(tier, r, 0, 5e-3f, 0.75);
+    r.train_set = SDQ_TRAIN_ALL;
+    r.last_blocks = 5;
+    trains(tier, r, 0, 1e-3f, 0.9);
 }
 
 /* ---- the schedule ---- */
@@ -871,6 +1021,8 @@ static const sdqt_case cases[] = {
     {"refusals", test_refusals, 0},
     {"coherent_gradient", test_coherent_gradient, 0},
     {"train_sets", test_train_sets, 0},
+    {"last_blocks", test_last_blocks, 0},
+    {"delta", test_delta, 1},
     {"follow", test_follow, 1},
     {"range_gradient", test_range_gradient, 1},
     {"training", test_training, 0},

@@ -608,6 +608,10 @@ static void quantize_once(const sdq__kernels *k, guarded *gx, guarded *gq, size_
     for (i = 0; i < n; i++)
         SDQT_THAT(x[i] == (float)((double)(q[i] - z) * (double)inv), "dequantize n=%zu", n);
     SDQT_THAT(guard_intact(gx, x, xb), "dequantize_u8 n=%zu writes outside", n);
+    k->dequantize_s8(x, (const int8_t *)q, n, inv);
+    for (i = 0; i < n; i++)
+        SDQT_THAT(x[i] == (float)((double)(int8_t)q[i] * (double)inv), "dequantize s8 n=%zu", n);
+    SDQT_THAT(guard_intact(gx, x, xb), "dequantize_s8 n=%zu writes outside", n);
 }
 static void quantize_s16_once(const sdq__kernels *k, guarded *gx, guarded *gq, size_t n,
                               int at_end) {
@@ -622,6 +626,109 @@ static void quantize_s16_once(const sdq__kernels *k, guarded *gx, guarded *gq, s
                   n, (double)x[i], (double)inv, q[i]);
     SDQT_THAT(guard_intact(gq, q, 2 * n), "quantize_s16 n=%zu writes outside", n);
 }
+
+/* Straight through a quantizer of weights. The sum is compared with one in double: n products, of
+ * which each lane adds n/16 and the tree 4 more. */
+static void ste_once(const sdq__kernels *k, guarded *gd, guarded *gg, guarded *gw, size_t n,
+                     int at_end) {
+    float *dw = (float *)guard_place(gd, 4 * n, at_end);
+    float *g = (float *)guard_place(gg, 4 * n, at_end);
+    float *w = (float *)guard_place(gw, 4 * n, at_end);
+    const float inv = sdqt_uniform(10.0f, 200.0f);
+    float old[MAX_N], sum;
+    double want = 0, mag = 0;
+    size_t i;
+    for (i = 0; i < n; i++) {
+        g[i] = sdqt_normal();
+        w[i] = sdqt_normal();
+        old[i] = dw[i] = sdqt_normal();
+        if (i % 7 == 0) w[i] = (float)(i % 2 ? -128 : 127) / inv;
+    }
+    sum = k->ste_s8(dw, g, w, n, inv);
+    for (i = 0; i < n; i++) {
+        const float v = w[i] * inv;
+        const double t = rint((double)v), in = t >= -128 && t <= 127;
+        const double slope = in ? (double)(float)(t - (double)v) : t < 0 ? -128 : 127;
+        SDQT_THAT(dw[i] == (in ? old[i] + g[i] : old[i]), "ste n=%zu %.9g", n, (double)v);
+        want += (double)g[i] * slope;
+        mag += fabs((double)g[i] * slope);
+    }
+    SDQT_THAT(fabs((double)sum - want) <= 8.0 * U * mag + SUBNORMAL, "ste n=%zu sum %.9g want %.9g",
+              n, (double)sum, want);
+    SDQT_THAT(guard_intact(gd, dw, 4 * n), "ste_s8 n=%zu writes outside", n);
+}
+static void test_ste(int tier) {
+    guarded gd = guard_new(4 * MAX_N), gg = guard_new(4 * MAX_N), gw = guard_new(4 * MAX_N);
+    size_t n;
+    for (n = 1; n <= 40; n++) {
+        ste_once(sdq__k_table((sdq_tier)tier), &gd, &gg, &gw, n, 0);
+        ste_once(sdq__k_table((sdq_tier)tier), &gd, &gg, &gw, n, 1);
+    }
+    guard_free(&gd);
+    guard_free(&gg);
+    guard_free(&gw);
+}
+
+/* AdamW with moments in bytes: the weights are those of the float kernel from the decoded moments,
+ * to the bit, and the new bytes are the nearest codes of its moments. */
+static float code_m(int8_t q, float s) { return (float)q / 127.0f * fabsf((float)q / 127.0f) * s; }
+static float code_v(uint8_t q, float s) {
+    const float b = (float)q / 255.0f;
+    return b * b * (b * b) * s;
+}
+static void adamw8_once(const sdq__kernels *k, size_t n, int first) {
+    float w[256], w2[256], m[256], v[256], g[256], s[2] = {0, 0}, most[2] = {0, 0};
+    int8_t m8[257];
+    uint8_t v8[257];
+    sdq__adamw_step step;
+    size_t i;
+    step.lr = 1e-2f; step.beta1 = 0.9f; step.beta2 = 0.999f; step.eps = 1e-8f; step.decay = 1e-3f;
+    step.c1 = 3.6900369f; step.c2 = 333.66675f; step.clip = 0.5f;
+    for (i = 0; i < n; i++) {
+        w[i] = w2[i] = sdqt_normal();
+        g[i] = sdqt_below(9) ? sdqt_normal() : 0.0f;
+        m8[i] = (int8_t)(first ? 0 : (int)sdqt_below(255) - 127);
+        v8[i] = (uint8_t)(first ? 0 : sdqt_below(256));
+    }
+    if (!first) { s[0] = sdqt_uniform(0.01f, 2.0f); s[1] = sdqt_uniform(0.01f, 2.0f); }
+    for (i = 0; i < n; i++) {       /* decoded as the kernel does, operation by operation */
+        const float a = (float)m8[i] * (1.0f / 127.0f), b = (float)v8[i] * (1.0f / 255.0f);
+        m[i] = a * fabsf(a) * s[0];
+        v[i] = b * b * (b * b) * s[1];
+    }
+    m8[n] = 77;
+    v8[n] = 99;
+    k->adamw8(w, m8, v8, s, g, n, &step);
+    sdq__k_table(SDQ_TIER_SCALAR)->adamw(w2, m, v, g, n, &step);
+    SDQT_CHECK(m8[n] == 77 && v8[n] == 99);
+    for (i = 0; i < n; i++) {
+        SDQT_THAT(w[i] == w2[i], "adamw8 n=%zu: weight %zu is %.9g, not %.9g", n, i, (double)w[i],
+                  (double)w2[i]);
+        most[0] = fabsf(m[i]) > most[0] ? fabsf(m[i]) : most[0];
+        most[1] = v[i] > most[1] ? v[i] : most[1];
+    }
+    SDQT_CHECK(s[0] == most[0] && s[1] == most[1]);
+    for (i = 0; i < n; i++) {       /* half a step of the code: sqrt and its root are off by 0.5 */
+        const double a = sqrt(fabs((double)m[i]) / (double)s[0]) * 127;
+        const double b = sqrt(sqrt((double)v[i] / (double)s[1])) * 255;
+        SDQT_THAT(s[0] == 0 || (fabs(fabs((double)m8[i]) - a) <= 0.5001 && m8[i] * m[i] >= 0),
+                  "m8 %d for %g", m8[i], a);
+        SDQT_THAT(s[1] == 0 || fabs((double)v8[i] - b) <= 0.5001 || (v8[i] == 1 && b > 0),
+                  "v8 %d for %g", v8[i], b);
+        SDQT_CHECK(v[i] == 0 || v8[i] > 0);
+        SDQT_NEAR(code_m(m8[i], s[0]), m[i], 0.0081 * (double)s[0]);
+        SDQT_NEAR(code_v(v8[i], s[1]), v[i], 0.0081 * (double)s[1]);
+    }
+}
+static void test_adamw8(int tier) {
+    size_t n;
+    for (n = 1; n <= 256; n = n < 40 ? n + 1 : n + 27) {
+        adamw8_once(sdq__k_table((sdq_tier)tier), n, 1);
+        adamw8_once(sdq__k_table((sdq_tier)tier), n, 0);
+    }
+    adamw8_once(sdq__k_table((sdq_tier)tier), 256, 0);
+}
+
 static void test_quantize(int tier) {
     guarded gx = guard_new(4 * MAX_N), gq = guard_new(2 * MAX_N);
     size_t n;
@@ -1133,7 +1240,8 @@ static void test_gemm_s16(int tier) { qtiles(tier, 1); }
 static void test_list(int tier) {
     static const char *const own[] = {"gemm_f32", "gemm_u8s8", "gemm_s16", "quantize_u8",
                                       "quantize_s8", "quantize_s16", "quantize_rows",
-                                      "dequantize_u8", "from_f16", "from_bf16", "softmax_tile_u8",
+                                      "dequantize_u8", "dequantize_s8", "ste_s8", "adamw8",
+                                      "from_f16", "from_bf16", "softmax_tile_u8",
                                       "softmax_tile_s16", "win_input", "win_weight", "win_output"};
     static const char *const names[] = {
 #define SDQ__X(ret, name, args, cls) #name,
@@ -1161,6 +1269,8 @@ static const sdqt_case cases[] = {
     {"quantize", test_quantize, 1},
     {"quantize_rows", test_quantize_rows, 1},
     {"softmax_int", test_softmax_int, 1},
+    {"ste", test_ste, 1},
+    {"adamw8", test_adamw8, 1},
     {"winograd", test_winograd, 1},
     {"softmax_rows", test_softmax_rows, 1},
     {"half", test_half, 1},

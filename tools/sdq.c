@@ -581,7 +581,9 @@ static const flag recipe_flags[] = {
     {"split-skip", "0|1", NULL, NULL},
     {"bias-correction", "0|1", NULL, NULL},
     {"learn-scales", "0|1", NULL, NULL},
-    {"train-set", "all|small|scales|ranges", NULL, NULL},
+    {"train-set", "all|small|scales|ranges|lora", NULL, NULL},
+    {"lora-rank", "N", NULL, NULL},
+    {"last-blocks", "N", NULL, NULL},
     {"moving", "X", NULL, NULL},
     {"weight-scale", "current|moving|fixed", NULL, NULL},
     {"calibrate-on-data", "0|1", NULL, NULL},
@@ -606,13 +608,16 @@ static int recipe_set(sdq_recipe *r, const char *name, const char *value) {
     int *const into[] = {&r->quantize_outputs, &r->quantize_edges, &r->quantize_time,
         &r->quantize_context, &r->quantize_shortcuts, &r->quantize_last_self,
         &r->split_skip, &r->bias_correction, &r->learn_scales, &r->calibrate_on_data, &r->coherent};
-    static const char *const set_word[] = {"all", "small", "scales", "ranges"};
+    static const char *const set_word[] = {"all", "small", "scales", "ranges", "lora"};
+    static const char *const count[] = {"lora-rank", "last-blocks"};
+    size_t *const counts[] = {&r->lora_rank, &r->last_blocks};
     static const char *const real[] = {"moving", "noise-loss", "teacher-loss"};
     float *const to[] = {&r->moving, &r->noise_loss, &r->teacher_loss};
     const int i = index_of(number, COUNT(number), name), k = index_of(real, COUNT(real), name);
     const int range = index_of(range_word, COUNT(range_word), value);
     const int weight = index_of(weight_word, COUNT(weight_word), value);
     const int set = index_of(set_word, COUNT(set_word), value);
+    const int n = index_of(count, COUNT(count), name);
     char *end;
     if (!strcmp(name, "range-linear")) { r->range_linear = (sdq_range)range; return range >= 0; }
     if (!strcmp(name, "range-conv")) { r->range_conv = (sdq_range)range; return range >= 0; }
@@ -628,6 +633,10 @@ static int recipe_set(sdq_recipe *r, const char *name, const char *value) {
     if (i >= 0) {
         *into[i] = value[0] == '1';
         return (value[0] == '0' || value[0] == '1') && !value[1];
+    }
+    if (n >= 0) {
+        *counts[n] = (size_t)strtoul(value, &end, 10);
+        return value[0] >= '0' && value[0] <= '9' && !*end;
     }
     if (k < 0) return -1;
     *to[k] = strtof(value, &end);
@@ -749,7 +758,9 @@ static sdq_status quantizer_prepare(job *j, quantizer *q) {
     if (!j->pipe) TRY(load_pipeline(j, q->model, &d, &j->pipe));
     /* before there is a second UNet */
     if (!q->recipe.calibrate_on_data && !j->states) TRY(quantizer_states(j, q));
-    TRY(sdq_model_load(j->ctx, q->model, SDQ_PART_UNET, &j->unet));
+    TRY(q->recipe.train_set == SDQ_TRAIN_LORA
+            ? sdq_model_load_packed(j->ctx, q->model, SDQ_PART_UNET, &j->unet)
+            : sdq_model_load(j->ctx, q->model, SDQ_PART_UNET, &j->unet));
     TRY(sdq_recipe_apply(j->ctx, j->unet, &q->recipe, q->keep));
     if (data) TRY(quantizer_data(j, q));
     if (q->recipe.calibrate_on_data) {
@@ -895,6 +906,7 @@ static const flag train_flags[] = {
     {"beta2", "X", NULL, NULL},
     {"weight-decay", "X", NULL, NULL},
     {"clip", "X", "1", "largest gradient norm"},
+    {"moments8", NULL, NULL, "the optimizer's moments in bytes: 6 bytes per weight less"},
     {"ema", "X", NULL, "average of the weights: t2i 0.999, qat 0.9999; 0: none"},
     {"snr-gamma", "X", "5", "t2i: min-SNR weighting; 0: none"},
     {"drop", "X", "0.1", "t2i: share of empty captions"},
@@ -973,6 +985,7 @@ static sdq_status train_read_flags(job *j, trainer *t) {
     t->optim.steps = t->p.steps;
     TRY(arg_float(j, "beta1", &t->optim.beta1));
     TRY(arg_float(j, "clip", &t->optim.clip));
+    t->optim.moments8 = arg_on(&j->a, "moments8");
     t->fit.steps = t->p.steps;
     TRY(arg_size(j, "accumulate", &t->fit.accumulate));
     TRY(arg_seed(j, "seed", &t->fit.seed));
