@@ -580,6 +580,8 @@ static const flag recipe_flags[] = {
     {"train-set", "all|small|scales|ranges", NULL, NULL},
     {"moving", "X", NULL, NULL},
     {"weight-scale", "current|moving|fixed", NULL, NULL},
+    {"weight-bits", "8|4", NULL, NULL},
+    {"weight-group", "N", NULL, NULL},
     {"calibrate-on-data", "0|1", NULL, NULL},
     {"noise-loss", "X", NULL, NULL},
     {"teacher-loss", "X", NULL, NULL},
@@ -616,6 +618,14 @@ static int recipe_set(sdq_recipe *r, const char *name, const char *value) {
     if (!strcmp(name, "weight-scale")) {
         r->weight_scale = (sdq_weight_scale)weight;
         return weight >= 0;
+    }
+    if (!strcmp(name, "weight-bits")) {
+        r->weight_bits = value[0] - '0';
+        return (r->weight_bits == 4 || r->weight_bits == 8) && !value[1];
+    }
+    if (!strcmp(name, "weight-group")) {
+        r->weight_group = (size_t)strtoul(value, &end, 10);
+        return isdigit((unsigned char)value[0]) && !*end && r->weight_group > 0;
     }
     if (!strcmp(name, "train-set")) { r->train_set = (sdq_train_set)set; return set >= 0; }
     if (i >= 0) {
