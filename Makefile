@@ -10,7 +10,7 @@ all: build/sdq ## the command line tool (default)
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
 
-build/sdq: tools/sdq.c tools/clip_vocab.inc tools/sdq_bench.h tools/sdq_eval.h sdq.h
+build/sdq: tools/sdq.c tools/clip_vocab.inc tools/sdq_bench.h tools/sdq_eval.h tools/sdq_study.h sdq.h
 	@mkdir -p build
 	$(CC) -std=c99 $(WARN) -Wstrict-prototypes $(CFLAGS) $(OPENMP) -I. tools/sdq.c -o $@ -lm
 

@@ -2014,6 +2014,7 @@ static sdq_status cmd_info(job *j) {
 static int run_command(int argc, char **argv);
 #include "sdq_bench.h"
 #include "sdq_eval.h"
+#include "sdq_study.h"
 
 /* ===========================================================================
  * main
@@ -2036,6 +2037,7 @@ static const command commands[] = {
     COMMAND(quantize, "", "calibrate a UNet and write it as int8", 1),
     COMMAND(schedule, "", "search the evaluations that must be float", 0),
     COMMAND(eval, "", "measure variants against float: table, pictures, report", 0),
+    COMMAND(study, "", "what each part of quantizing and training is worth: a table", 0),
     COMMAND(forward, "MODEL ", "run one bare network, from safetensors to safetensors", 1),
     COMMAND(info, "[FILE|FOLDER ..] ", "what a file, a model, this machine is; compare two files",
             0),

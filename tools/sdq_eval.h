@@ -43,7 +43,7 @@ static const eval_row eval_rows[] = {
     {"best-schedule", NULL, 0, "best", "best", "schedule", NULL},
 };
 
-enum { EVAL_ROWS = 32, EVAL_MAX = 1001 };
+enum { EVAL_ROWS = 128, EVAL_MAX = 1001 };
 
 typedef struct eval_result {
     eval_row row;
