@@ -5344,7 +5344,9 @@ static sdq_status sdq__ly_weight_scales(sdq_ctx *ctx, sdq_layer *l) {
     const size_t k = sdq__ly_k(l);
     float *s = sdq_f32(&l->sw);
     size_t o;
-    if (l->quant.weight_scale == SDQ_WEIGHT_FIXED && s[0] > 0.0f) return SDQ_OK;
+    if (l->quant.weight_scale == SDQ_WEIGHT_FIXED && s[0] > 0.0f
+        && (l->mult || l->quant.weight_bits != 4))
+        return SDQ_OK;
     if (l->quant.weight_scale == SDQ_WEIGHT_MOVING && !l->w_mn)
         SDQ__TRY(sdq__ly_observe_weights(ctx, l));
     for (o = 0; o < l->out; o++) {
