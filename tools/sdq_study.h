@@ -24,10 +24,12 @@ static const eval_row study_rows[] = {
     ROW("position-300", "position", POSITION "--steps 300")
     ROW("all-static", "static", ALL_STATIC)
     ROW("all-static-300", "all-static", ALL_STATIC "--steps 300")
+    ROW("block", "position", BLOCK)
     /* weights of 4 bits */
     ROW("four", "position", FOUR)
     ROW("four-300", "four", FOUR "--steps 300")
     ROW("four-weights-300", "four", FOUR WEIGHTS "--steps 300")
+    ROW("four-weights-1000", "four", FOUR WEIGHTS "--calib-prompts 32 --steps 1000")
     ROW("four-16", "four", FOUR "--weight-group 16")
     /* calibration prompts, with and without training on them */
     ROW("prompts-1", "static", STATIC "--calib-prompts 1")
@@ -35,52 +37,52 @@ static const eval_row study_rows[] = {
     ROW("prompts-4", "static", STATIC "--calib-prompts 4")
     ROW("prompts-4-300", "prompts-4", STATIC "--calib-prompts 4 --steps 300")
     ROW("prompts-16", "static", STATIC "--calib-prompts 16")
-    ROW("prompts-64", "static", STATIC "--calib-prompts 64")
-    ROW("position-prompts-1", "position", POSITION "--calib-prompts 1")
-    /* training: how long, what, from what */
+    /* training: what */
     ROW("static-100", "static", STATIC "--steps 100")
-    ROW("static-1000", "static", STATIC "--steps 1000")
-    ROW("static-not-scales", "static", STATIC "--steps 300 --learn-scales 0")
-    ROW("static-scales", "static", STATIC "--steps 300 --train-set scales")
-    ROW("static-ranges", "static", STATIC "--steps 300 --train-set ranges")
     ROW("static-weights", "static", STATIC "--steps 300 --train-set all")
-    ROW("static-coherent", "static", STATIC "--steps 75 --coherent 1 --batch 16")
-    ROW("static-noise", "static", STATIC "--steps 300 --noise-loss 1 --teacher-loss 0")
-    ROW("static-images", "static", STATIC "--steps 300 --noise-loss 1e-9")
+    ROW("static-ranges", "static", STATIC "--steps 300 --train-set ranges")
+    ROW("static-not-scales", "static", STATIC "--steps 300 --learn-scales 0")
     /* one ingredient of the default less, or one more */
-    ROW("block", "position", BLOCK)
-    ROW("picture", "static", "--range-conv picture ")
-    ROW("outputs", "all-static", ALL_STATIC "--quantize-outputs 1")
-    ROW("edges", "position", POSITION "--quantize-edges 1")
-    ROW("time", "position", POSITION "--quantize-time 1")
-    ROW("context", "position", POSITION "--quantize-context 1")
-    ROW("shortcuts", "position", POSITION "--quantize-shortcuts 1")
-    ROW("last-self-float", "position", POSITION "--quantize-last-self 0")
-    ROW("attention", "position", POSITION "--quantize-attention 1")
     ROW("no-split", "position", POSITION "--split-skip 0")
     ROW("no-bias", "position", POSITION "--bias-correction 0")
-    ROW("static-no-split", "static", STATIC "--split-skip 0")
     ROW("static-no-bias", "static", STATIC "--bias-correction 0")
-    ROW("static-no-bias-300", "static-no-bias", STATIC "--bias-correction 0 --steps 300")
     ROW("data", "static-no-bias", DATA)
-    ROW("data-moving", "data", DATA "--moving 0.01")
-    ROW("reference", "all-static", "--recipe reference")
-    ROW("reference-300", "reference", "--recipe reference --steps 300")
-    /* more of 4 bits */
-    ROW("four-32", "four", FOUR "--weight-group 32")
-    ROW("four-tap", "four", FOUR "--weight-group 4096")
-    ROW("four-no-bias", "four", FOUR "--bias-correction 0")
-    ROW("four-weights-1000", "four", FOUR WEIGHTS "--steps 1000")
-    ROW("four-coherent", "four", FOUR WEIGHTS "--steps 75 --coherent 1 --batch 16")
-    ROW("four-static", "static", STATIC "--weight-bits 4")
-    ROW("four-static-weights", "four-static", STATIC "--weight-bits 4 " WEIGHTS "--steps 300")
-    ROW("four-16-weights", "four-16", FOUR WEIGHTS "--weight-group 16 --steps 300")
+    ROW("shortcuts", "position", POSITION "--quantize-shortcuts 1")
+    ROW("last-self-float", "position", POSITION "--quantize-last-self 0")
+    ROW("edges", "position", POSITION "--quantize-edges 1")
+    ROW("attention", "position", POSITION "--quantize-attention 1")
+    ROW("outputs", "all-static", ALL_STATIC "--quantize-outputs 1")
+    ROW("time", "position", POSITION "--quantize-time 1")
+    ROW("context", "position", POSITION "--quantize-context 1")
+    ROW("picture", "static", "--range-conv picture ")
+    ROW("static-no-split", "static", STATIC "--split-skip 0")
+    /* training: how long, from what */
+    ROW("static-1000", "static", STATIC "--steps 1000")
+    ROW("static-coherent", "static", STATIC "--steps 75 --coherent 1 --batch 16")
+    ROW("static-images", "static", STATIC "--steps 300 --noise-loss 1e-9")
+    ROW("static-noise", "static", STATIC "--steps 300 --noise-loss 1 --teacher-loss 0")
+    ROW("static-scales", "static", STATIC "--steps 300 --train-set scales")
+    ROW("static-no-bias-300", "static-no-bias", STATIC "--bias-correction 0 --steps 300")
     /* the chance in it: the same with other seeds of calibration and training */
     ROW("static-seed-2", "static", STATIC "--seed 2")
     ROW("static-300-seed-2", "static-seed-2", STATIC "--seed 2 --steps 300")
+    /* more of 4 bits */
+    ROW("four-32", "four", FOUR "--weight-group 32")
+    ROW("four-no-bias", "four", FOUR "--bias-correction 0")
+    ROW("four-static", "static", STATIC "--weight-bits 4")
+    ROW("four-static-weights", "four-static", STATIC "--weight-bits 4 " WEIGHTS "--steps 300")
+    ROW("four-coherent", "four", FOUR WEIGHTS "--steps 75 --coherent 1 --batch 16")
+    ROW("four-tap", "four", FOUR "--weight-group 4096")
+    ROW("four-16-weights", "four-16", FOUR WEIGHTS "--weight-group 16 --steps 300")
+    /* the rest */
+    ROW("reference", "all-static", "--recipe reference")
+    ROW("reference-300", "reference", "--recipe reference --steps 300")
+    ROW("data-moving", "data", DATA "--moving 0.01")
+    ROW("prompts-64", "static", STATIC "--calib-prompts 64")
+    ROW("position-prompts-1", "position", POSITION "--calib-prompts 1")
+    ROW("block-300", "block", BLOCK "--steps 300")
     ROW("static-seed-3", "static", STATIC "--seed 3")
     ROW("static-300-seed-3", "static-seed-3", STATIC "--seed 3 --steps 300")
-    ROW("block-300", "block", BLOCK "--steps 300")
 #undef ROW
 };
 
@@ -278,6 +280,7 @@ static double study_error(const eval_result *r) {
     return 1e4 * sum;
 }
 
+/* Tables of the rows that are there; written after every row. */
 static sdq_status study_csv(study *s) {
     eval *e = &s->e;
     const char *path = format_text(e->j, "%s/study.csv", e->out);
@@ -286,7 +289,7 @@ static sdq_status study_csv(study *s) {
     if (!f) return fail(e->j, "%s: %s", path, strerror(errno));
     fputs("row,psnr,psnr_low,psnr_high,psnr_p10,psnr_seed_low,psnr_seed_high,ssim,error_1e4,mb,"
           "over,gain,gain_low,gain_high,gain_mean,flags\n", f);
-    for (i = 1; i < e->n; i++) {
+    for (i = 1; i < e->n && e->r[i].psnr; i++) {
         const eval_result *r = &e->r[i];
         fprintf(f, "%s,%.3f,%.3f,%.3f,%.3f,%.3f,%.3f,%.5f,%.5f,%.2f,", r->row.name, r->psnr_median,
                 r->psnr_low, r->psnr_high, r->psnr_p10, s->seed_range[i][0], s->seed_range[i][1],
@@ -303,7 +306,7 @@ static void study_table(study *s, FILE *f) {
     size_t i;
     fputs("| row | PSNR dB median [95 %] | by seed | p10 | SSIM | error 1e-4 | MB "
           "| gain, median [95 %]; mean | over |\n|---|---|---|---|---|---|---|---|---|\n", f);
-    for (i = 1; i < s->e.n; i++) {
+    for (i = 1; i < s->e.n && s->e.r[i].psnr; i++) {
         const eval_result *r = &s->e.r[i];
         fprintf(f, "| %s | %.2f [%.2f, %.2f] | %.2f..%.2f | %.2f | %.4f | %.3g | %.2f |",
                 r->row.name, r->psnr_median, r->psnr_low, r->psnr_high, s->seed_range[i][0],
@@ -347,7 +350,6 @@ static sdq_status study_begin(study *s) {
     TRY(study_choose(s, arg_text(&j->a, "rows")));
     TRY(load_pipeline(j, e->model, NULL, &j->pipe));
     TRY(evaluations(j, j->pipe, &e->d, &evals, &kind));
-    e->dim = 16 * sdq_model_get_info(j->pipe->vae).latent;
     e->key = hash_text(hash_model(j, e->model),
                        format_text(j, "%d %zu %g %d %llu %zu", (int)kind, e->d.steps,
                                    (double)e->d.guidance, e->d.karras,
@@ -367,7 +369,8 @@ static sdq_status cmd_study(job *j) {
         TRY(study_row_run(s, i));
         note(j, "%s: PSNR %.2f dB, gain %+.2f over %s", s->e.r[i].row.name, s->e.r[i].psnr_median,
              s->e.r[i].gain, s->e.r[i].twin ? s->e.r[i].twin : "nothing");
+        TRY(study_write(s));
     }
     study_table(s, stdout);
-    return study_write(s);
+    return SDQ_OK;
 }
