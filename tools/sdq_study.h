@@ -51,7 +51,7 @@ static const eval_row study_rows[] = {
     ROW("last-self-float", "position", POSITION "--quantize-last-self 0")
     ROW("edges", "position", POSITION "--quantize-edges 1")
     ROW("attention", "position", POSITION "--quantize-attention 1")
-    ROW("outputs", "all-static", ALL_STATIC "--quantize-outputs 1")
+    ROW("outputs", "data", DATA "--quantize-outputs 1")
     ROW("time", "position", POSITION "--quantize-time 1")
     ROW("context", "position", POSITION "--quantize-context 1")
     ROW("picture", "static", "--range-conv picture ")
