@@ -10,7 +10,7 @@ all: build/sdq ## the command line tool (default)
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
 
-build/sdq: tools/sdq.c tools/clip_vocab.inc tools/sdq_bench.h tools/sdq_eval.h sdq.h
+build/sdq: tools/sdq.c tools/clip_vocab.inc tools/sdq_bench.h tools/sdq_eval.h tools/sdq_study.h sdq.h
 	@mkdir -p build
 	$(CC) -std=c99 $(WARN) -Wstrict-prototypes $(CFLAGS) $(OPENMP) -I. tools/sdq.c -o $@ -lm
 
@@ -40,7 +40,7 @@ fuzz: ## damaged files for a minute; SECONDS=600 SEED=2 for more
 	    -I. tests/fuzz.c -o build/fuzz -lm
 	build/fuzz $(or $(SECONDS),60) $(or $(SEED),1)
 
-mutations: ## break sdq.h in 18 places: are the tests awake? (minutes)
+mutations: ## break sdq.h in 20 places: are the tests awake? (minutes)
 	@CC="$(CC)" sh tests/mutations.sh
 
 golden: ## make the golden files again (Python; versions in tests/golden/manifest.json)

@@ -408,7 +408,13 @@ static void make_sources(void) {
     need(sdq_file_write(ctx, DIR "/tensors", e, 7, &meta, 1) == SDQ_OK, sdq_error_text(ctx));
     r.range_conv = SDQ_RANGE_POSITION;      /* dynamic everywhere: no calibration is needed */
     need(sdq_model_load(ctx, MODEL, SDQ_PART_UNET, &m) == SDQ_OK
-         && sdq_recipe_apply(ctx, m, &r, NULL) == SDQ_OK && sdq_model_convert(ctx, m) == SDQ_OK
+         && sdq_recipe_apply(ctx, m, &r, NULL) == SDQ_OK, sdq_error_text(ctx));
+    for (i = 0; i < sdq_model_layer_count(m); i += 2) {         /* every other layer with 4 bits */
+        sdq_quant q = sdq_layer_quant(sdq_model_layer(m, i, NULL));
+        q.weight_bits = 4;
+        need(sdq_layer_set_quant(ctx, sdq_model_layer(m, i, NULL), &q) == SDQ_OK, "4 bits");
+    }
+    need(sdq_model_convert(ctx, m) == SDQ_OK
          && sdq_model_save_int8(ctx, m, DIR "/int8", NULL, NULL) == SDQ_OK, sdq_error_text(ctx));
     sdq_model_free(ctx, m);
     sdq_ctx_free(ctx);

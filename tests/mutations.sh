@@ -30,6 +30,8 @@ noise level of the wrong formula|scheduler|||s/return sqrtf((1.0f - alpha) \/ al
 a recomputed block observes again|ops|checkpoint||/^static sdq_tensor \*sdq__ly_forward_fake/,/^}/s/if (l->observe \&\& !ctx->replay)/if (l->observe)/
 keys and values of OpenCLIP exchanged|single|same||s/: rest\[10\] == 'k' ? 2 : 3;/: rest[10] == 'k' ? 3 : 2;/
 the VAE's decoder not turned around|single|same||s/half, s->levels - 1 - n\[0\], n\[1\],/half, n[0], n[1],/
+the multiplier of a group of 4-bit weights left out|layer|exact||s/q\[i\] > 7 ? 7 : q\[i\]) \* m)/q[i] > 7 ? 7 : q[i]))/
+multipliers of a file not checked|networks|four_file||s/if (l->mult\[i\] < 1 ||/if (l->mult[i] > 99 \&\&/
 a damaged state changes the optimizer|optim|damaged||s/for (pass = 0; pass < 2; pass++)  /for (pass = 1; pass < 2; pass++)  /
 EOF
 }

@@ -166,6 +166,16 @@ printf 'PK\3\4archive/data.pkl' >"$out/x.ckpt"
 says "a pickle" 1 "is a pickle.*save_file" "$sdq" info "$out/x.ckpt"
 single8() { s quantize --model "$out/tiny2.st" --data $data --calib-prompts 1 --calib-steps 2 --out "$out/q2" && one tiny2.st l1 "--unet $out/q2 -k 1" && one tiny2 l2 "--unet $out/q2 -k 1" && cmp "$out/l1" "$out/l2"; }
 ok "int8 of a single file, used with both" single8
+four() { s quantize --model "$out/tiny2.st" --data $data --calib-prompts 1 --calib-steps 2 --weight-bits 4 --weight-group 4 --out "$out/q4" && one tiny2.st l1 "--unet $out/q4 -k 0" && ! cmp -s "$out/l1" "$out/l2" && told "$out/q4" "weight_bits=4 weight_group=4" "U8 "; }
+ok "weights of 4 bits" four
+study() { s study --model $model --data $data --held $data --rows static --row "mine:static:--steps 2 --batch 2" --prompts-limit 2 --steps 2 --trajectories 1 --calib-prompts 1 --out "$out/study" >"$out/table"; }
+rows() { [ "$(cut -d, -f1 "$out/study/study.csv" | tr '\n' ' ')" = "row static mine " ] && grep -q '^| mine | .* | static |' "$out/table"; }
+ok "a study" study
+ok "a study's rows" rows
+cp "$out/table" "$out/table1"
+ok "a study again" study
+ok "a study again is equal" cmp "$out/table" "$out/table1"
+says "weights of 5 bits" 2 "8|4" s quantize --model "$out/tiny2.st" --data $data --weight-bits 5 --out "$out/q5"
 
 # What the command line says before it works.
 img() { s txt2img --model $model -p cat --steps 2 -W 16 -H 16 -o "$out/x.png" "$@"; }
@@ -213,7 +223,7 @@ says "missing flag" 2 "--model" "$sdq" txt2img -p cat
 says "no number" 2 "--steps" "$sdq" txt2img --model $model --steps many
 says "no such scheduler" 2 "--scheduler" "$sdq" txt2img --model $model --scheduler best
 says "no such folder" 1 "nowhere" "$sdq" txt2img --model nowhere -p cat
-for c in "" txt2img train calibrate quantize schedule eval forward info selftest bench; do
+for c in "" txt2img train calibrate quantize schedule eval study forward info selftest bench; do
     ok "help of $c" sh -c "n=\$(\"$sdq\" $c --help | wc -l) && [ \$n -ge 3 ] && [ \$n -le 40 ]"
 done
 

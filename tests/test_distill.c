@@ -805,6 +805,16 @@ static void trains(int tier, sdq_recipe r, int coherent, float lr, double below)
     close_fixture(&f);
 }
 
+/* Weights of 4 bits: scales, biases and the weights themselves are trained. */
+static void test_training_four(int tier) {
+    sdq_recipe r = sdq_recipe_default();
+    r.weight_bits = 4;
+    trains(tier, r, 0, 5e-3f, 0.7);
+    r.weight_group = 5;
+    r.train_set = SDQ_TRAIN_ALL;
+    trains(tier, r, 0, 1e-3f, 0.8);
+}
+
 static void test_training(int tier) {
     sdq_recipe r = sdq_recipe_default();
     trains(tier, sdq_recipe_default(), 0, 5e-3f, 0.6);
@@ -1026,6 +1036,7 @@ static const sdqt_case cases[] = {
     {"follow", test_follow, 1},
     {"range_gradient", test_range_gradient, 1},
     {"training", test_training, 0},
+    {"training_four", test_training_four, 0},
     {"schedule", test_schedule, 0},
 };
 int main(int argc, char **argv) { return SDQT_MAIN(argc, argv, cases); }

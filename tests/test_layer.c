@@ -80,15 +80,18 @@ static int case_at(size_t i, layer_case *c) {
     c->quant.split = option[opt] & SPLIT ? (c->in + 2) / 3 : 0;
     c->quant.quantize_output = (option[opt] & QUANTIZE_OUTPUT) != 0;
     c->quant.moving = i % 3 == 0 ? 0.01f : 0.0f;
+    c->quant.weight_bits = i % 4 == 1 ? 4 : i % 4 == 2 ? 8 : 0;
+    c->quant.weight_group = i % 8 == 1 ? 9 : 0;
     c->residual = (option[opt] & RESIDUAL) != 0;
     c->no_bias = (option[opt] & NO_BIAS) != 0;
     return 1;
 }
 static void case_text(const layer_case *c, char *s, size_t size) {
     (void)snprintf(s, size,
-                   "%dx%d stride %d %zu->%zu rank %d range %d split %zu out %d res %d bias %d",
+                   "%dx%d stride %d %zu->%zu rank %d range %d split %zu out %d res %d bias %d bits %d",
                    c->kernel, c->kernel, c->stride, c->in, c->out, c->rank, (int)c->quant.range,
-                   c->quant.split, c->quant.quantize_output, c->residual, !c->no_bias);
+                   c->quant.split, c->quant.quantize_output, c->residual, !c->no_bias,
+                   c->quant.weight_bits);
 }
 
 static size_t case_oh(const layer_case *c) {
@@ -196,6 +199,7 @@ typedef struct oracle {
     float *s, *xh;          /* scale and dequantized value of every element of x */
     int32_t *z;
     int8_t *wq;
+    int *wm;                /* what the integer of a weight was multiplied with */
     float *sw, *pre, *y;    /* pre: before the output is quantized; y: with the residual */
     uint8_t *pass;          /* output elements inside of their range */
 } oracle;
@@ -209,13 +213,14 @@ static void oracle_new(oracle *o, const layer_case *c, const numbers *v) {
     o->xh = (float *)room(v->x_count, 4);
     o->z = (int32_t *)room(v->x_count, 4);
     o->wq = (int8_t *)room(v->w_count, 1);
+    o->wm = (int *)room(v->w_count, sizeof *o->wm);
     o->sw = (float *)room(c->out, 4);
     o->pre = (float *)room(v->y_count, 4);
     o->y = (float *)room(v->y_count, 4);
     o->pass = (uint8_t *)room(v->y_count, 1);
 }
 static void oracle_free(oracle *o) {
-    free(o->q); free(o->s); free(o->xh); free(o->z); free(o->wq); free(o->sw); free(o->pre);
+    free(o->q); free(o->s); free(o->xh); free(o->z); free(o->wq); free(o->wm); free(o->sw); free(o->pre);
     free(o->y); free(o->pass);
 }
 
@@ -297,16 +302,49 @@ static void oracle_quantize(oracle *o, const float *x, int observe) {
     }
 }
 
+/* The integer, of 4 bits or of 8, that is nearest to a weight. */
+static float oracle_integer(const oracle *o, float w, float step) {
+    const int four = o->c->quant.weight_bits == 4;
+    const float q = nearbyintf(w * (1.0f / step)), low = four ? -8.0f : -128.0f;
+    return q < low ? low : q > -1.0f - low ? -1.0f - low : q;
+}
+
+/* 4 bits: the group of weight j of channel i is the channels of its tap with the same ch / size.
+ * Each of its multipliers is tried on all of it. */
+static void oracle_four(oracle *o, size_t i, size_t j) {
+    const layer_case *c = o->c;
+    const size_t k = case_k(c), ch = j % c->in;
+    const size_t size = c->quant.weight_group ? c->quant.weight_group : 64;
+    const float *w = o->v->w + i * k;
+    double least = INFINITY;
+    size_t n;
+    int m;
+    for (m = 16; m > 0; m--) {
+        const float step = o->sw[i] * (float)m;
+        double sum = 0;
+        for (n = j - ch; n < j - ch + c->in; n++) {
+            const float d = w[n] - oracle_integer(o, w[n], step) * step;
+            if (n % c->in / size == ch / size) sum += (double)(d * d);
+        }
+        if (sum < least) { least = sum; o->wm[i * k + j] = m; }
+    }
+    m = o->wm[i * k + j];
+    o->wq[i * k + j] = (int8_t)(m * (int)oracle_integer(o, w[j], o->sw[i] * (float)m));
+}
+
 static void oracle_weights(oracle *o) {
     const size_t k = case_k(o->c);
     size_t i, j;
     for (i = 0; i < o->c->out; i++) {
+        const int four = o->c->quant.weight_bits == 4;
         float a = 0;
         for (j = 0; j < k; j++) a = fmaxf(a, fabsf(o->v->w[i * k + j]));
-        o->sw[i] = fmaxf(a / 127.5f, 1.1920928955078125e-07f);
+        o->sw[i] = fmaxf(a / (four ? 120.0f : 127.5f), 1.1920928955078125e-07f);
+        for (j = 0; j < k && four; j++) oracle_four(o, i, j);
+        if (four) continue;
         for (j = 0; j < k; j++) {
-            const float q = nearbyintf(o->v->w[i * k + j] * (1.0f / o->sw[i]));
-            o->wq[i * k + j] = (int8_t)(q < -128 ? -128 : q > 127 ? 127 : q);
+            o->wq[i * k + j] = (int8_t)oracle_integer(o, o->v->w[i * k + j], o->sw[i]);
+            o->wm[i * k + j] = 1;
         }
     }
 }
@@ -673,11 +711,12 @@ static void oracle_quantizers_back(const oracle *o, const float *x, slopes *g) {
     }
     for (i = 0; i < o->v->w_count; i++) {
         const size_t oc = i / k;
-        const float u = o->v->w[i] * (1.0f / o->sw[oc]), q = nearbyintf(u);
-        const double slope = q < -128 ? -128 : q > 127 ? 127 : (double)q - (double)u;
+        const float step = o->sw[oc] * (float)o->wm[i], u = o->v->w[i] * (1.0f / step);
+        const float q = nearbyintf(u), in = oracle_integer(o, o->v->w[i], step);
+        const double slope = (double)o->wm[i] * (q != in ? (double)in : (double)q - (double)u);
         g->dsw[oc] += g->dw[i] * slope / sqrt(127.0 * (double)k);
         g->dsw_size[oc] += g->dw_size[i] * fabs(slope) / sqrt(127.0 * (double)k);
-        if (q < -128 || q > 127) g->dw[i] = 0;
+        if (q != in) g->dw[i] = 0;
     }
 }
 
@@ -987,11 +1026,13 @@ static void test_golden(int tier) {
 
 /* ---- settings ---- */
 
-/* FAKE and INT8 agree for every source of the weight scales, after the weights have moved. */
+/* FAKE and INT8 agree for every source of the weight scales, after the weights have moved; so they
+ * do with 4 bits, where nothing moves on average. */
 static void test_weight_scales(int tier) {
     sdq_ctx *ctx = new_ctx(tier, 2);
-    int source;
-    for (source = SDQ_WEIGHT_CURRENT; source <= SDQ_WEIGHT_FIXED; source++) {
+    int i_case;
+    for (i_case = 0; i_case < 6; i_case++) {
+        const int source = i_case % 3, four = i_case >= 3;
         const sdq_mark mark = sdq_arena_mark(ctx);
         layer_case c;
         numbers v;
@@ -1001,7 +1042,10 @@ static void test_weight_scales(int tier) {
         size_t i;
         (void)case_at(22 + 80, &c);         /* 3x3, static, split */
         c.quant.weight_scale = (sdq_weight_scale)source;
+        c.quant.weight_bits = four ? 4 : 8;
+        c.quant.weight_group = 7;
         c.quant.moving = 0.5f;
+        if (four && source == SDQ_WEIGHT_MOVING) continue;
         numbers_new(&c, &v);
         l = layer_of(ctx, &c, &v);
         x = input_of(ctx, &c, v.x[0], 2);
@@ -1378,7 +1422,7 @@ static void test_no_memory(int tier) {
         heap h;
         int ok;
         if (!SDQT_CHECK(case_at(i, &c))) break;
-        c.quant.weight_scale = SDQ_WEIGHT_MOVING;
+        c.quant.weight_scale = c.quant.weight_bits == 4 ? SDQ_WEIGHT_FIXED : SDQ_WEIGHT_MOVING;
         c.residual = c.no_bias = 0;
         numbers_new(&c, &v);
         for (ok = 0, k = 0; !ok && k < 200; k++) {

@@ -832,6 +832,127 @@ static void test_int8_file(int tier) {
     drop_scratch();
 }
 
+/* Weights of 4 bits: the file is half as large, loads to the same network, can be written again to
+ * the same bytes; damages with a hash that fits are found. */
+enum { FOUR_ZERO = 1, FOUR_SEVENTEEN, FOUR_LOST, FOUR_INT8, FOUR_GROUPS, FOUR_BITS, FOUR_GROUP,
+       FOUR_WORDS, FOUR_DAMAGES };
+
+static void spoil_four(sdq_ctx *ctx, const sdq_file *file, int kind) {
+    static const char layer[] = "sdq.layer.mid_block.attentions.0.proj_in";
+    static const char *const words[FOUR_DAMAGES] = {
+        NULL, NULL, NULL, NULL, NULL, "range=position split=0 bits=4 group=3",
+        "range=position split=0 bits=3 group=64", "range=position split=0 bits=4 group=0",
+        "range=position split=0 bits=four"};
+    sdq__cv_out o;
+    uint64_t hash = 0;
+    const sdq__json *v;
+    size_t i;
+    memset(&o, 0, sizeof o);
+    o.ctx = ctx;
+    o.entry = SDQ__PUSH_N(ctx, sdq_entry, file->count + 1);
+    o.meta = SDQ__PUSH_N(ctx, sdq_pair, 1000);
+    for (i = 0; i < file->count; i++) {
+        sdq_entry *e = &o.entry[o.n++];
+        *e = file->entries[i];
+        if (kind == FOUR_INT8 && !strcmp(e->name, "mid_block.attentions.0.proj_in.weight"))
+            e->dtype = SDQ_I8;
+        if (strcmp(e->name, "mid_block.attentions.0.proj_in.weight_group") != 0) continue;
+        if (kind == FOUR_ZERO || kind == FOUR_SEVENTEEN) {
+            unsigned char *m = SDQ__PUSH_N(ctx, unsigned char, e->bytes);
+            memcpy(m, e->data, e->bytes);
+            m[e->bytes - 1] = kind == FOUR_ZERO ? 0 : 17;
+            e->data = m;
+        }
+        if (kind == FOUR_LOST) o.n--;
+    }
+    for (v = sdq__js_get(file->header, "__metadata__")->child; v; v = v->next)
+        if (strcmp(v->key, "sdq.hash") != 0)
+            sdq__cv_meta(&o, v->key, words[kind] && !strcmp(v->key, layer) ? words[kind] : v->str);
+    SDQT_CHECK(sdq__cv_hash_out(&o, &hash) == SDQ_OK);
+    sdq__cv_meta_hash(&o, "sdq.hash", hash);
+    SDQT_CHECK(sdq_file_write(ctx, SCRATCH "/spoilt.safetensors", o.entry, o.n, o.meta, o.metas)
+               == SDQ_OK);
+}
+
+static void read_whole(const char *path, unsigned char **bytes, size_t *n) {
+    FILE *f = fopen(path, "rb");
+    if (!f || fseek(f, 0, SEEK_END) != 0) exit(2);
+    *n = (size_t)ftell(f);
+    rewind(f);
+    *bytes = (unsigned char *)malloc(*n + 1);
+    if (!*bytes || fread(*bytes, 1, *n, f) != *n) exit(2);
+    (void)fclose(f);
+}
+
+/* Bytes of the arrays of quantized weights and of their multipliers. */
+static size_t weight_bytes(const sdq_file *f) {
+    size_t i, n = 0;
+    for (i = 0; i < f->count; i++)
+        if (f->entries[i].dtype == SDQ_I8 || f->entries[i].dtype == SDQ_U8) n += f->entries[i].bytes;
+    return n;
+}
+
+static void test_four_file(int tier) {
+    static const sdq_status want[FOUR_DAMAGES] = {
+        SDQ_OK, SDQ_ERR_FORMAT, SDQ_ERR_FORMAT, SDQ_ERR_MISSING, SDQ_ERR_SHAPE, SDQ_ERR_SHAPE,
+        SDQ_ERR_FORMAT, SDQ_ERR_FORMAT, SDQ_ERR_FORMAT};
+    static const char *const says[FOUR_DAMAGES] = {
+        "", "has the multiplier 0", "has the multiplier 17", "proj_in.weight_group is missing",
+        "proj_in.weight is I8", "proj_in.weight_group is U8", "settings of layer", "has settings",
+        "settings of layer"};
+    sdq_recipe recipe = sdq_recipe_default();
+    fixture f;
+    sdq_model *m = NULL;
+    sdq_file *file = NULL;
+    size_t eight = 0, n[2];
+    unsigned char *bytes[2];
+    int kind;
+    MAKE_FOLDER(SCRATCH);
+    if (open_fixture(&f, "sd1-a", tier, 0)) {
+        sdq_model *u = f.part[SDQ_PART_UNET], *u8 = NULL;
+        SDQT_CHECK(sdq_model_load(f.ctx, GOLDEN "models/sd1-a", SDQ_PART_UNET, &u8) == SDQ_OK
+                   && sdq_recipe_apply(f.ctx, u8, &recipe, NULL) == SDQ_OK
+                   && sdq_model_convert(f.ctx, u8) == SDQ_OK
+                   && sdq_model_save_int8(f.ctx, u8, SCRATCH "/q", NULL, NULL) == SDQ_OK
+                   && sdq_file_open(f.ctx, SCRATCH "/q", &file) == SDQ_OK);
+        eight = file ? weight_bytes(file) : 0;
+        sdq_file_close(f.ctx, file);
+        sdq_model_free(f.ctx, u8);
+        recipe.weight_bits = 4;
+        SDQT_CHECK(sdq_recipe_apply(f.ctx, u, &recipe, NULL) == SDQ_OK
+                   && sdq_model_convert(f.ctx, u) == SDQ_OK
+                   && sdq_model_save_int8(f.ctx, u, SCRATCH "/q", NULL, "test") == SDQ_OK
+                   && sdq_file_open(f.ctx, SCRATCH "/q", &file) == SDQ_OK);
+        SDQT_THAT(file && weight_bytes(file) < 3 * eight / 4, "%zu bytes of weights, 8 bits %zu",
+                  file ? weight_bytes(file) : 0, eight);
+        for (kind = 0; file && kind < FOUR_DAMAGES; kind++) {
+            sdq_status st;
+            spoil_four(f.ctx, file, kind);
+            st = sdq_model_load_int8(f.ctx, GOLDEN "models/sd1-a", SCRATCH "/spoilt.safetensors",
+                                     &m, NULL);
+            SDQT_THAT(st == want[kind] && !m == (st != SDQ_OK), "damage %d: status %d", kind,
+                      (int)st);
+            SDQT_THAT(strstr(sdq_error_text(f.ctx), says[kind]) != NULL, "damage %d: %s", kind,
+                      sdq_error_text(f.ctx));
+            if (m)
+                SDQT_CHECK(sdq_model_save_int8(f.ctx, m, SCRATCH "/again", NULL, "test") == SDQ_OK);
+            sdq_model_free(f.ctx, m);
+            sdq_clear_error(f.ctx);
+        }
+        sdq_file_close(f.ctx, file);
+        read_whole(SCRATCH "/q", &bytes[0], &n[0]);
+        read_whole(SCRATCH "/again", &bytes[1], &n[1]);
+        SDQT_CHECK(n[0] == n[1] && memcmp(bytes[0], bytes[1], n[0]) == 0);
+        free(bytes[0]);
+        free(bytes[1]);
+    }
+    close_fixture(&f);
+    (void)remove(SCRATCH "/q");
+    (void)remove(SCRATCH "/again");
+    (void)remove(SCRATCH "/spoilt.safetensors");
+    drop_scratch();
+}
+
 /* Halves in the file or floats: the same weights, the same hash; one other bit, another. */
 static void test_source_hash(int tier) {
     fixture f;
@@ -1292,6 +1413,7 @@ static const sdqt_case cases[] = {
     {"accepted_config", test_accepted_config, 0},
     {"fitting", test_fitting, 0},
     {"int8_file", test_int8_file, 0},
+    {"four_file", test_four_file, 0},
     {"source_hash", test_source_hash, 0},
     {"refused_file", test_refused_file, 0},
     {"refused_input", test_refused_input, 0},

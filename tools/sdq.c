@@ -586,6 +586,8 @@ static const flag recipe_flags[] = {
     {"last-blocks", "N", NULL, NULL},
     {"moving", "X", NULL, NULL},
     {"weight-scale", "current|moving|fixed", NULL, NULL},
+    {"weight-bits", "8|4", NULL, NULL},
+    {"weight-group", "N", NULL, NULL},
     {"calibrate-on-data", "0|1", NULL, NULL},
     {"noise-loss", "X", NULL, NULL},
     {"teacher-loss", "X", NULL, NULL},
@@ -628,6 +630,14 @@ static int recipe_set(sdq_recipe *r, const char *name, const char *value) {
     if (!strcmp(name, "attention-bits")) {
         r->attention_bits = atoi(value);
         return !strcmp(value, "32") || !strcmp(value, "16") || !strcmp(value, "8");
+    }
+    if (!strcmp(name, "weight-bits")) {
+        r->weight_bits = value[0] - '0';
+        return (r->weight_bits == 4 || r->weight_bits == 8) && !value[1];
+    }
+    if (!strcmp(name, "weight-group")) {
+        r->weight_group = (size_t)strtoul(value, &end, 10);
+        return isdigit((unsigned char)value[0]) && !*end && r->weight_group > 0;
     }
     if (!strcmp(name, "train-set")) { r->train_set = (sdq_train_set)set; return set >= 0; }
     if (i >= 0) {
@@ -2059,6 +2069,7 @@ static sdq_status cmd_info(job *j) {
 static int run_command(int argc, char **argv);
 #include "sdq_bench.h"
 #include "sdq_eval.h"
+#include "sdq_study.h"
 
 /* ===========================================================================
  * main
@@ -2081,6 +2092,7 @@ static const command commands[] = {
     COMMAND(quantize, "", "calibrate a UNet and write it as int8", 1),
     COMMAND(schedule, "", "search the evaluations that must be float", 0),
     COMMAND(eval, "", "measure variants against float: table, pictures, report", 0),
+    COMMAND(study, "", "what each part of quantizing and training is worth: a table", 0),
     COMMAND(forward, "MODEL ", "run one bare network, from safetensors to safetensors", 1),
     COMMAND(info, "[FILE|FOLDER ..] ", "what a file, a model, this machine is; compare two files",
             0),

@@ -43,7 +43,7 @@ static const eval_row eval_rows[] = {
     {"best-schedule", NULL, 0, "best", "best", "schedule", NULL},
 };
 
-enum { EVAL_ROWS = 32, EVAL_MAX = 1001 };
+enum { EVAL_ROWS = 128, EVAL_MAX = 1001 };
 
 typedef struct eval_result {
     eval_row row;
@@ -69,7 +69,7 @@ typedef struct eval {
     sdq_txt2img_desc d;
     uint64_t key;                       /* of everything that rows have in common */
     float *real[2];                     /* features of held-out and training pictures */
-    size_t reals[2], dim, trajectories;
+    size_t reals[2], dim, trajectories; /* dim: of a feature; 0: none are wanted */
     sdq_image *shown[EVAL_ROWS];        /* pictures of the strip */
     size_t strip;
     eval_result *r;
@@ -496,7 +496,7 @@ static sdq_status eval_pictures(eval *e, eval_result *r) {
         for (i = 0; i < e->count[set] && st == SDQ_OK; i++) {
             sdq_image im, base;
             TRY(eval_read(e, r, (int)set, i, &im));
-            st = eval_feature(e, &im, r->feature[set] + i * e->dim);
+            if (e->dim) st = eval_feature(e, &im, r->feature[set] + i * e->dim);
             if (set == 0 && st == SDQ_OK && (st = eval_read(e, ref, 0, i, &base)) == SDQ_OK) {
                 r->psnr[i] = sdq_psnr(im.px, base.px, im.w * im.h * im.c);
                 st = sdq_ssim(j->ctx, im.px, base.px, im.h, im.w, im.c, &ssim[i]);
