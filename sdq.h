@@ -996,23 +996,82 @@ SDQ_API void sdq_optim_swap_ema(sdq_optim *optim);
  * states give equal bytes. Loading wants the same leaves in the optimizer. */
 SDQ_API sdq_status sdq_optim_save(sdq_ctx *ctx, const sdq_optim *optim, const char *path);
 SDQ_API sdq_status sdq_optim_load(sdq_ctx *ctx, sdq_optim *optim, const char *path);
+/* The weights alone (the averages, where there are any), and back into the weights. */
+SDQ_API sdq_status sdq_optim_save_weights(sdq_ctx *ctx, const sdq_optim *optim, const char *path);
+SDQ_API sdq_status sdq_optim_load_weights(sdq_ctx *ctx, sdq_optim *optim, const char *path);
 
 /* The loss of one micro-batch, recorded. All randomness must come from rng, which depends on the
  * seed, the step and the micro-batch only: that is what makes a resumed run equal. */
 typedef sdq_tensor *(*sdq_loss_fn)(sdq_ctx *ctx, void *user, sdq_rng *rng, size_t step);
 
+/* Called by a loss function: `value` is the part `name` of the loss. The means over the
+ * micro-batches of a step are in sdq_fit_info. name is not copied; up to SDQ_FIT_PARTS names. */
+SDQ_API void sdq_fit_note(sdq_ctx *ctx, const char *name, double value);
+
+enum { SDQ_FIT_PARTS = 8 };
+
+/* What a step of training was like. */
+typedef struct sdq_fit_info {
+    size_t step, steps;         /* done, of all; step 0: only validated, before the first one */
+    double loss;                /* mean over the micro-batches of all processes; 0 in step 0 */
+    size_t parts;
+    const char *part[SDQ_FIT_PARTS];
+    double part_loss[SDQ_FIT_PARTS];
+    double grad_norm, rate;     /* before clipping */
+    int validated;              /* `validation` was measured after this step */
+    double validation;
+    double best;                /* the lowest so far and its step; HUGE_VAL before the first */
+    size_t best_step;
+} sdq_fit_info;
+
+/* What the caller wants after a step. */
+typedef enum sdq_fit_then {
+    SDQ_FIT_GO = 0,
+    SDQ_FIT_STOP,               /* save the state and end with SDQ_ERR_CANCELLED */
+    SDQ_FIT_SAVE                /* save the state and go on: for saving by the clock */
+} sdq_fit_then;
+
+/* How the numbers of several processes are joined; see the manual, "More than one machine". */
+typedef enum sdq_reduce { SDQ_REDUCE_SUM = 0, SDQ_REDUCE_MIN, SDQ_REDUCE_MAX } sdq_reduce;
+typedef struct sdq_span {
+    const char *name;
+    float *values;
+    size_t count;
+} sdq_span;
+/* The processes that work on one thing. Every process makes the same calls in the same order. */
+typedef struct sdq_group {
+    size_t rank, ranks;         /* this process, of so many; ranks 0 or 1: alone */
+    /* Put the sum, minimum or maximum over all processes in place of the n arrays of values, whose
+     * sizes are equal everywhere. All processes must receive the same bits. Non-zero: it failed. */
+    int (*reduce)(void *user, sdq_reduce how, const sdq_span *span, size_t n);
+    void *user;
+} sdq_group;
+
 typedef struct sdq_fit_desc {
     size_t steps;               /* train until the optimizer has done so many */
-    size_t accumulate;          /* micro-batches per step; 0: 1 */
+    size_t accumulate;          /* micro-batches per step in each process; 0: 1 */
     uint64_t seed;
     const char *state;          /* file of the optimizer's state; NULL: none is written or read */
     size_t save_every;          /* steps; 0: only at the end */
     sdq_progress_fn progress;   /* stage "train", i = steps done, n = steps, value = loss */
-    void *user;
+    int (*after)(void *user, const sdq_fit_info *info); /* returns sdq_fit_then; NULL: none */
+    void *user;                 /* of both */
+    size_t validate_every;      /* steps; 0: never; also before the first and after the last step */
+    sdq_loss_fn validate;       /* a loss on held-out data; its rng is the same every time */
+    void *validate_user;
+    size_t validate_batches;    /* calls of it, step = 0, 1, ..; 0: 4 */
+    const char *best;           /* sdq_optim_save_weights whenever validation was lowest; or NULL */
+    double explode;             /* stop at a loss so many times the running mean; 0: 1000 */
+    const sdq_group *group;     /* NULL: one process */
 } sdq_fit_desc;
 
-/* Train. If the state file exists the run goes on from it.
- * A loss that is not finite stops with SDQ_ERR_NUMERIC and the step; the state file stays. */
+/* Train. If the state file exists the run goes on from it and ends in the same bytes as a run that
+ * was never stopped. What is validated, and saved as the best, are the averages where there are
+ * any. Process `rank` of a group computes micro-batches rank, rank + ranks, ..: the sum of the
+ * gradients over the group is that of one process with ranks times `accumulate`. Process 0 alone
+ * writes files; all read them.
+ * SDQ_ERR_NUMERIC: a loss or gradient that is not finite or explodes; the sentence names the step
+ * and the layer. SDQ_ERR_IO: a file could not be written. The last state file stays in both. */
 SDQ_API sdq_status sdq_fit(sdq_ctx *ctx, sdq_optim *optim, const sdq_fit_desc *desc,
                            sdq_loss_fn loss, void *loss_user);
 
@@ -1504,6 +1563,8 @@ struct sdq_ctx {
     size_t chunk_count, chunk_cap, chunk_at, arena_now, arena_peak, arena_size;
     struct sdq__node *tape;         /* newest node */
     struct sdq__taps *taps;         /* layers whose output is wanted, or NULL */
+    struct sdq__notes *notes;       /* parts of the loss, while training */
+    const char **watch;             /* receives the first layer whose output is not finite */
     int recording, replay;          /* replay: a checkpoint runs a block again */
 };
 
@@ -5259,6 +5320,10 @@ static void sdq__ly_follow(sdq_layer *l) {
 /* What training must remember of the observers: ranges of both parts and of the output as
  * (min, max, seen), then the moving ranges of the weights when there are any. */
 static size_t sdq__ly_state_count(const sdq_layer *l) { return 9 + (l->w_mn ? 2 * l->out : 0); }
+/* Whether value i of n of such a state is a minimum; the others are maxima and flags. */
+static int sdq__ly_state_is_min(size_t n, size_t i) {
+    return i < 9 ? i % 3 == 0 : i < 9 + (n - 9) / 2;
+}
 static void sdq__ly_state(void *user, float *v, int load) {
     sdq_layer *l = (sdq_layer *)user;
     float *range[6];
@@ -5757,10 +5822,20 @@ static sdq_tensor *sdq__ly_forward(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *x, sd
 typedef struct sdq__tap { const char *name; sdq_tensor *y; } sdq__tap;
 typedef struct sdq__taps { sdq__tap *tap; size_t n; } sdq__taps;
 
+/* Whether a sum or a product of these numbers can still be finite. */
+static int sdq__ly_finite(const float *x, size_t n) {
+    size_t i;
+    for (i = 0; i < n; i++)
+        if (!(x[i] > -1e30f && x[i] < 1e30f)) return 0;
+    return 1;
+}
+
 SDQ_API sdq_tensor *sdq_layer_forward(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *x, sdq_tensor *res,
                                       sdq_mode mode) {
     sdq_tensor *y = sdq__ly_forward(ctx, l, x, res, mode, 0);
     size_t i;
+    if (ctx->watch && !*ctx->watch && y && !sdq__ly_finite(sdq_f32(y), sdq_tensor_count(y)))
+        *ctx->watch = l->name;
     for (i = 0; ctx->taps && i < ctx->taps->n; i++) {
         sdq__tap *t = &ctx->taps->tap[i];
         if (!y || strcmp(t->name, l->name) != 0) continue;
@@ -5771,8 +5846,8 @@ SDQ_API sdq_tensor *sdq_layer_forward(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *x,
 
 /* sdq_geglu(layer(x)), at once where nobody needs the product itself. */
 static sdq_tensor *sdq__ly_geglu(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *x, sdq_mode mode) {
-    const int at_once = !ctx->recording && !ctx->taps && mode != SDQ_FAKE && l->parts == 1
-                     && !l->quant.quantize_output && sdq__ly_taps(l) == 1
+    const int at_once = !ctx->recording && !ctx->taps && !ctx->watch && mode != SDQ_FAKE
+                     && l->parts == 1 && !l->quant.quantize_output && sdq__ly_taps(l) == 1
                      && l->out % (2 * SDQ__NR) == 0 && l->in <= SDQ__GEMM_KB;
     return at_once ? sdq__ly_forward(ctx, l, x, NULL, mode, 1)
                    : sdq_geglu(ctx, sdq_layer_forward(ctx, l, x, NULL, mode));
@@ -9676,6 +9751,8 @@ struct sdq_optim {
     sdq__leaf *leaf;
     size_t count, cap, step;
     double norm, rate;
+    double mean, best;          /* running mean of the loss; lowest validation loss, its step */
+    size_t best_step;
 };
 
 SDQ_API sdq_status sdq_optim_create(sdq_ctx *ctx, const sdq_optim_desc *desc, sdq_optim **out) {
@@ -9683,6 +9760,7 @@ SDQ_API sdq_status sdq_optim_create(sdq_ctx *ctx, const sdq_optim_desc *desc, sd
     *out = NULL;
     if (!o) return ctx->status;
     if (desc) o->desc = *desc;
+    o->best = HUGE_VAL;
     if (o->desc.lr == 0.0f) o->desc.lr = 1e-4f;
     if (o->desc.beta1 == 0.0f) o->desc.beta1 = 0.9f;
     if (o->desc.beta2 == 0.0f) o->desc.beta2 = 0.999f;
@@ -9804,6 +9882,17 @@ static double sdq__opt_norm(sdq_ctx *ctx, const sdq_optim *o) {
     return sqrt(sum);
 }
 
+/* The number of leaves whose gradient is not finite; *name: the first of them. */
+static size_t sdq__opt_bad_gradients(const sdq_optim *o, const char **name) {
+    size_t i, n = 0;
+    for (i = 0; i < o->count; i++) {
+        const sdq_tensor *t = o->leaf[i].t;
+        if (t->grad && !sdq__ly_finite(t->grad, sdq_tensor_count(t)) && n++ == 0)
+            *name = o->leaf[i].name;
+    }
+    return n;
+}
+
 /* AdamW on u = log w: du = dw w, w' = w (1 + step) to first order. Such gradients are small (LSQ
  * divides them by the root of the number of elements), so is their eps. */
 static void sdq__opt_scale_step(sdq_ctx *ctx, sdq__leaf *l, const sdq__adamw_step *step,
@@ -9840,11 +9929,14 @@ SDQ_API sdq_status sdq_optim_step(sdq_ctx *ctx, sdq_optim *o) {
     if (ctx->status != SDQ_OK) return ctx->status;
     sdq_arena_release(ctx, mark);       /* nothing else is pushed before the end */
     o->norm = sdq__opt_norm(ctx, o);
-    if (!(o->norm < 1e30))
+    if (!(o->norm < 1e30)) {
+        const char *name = "their sum";
+        const size_t bad = sdq__opt_bad_gradients(o, &name);
         return sdq__fail(ctx, SDQ_ERR_NUMERIC,
-                         "training: the gradient of step %zu is not finite; the"
-                         " last checkpoint is good, lower the learning rate",
-                         o->step);
+                         "training: the gradient of step %zu is not finite in %zu of %zu tensors,"
+                         " first %s; the last checkpoint is good, lower the learning rate",
+                         o->step, bad, o->count, name);
+    }
     o->rate = sdq__opt_rate(d, o->step);
     if (decay > (double)d->ema) decay = (double)d->ema;
     s.beta1 = d->beta1; s.beta2 = d->beta2; s.eps = d->eps;
@@ -9900,12 +9992,43 @@ static void sdq__opt_slot_name(char *buf, size_t size, const sdq__leaf *l, size_
     (void)snprintf(buf, size, "%s/%s", sdq__opt_kind[kind], l->name);
 }
 
+/* What the loop must remember: the running mean of the loss and the best validation loss as the
+ * bits of a double, and the step of the best. */
+enum { SDQ__OPT_FIT = 64 };
+static void sdq__opt_put_fit(const sdq_optim *o, char buf[SDQ__OPT_FIT]) {
+    uint64_t u[2];
+    memcpy(&u[0], &o->mean, 8);
+    memcpy(&u[1], &o->best, 8);
+    (void)snprintf(buf, SDQ__OPT_FIT, "%08lx%08lx %08lx%08lx %lu",
+                   (unsigned long)(u[0] >> 32), (unsigned long)(u[0] & 0xffffffffu),
+                   (unsigned long)(u[1] >> 32), (unsigned long)(u[1] & 0xffffffffu),
+                   (unsigned long)o->best_step);
+}
+/* text NULL: a state without; 0 when it is not what sdq__opt_put_fit writes. */
+static int sdq__opt_get_fit(const char *text, sdq_optim *o) {
+    unsigned long v[5];
+    uint64_t u[2];
+    char again[SDQ__OPT_FIT];
+    o->mean = 0.0;
+    o->best = HUGE_VAL;
+    o->best_step = 0;
+    if (!text) return 1;
+    if (sscanf(text, "%8lx%8lx %8lx%8lx %lu", &v[0], &v[1], &v[2], &v[3], &v[4]) != 5) return 0;
+    u[0] = (uint64_t)v[0] << 32 | v[1];
+    u[1] = (uint64_t)v[2] << 32 | v[3];
+    memcpy(&o->mean, &u[0], 8);
+    memcpy(&o->best, &u[1], 8);
+    o->best_step = v[4];
+    sdq__opt_put_fit(o, again);
+    return strcmp(text, again) == 0 && o->mean == o->mean && o->best == o->best;
+}
+
 SDQ_API sdq_status sdq_optim_save(sdq_ctx *ctx, const sdq_optim *o, const char *path) {
     const size_t arrays = sdq__opt_arrays(o);
     const sdq_mark mark = sdq_arena_mark(ctx);
     sdq_entry *e = SDQ__PUSH_N(ctx, sdq_entry, arrays + 1);
-    char *names = SDQ__PUSH_N(ctx, char, (arrays + 1) * 256), step[32];
-    sdq_pair meta;
+    char *names = SDQ__PUSH_N(ctx, char, (arrays + 1) * 256), step[32], fit[SDQ__OPT_FIT];
+    sdq_pair meta[2];
     sdq_status st = ctx->status;
     size_t i, k, n = 0;
     if (e && names) {
@@ -9923,9 +10046,10 @@ SDQ_API sdq_status sdq_optim_save(sdq_ctx *ctx, const sdq_optim *o, const char *
             }
         }
         (void)snprintf(step, sizeof step, "%zu", o->step);
-        meta.key = "step";
-        meta.value = step;
-        st = sdq_file_write(ctx, path, e, n, &meta, 1);
+        sdq__opt_put_fit(o, fit);
+        meta[0].key = "step"; meta[0].value = step;
+        meta[1].key = "fit"; meta[1].value = fit;
+        st = sdq_file_write(ctx, path, e, n, meta, 2);
     }
     sdq_arena_release(ctx, mark);
     return st;
@@ -9946,10 +10070,12 @@ SDQ_API sdq_status sdq_optim_load(sdq_ctx *ctx, sdq_optim *o, const char *path) 
     sdq_status st = sdq_file_open(ctx, path, &f);
     const char *text;
     size_t i, k, pass, step = 0;
+    sdq_optim fit = *o;
     char name[256];
     if (st != SDQ_OK) return st;
     text = sdq_file_meta(f, "step");
-    if (!text || !sdq__opt_parse_step(text, &step) || sdq_file_count(f) != arrays) {
+    if (!text || !sdq__opt_parse_step(text, &step) || sdq_file_count(f) != arrays
+        || !sdq__opt_get_fit(sdq_file_meta(f, "fit"), &fit)) {
         st = sdq__fail(ctx, SDQ_ERR_FORMAT,
                        "%s: is not the state of this training (%zu arrays, expected %zu);"
                        " use another state file or delete it",
@@ -9976,7 +10102,52 @@ SDQ_API sdq_status sdq_optim_load(sdq_ctx *ctx, sdq_optim *o, const char *path) 
     for (i = 0; i < o->count; i++)
         if (o->leaf[i].state) o->leaf[i].state(o->leaf[i].user, sdq_f32(o->leaf[i].t), 1);
     o->step = step;
+    o->mean = fit.mean;
+    o->best = fit.best;
+    o->best_step = fit.best_step;
 done:
+    sdq_file_close(ctx, f);
+    return st;
+}
+
+SDQ_API sdq_status sdq_optim_save_weights(sdq_ctx *ctx, const sdq_optim *o, const char *path) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    sdq_entry *e = SDQ__PUSH_N(ctx, sdq_entry, o->count + 1);
+    sdq_status st = ctx->status;
+    size_t i;
+    for (i = 0; e && i < o->count; i++) {
+        const sdq__leaf *l = &o->leaf[i];
+        memset(&e[i], 0, sizeof e[i]);
+        if (l->state) l->state(l->user, sdq_f32(l->t), 0);
+        e[i].name = l->name;
+        e[i].rank = l->t->rank;
+        memcpy(e[i].dim, l->t->dim, sizeof l->t->dim);
+        e[i].data = l->ema ? l->ema : sdq_f32(l->t);
+        e[i].bytes = sdq_tensor_count(l->t) * sizeof(float);
+    }
+    if (e) st = sdq_file_write(ctx, path, e, o->count, NULL, 0);
+    sdq_arena_release(ctx, mark);
+    return st;
+}
+
+SDQ_API sdq_status sdq_optim_load_weights(sdq_ctx *ctx, sdq_optim *o, const char *path) {
+    sdq_file *f = NULL;
+    sdq_status st = sdq_file_open(ctx, path, &f);
+    size_t i, pass;
+    if (st != SDQ_OK) return st;
+    for (pass = 0; pass < 2; pass++)        /* check everything before anything changes */
+        for (i = 0; i < o->count && st == SDQ_OK; i++) {
+            sdq__leaf *l = &o->leaf[i];
+            const sdq_entry *e = sdq_file_find(f, l->name);
+            char shape[96];
+            if (!e || e->dtype != SDQ_F32 || e->rank != l->t->rank
+                || memcmp(e->dim, l->t->dim, sizeof l->t->dim) != 0)
+                st = sdq__fail(ctx, SDQ_ERR_SHAPE, "%s: array %s is missing or is not F32 %s: it"
+                               " belongs to another training", path, l->name,
+                               sdq__t_shape(l->t, shape));
+            else if (pass) memcpy(l->t->data, e->data, e->bytes);
+            if (st == SDQ_OK && pass && l->state) l->state(l->user, sdq_f32(l->t), 1);
+        }
     sdq_file_close(ctx, f);
     return st;
 }
@@ -9985,18 +10156,197 @@ done:
 
 /* Every micro-batch has its own generator: a run can stop and go on anywhere. */
 static void sdq__opt_rng(sdq_rng *rng, uint64_t seed, size_t step, size_t micro) {
-    const uint64_t mix = (seed * 1000003u + (uint64_t)step) * 64u + (uint64_t)micro;
+    const uint64_t mix = (seed * 1000003u + (uint64_t)step) * 64u + (uint64_t)micro % 64u
+                       + (uint64_t)(micro / 64) * UINT64_C(0x9e3779b97f4a7c15);
     sdq_rng_init(rng, SDQ_RNG_TORCH, mix ^ (mix >> 32));
 }
 
-static sdq_status sdq__opt_micro(sdq_ctx *ctx, sdq_loss_fn fn, void *user, sdq_rng *rng,
-                                 size_t step, float share, double *loss) {
+/* The parts of a loss, added up over micro-batches. */
+typedef struct sdq__notes {
+    const char *name[SDQ_FIT_PARTS];
+    double sum[SDQ_FIT_PARTS], share;
+    size_t n;
+} sdq__notes;
+
+SDQ_API void sdq_fit_note(sdq_ctx *ctx, const char *name, double value) {
+    sdq__notes *n = ctx->notes;
+    size_t i;
+    if (!n) return;
+    for (i = 0; i < n->n && strcmp(n->name[i], name) != 0; i++) {}
+    if (i == SDQ_FIT_PARTS) return;
+    if (i == n->n) { n->name[n->n++] = name; n->sum[i] = 0.0; }
+    n->sum[i] += n->share * value;
+}
+
+typedef struct sdq__opt_run {
+    sdq_optim *o;
+    const sdq_fit_desc *d;
+    sdq_loss_fn fn;
+    void *user;
+    size_t micros, rank, ranks; /* micro-batches of this process */
+    sdq__notes notes;
+    sdq_fit_info info;
+} sdq__opt_run;
+
+/* ---- several processes ---- */
+
+static sdq_status sdq__opt_reduce(sdq_ctx *ctx, const sdq_group *g, sdq_reduce how,
+                                  const sdq_span *span, size_t n) {
+    if (ctx->status != SDQ_OK || !g || g->ranks < 2 || n == 0) return ctx->status;
+    if (g->reduce(g->user, how, span, n) != 0)
+        sdq__fail(ctx, SDQ_ERR_IO, "process %zu of %zu: %s could not be joined with the others",
+                  g->rank, g->ranks, span->name);
+    return ctx->status;
+}
+static sdq_status sdq__opt_reduce_one(sdq_ctx *ctx, const sdq_group *g, sdq_reduce how,
+                                      const char *name, float *v, size_t n) {
+    sdq_span span;
+    span.name = name; span.values = v; span.count = n;
+    return sdq__opt_reduce(ctx, g, how, &span, 1);
+}
+
+/* Doubles keep their bits but for the last ones: as a float and what that leaves. */
+static sdq_status sdq__opt_reduce_reals(sdq_ctx *ctx, const sdq_group *g, const char *name,
+                                        double *v, size_t n) {
+    float both[2 * (SDQ_FIT_PARTS + 1)];
+    size_t i;
+    if (!g || g->ranks < 2) return SDQ_OK;
+    for (i = 0; i < n; i++) {
+        both[2 * i] = (float)v[i];
+        both[2 * i + 1] = (float)(v[i] - (double)both[2 * i]);
+    }
+    SDQ__TRY(sdq__opt_reduce_one(ctx, g, SDQ_REDUCE_SUM, name, both, 2 * n));
+    for (i = 0; i < n; i++) v[i] = (double)both[2 * i] + (double)both[2 * i + 1];
+    return SDQ_OK;
+}
+
+/* The widest range of all processes, in the values of sdq__ly_state. */
+static sdq_status sdq__opt_reduce_range(sdq_ctx *ctx, const sdq_group *g, const char *name,
+                                        float *v, size_t n) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    float *low = SDQ__PUSH_N(ctx, float, n);
+    size_t i;
+    if (!low) return ctx->status;
+    memcpy(low, v, n * sizeof *v);
+    (void)sdq__opt_reduce_one(ctx, g, SDQ_REDUCE_MIN, name, low, n);
+    (void)sdq__opt_reduce_one(ctx, g, SDQ_REDUCE_MAX, name, v, n);
+    for (i = 0; i < n; i++)
+        if (sdq__ly_state_is_min(n, i)) v[i] = low[i];
+    sdq_arena_release(ctx, mark);
+    return ctx->status;
+}
+
+/* All gradients in one call, so that the user can overlap them; then the moving ranges. */
+static sdq_status sdq__opt_reduce_gradients(sdq_ctx *ctx, const sdq_group *g, sdq_optim *o) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    sdq_span *span;
+    size_t i, n = 0;
+    if (!g || g->ranks < 2) return SDQ_OK;
+    span = SDQ__PUSH_N(ctx, sdq_span, o->count + 1);
+    if (!span) return ctx->status;
+    for (i = 0; i < o->count; i++) {
+        const sdq__leaf *l = &o->leaf[i];
+        if (l->state) continue;
+        span[n].name = l->name;
+        span[n].values = l->t->grad;
+        span[n++].count = sdq_tensor_count(l->t);
+    }
+    (void)sdq__opt_reduce(ctx, g, SDQ_REDUCE_SUM, span, n);
+    sdq_arena_release(ctx, mark);
+    for (i = 0; i < o->count && ctx->status == SDQ_OK; i++) {
+        sdq__leaf *l = &o->leaf[i];
+        if (!l->state) continue;
+        l->state(l->user, sdq_f32(l->t), 0);
+        SDQ__TRY(sdq__opt_reduce_range(ctx, g, l->name, sdq_f32(l->t), sdq_tensor_count(l->t)));
+        l->state(l->user, sdq_f32(l->t), 1);
+    }
+    return ctx->status;
+}
+
+/* All processes begin at one step with one set of weights: 24 bits each of step and hash. */
+static sdq_status sdq__opt_agree(sdq_ctx *ctx, const sdq_group *g, const sdq_optim *o) {
+    uint64_t hash = 0;
+    float low[3], high[3];
+    size_t i;
+    if (!g || g->ranks < 2) return SDQ_OK;
+    if (g->rank >= g->ranks || !g->reduce)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "training: process %zu of %zu, or no way to join"
+                         " them", g->rank, g->ranks);
+    for (i = 0; i < o->count; i++) {
+        const sdq_tensor *t = o->leaf[i].t;
+        if (!o->leaf[i].state)
+            hash = sdq__u_mix(hash, sdq__u_hash(0, t->data, sdq_tensor_count(t) * sizeof(float)));
+    }
+    low[0] = (float)(o->step & 0xffffffu);
+    low[1] = (float)(hash & 0xffffffu);
+    low[2] = (float)(hash >> 40);
+    memcpy(high, low, sizeof low);
+    SDQ__TRY(sdq__opt_reduce_one(ctx, g, SDQ_REDUCE_MIN, "the step", low, 3));
+    SDQ__TRY(sdq__opt_reduce_one(ctx, g, SDQ_REDUCE_MAX, "the step", high, 3));
+    if (low[0] != high[0])
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "training: the processes are at steps %.0f to"
+                         " %.0f; the state file must be one that all of them can read",
+                         (double)low[0], (double)high[0]);
+    if (memcmp(low, high, sizeof low) != 0)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "training: the processes begin with different"
+                         " weights; they must load the same model, ranges and states");
+    return SDQ_OK;
+}
+
+/* ---- what went wrong ---- */
+
+/* A loss that is not finite: run the micro-batch again and name the first layer whose output is
+ * not; else the first trained tensor whose values are not. */
+static sdq_status sdq__opt_explain(sdq_ctx *ctx, sdq__opt_run *r, size_t micro) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    const char *layer = NULL, *what = "no layer's output is: look at the loss function";
+    sdq_optim *o = r->o;
+    sdq_rng rng;
+    size_t i;
+    sdq__opt_rng(&rng, r->d->seed, o->step, micro);
+    ctx->watch = &layer;
+    ctx->replay = 1;
+    (void)r->fn(ctx, r->user, &rng, o->step);
+    ctx->watch = NULL;
+    ctx->replay = 0;
+    sdq_arena_release(ctx, mark);
+    for (i = 0; !layer && i < o->count; i++)
+        if (!sdq__ly_finite(sdq_f32(o->leaf[i].t), sdq_tensor_count(o->leaf[i].t)))
+            break;
+    if (layer) what = "the first layer with such an output is ";
+    else if (i < o->count) { what = "already so are values of "; layer = o->leaf[i].name; }
+    return sdq__fail(ctx, SDQ_ERR_NUMERIC, "training: the loss of step %zu is not finite (%s%s);"
+                     " the last checkpoint is good, lower the learning rate",
+                     o->step, what, layer ? layer : "");
+}
+
+/* A loss far above its running mean: the largest gradient tells where. */
+static sdq_status sdq__opt_exploded(sdq_ctx *ctx, const sdq_optim *o, double loss) {
+    double most = -1.0;
+    const char *name = "";
+    size_t i, j;
+    for (i = 0; i < o->count; i++) {
+        const float *g = o->leaf[i].t->grad;
+        const size_t n = g ? sdq_tensor_count(o->leaf[i].t) : 0;
+        double sum = 0.0;
+        for (j = 0; j < n; j++) sum += (double)g[j] * (double)g[j];
+        if (!(sum <= most)) { most = sum; name = o->leaf[i].name; }
+    }
+    return sdq__fail(ctx, SDQ_ERR_NUMERIC, "training: the loss of step %zu is %g, its running mean"
+                     " %g; the largest gradient, %g, is that of %s; the last checkpoint is good,"
+                     " lower the learning rate", o->step, loss, o->mean, sqrt(most), name);
+}
+
+/* ---- a step ---- */
+
+static sdq_status sdq__opt_micro(sdq_ctx *ctx, const sdq__opt_run *r, sdq_rng *rng, float share,
+                                 double *loss) {
     const sdq_mark mark = sdq_arena_mark(ctx);
     sdq_tensor *y;
     sdq_tape_begin(ctx);
-    y = fn(ctx, user, rng, step);
+    y = r->fn(ctx, r->user, rng, r->o->step);
     if (y) {
-        *loss += (double)(sdq_f32(y)[0] * share);
+        *loss = (double)(sdq_f32(y)[0] * share);
         if (share != 1.0f) y = sdq_scale(ctx, y, share);
         (void)sdq_backward(ctx, y);
     } else {    /* says nothing if an op has told its reason */
@@ -10007,33 +10357,159 @@ static sdq_status sdq__opt_micro(sdq_ctx *ctx, sdq_loss_fn fn, void *user, sdq_r
     return ctx->status;
 }
 
+static int sdq__opt_real(double x) { return x > -1e30 && x < 1e30; }
+
+/* The gradient of all micro-batches of all processes; the mean of their losses to info. */
+static sdq_status sdq__opt_gradient(sdq_ctx *ctx, sdq__opt_run *r) {
+    const size_t all = r->micros * r->ranks;
+    sdq__notes *n = &r->notes;
+    size_t m, i, bad = SIZE_MAX;
+    double sum[SDQ_FIT_PARTS + 1] = {0.0};
+    n->share = 1.0 / (double)all;
+    for (i = 0; i < n->n; i++) n->sum[i] = 0.0;
+    for (m = r->rank; m < all; m += r->ranks) {
+        sdq_rng rng;
+        double loss = 0.0;
+        sdq__opt_rng(&rng, r->d->seed, r->o->step, m);
+        ctx->notes = n;
+        (void)sdq__opt_micro(ctx, r, &rng, 1.0f / (float)all, &loss);
+        ctx->notes = NULL;
+        if (ctx->status != SDQ_OK) return ctx->status;
+        if (!sdq__opt_real(loss) && bad == SIZE_MAX) bad = m;
+        sum[0] += loss;
+    }
+    memcpy(sum + 1, n->sum, sizeof n->sum);
+    SDQ__TRY(sdq__opt_reduce_reals(ctx, r->d->group, "the loss", sum, n->n + 1));
+    memcpy(r->info.part_loss, sum + 1, n->n * sizeof *sum);
+    memcpy(r->info.part, n->name, sizeof n->name);
+    r->info.parts = n->n;
+    r->info.loss = sum[0];
+    if (!sdq__opt_real(sum[0]) && bad != SIZE_MAX) return sdq__opt_explain(ctx, r, bad);
+    if (!sdq__opt_real(sum[0]))
+        return sdq__fail(ctx, SDQ_ERR_NUMERIC, "training: the loss of step %zu is not finite in"
+                         " another process; the last checkpoint is good", r->o->step);
+    return sdq__opt_reduce_gradients(ctx, r->d->group, r->o);
+}
+
+/* After ten steps a loss is compared with the mean over about the last hundred. */
+static sdq_status sdq__opt_watch_loss(sdq_ctx *ctx, const sdq__opt_run *r) {
+    sdq_optim *o = r->o;
+    const double most = r->d->explode > 0.0 ? r->d->explode : 1000.0, loss = r->info.loss;
+    if (o->step >= 10 && o->mean > 0.0 && loss > most * o->mean)
+        return sdq__opt_exploded(ctx, o, loss);
+    o->mean += (loss - o->mean) / (double)(o->step < 100 ? o->step + 1 : 100);
+    return SDQ_OK;
+}
+
+/* Mean loss of the held-out batches, always the same ones, without gradients and observing. */
+static sdq_status sdq__opt_validate(sdq_ctx *ctx, sdq__opt_run *r) {
+    const sdq_fit_desc *d = r->d;
+    const size_t n = d->validate_batches ? d->validate_batches : 4;
+    sdq_optim *o = r->o;
+    double sum = 0.0;
+    size_t i;
+    sdq_optim_swap_ema(o);
+    ctx->replay = 1;
+    for (i = r->rank; i < n && ctx->status == SDQ_OK; i += r->ranks) {
+        const sdq_mark mark = sdq_arena_mark(ctx);
+        const sdq_tensor *y;
+        sdq_rng rng;
+        sdq__opt_rng(&rng, ~d->seed, 0, i);     /* not a stream that training draws from */
+        y = d->validate(ctx, d->validate_user, &rng, i);
+        if (y) sum += (double)sdq_f32(y)[0] / (double)n;
+        else sdq__fail(ctx, SDQ_ERR_ARGUMENT, "validation: the loss function gave no loss");
+        sdq_arena_release(ctx, mark);
+    }
+    ctx->replay = 0;
+    sdq_optim_swap_ema(o);
+    if (ctx->status != SDQ_OK) return ctx->status;
+    SDQ__TRY(sdq__opt_reduce_reals(ctx, d->group, "the validation loss", &sum, 1));
+    r->info.validated = 1;
+    r->info.validation = sum;
+    if (!(sum < o->best)) return SDQ_OK;
+    o->best = sum;
+    o->best_step = o->step;
+    return d->best && r->rank == 0 ? sdq_optim_save_weights(ctx, o, d->best) : SDQ_OK;
+}
+
+/* Write the state; when that fails, say what is left. */
+static sdq_status sdq__opt_checkpoint(sdq_ctx *ctx, const sdq__opt_run *r) {
+    const char *path = r->d->state;
+    if (!path || r->rank != 0 || sdq_optim_save(ctx, r->o, path) == SDQ_OK) return ctx->status;
+    if (sdq__io_exists(path)) {
+        const size_t n = strlen(ctx->error);
+        (void)snprintf(ctx->error + n, sizeof ctx->error - n,
+                       "; the state of an earlier step is still there, the same command goes on"
+                       " from it");
+    }
+    return ctx->status;
+}
+
+/* Tell the caller; what one process decides all of them do. */
+static sdq_status sdq__opt_after(sdq_ctx *ctx, sdq__opt_run *r, int *then) {
+    const sdq_fit_desc *d = r->d;
+    float want = 0.0f, save = 0.0f, both[2];
+    r->info.step = r->o->step;
+    r->info.steps = d->steps;
+    r->info.grad_norm = r->o->norm;
+    r->info.rate = r->o->rate;
+    r->info.best = r->o->best;
+    r->info.best_step = r->o->best_step;
+    if (d->after) {
+        const int go = d->after(d->user, &r->info);
+        want = go == (int)SDQ_FIT_STOP ? 1.0f : 0.0f;
+        save = go == (int)SDQ_FIT_SAVE ? 1.0f : 0.0f;
+    }
+    if (r->o->step && d->progress
+        && d->progress(d->user, "train", r->o->step, d->steps, r->info.loss))
+        want = 1.0f;
+    both[0] = want; both[1] = save;
+    SDQ__TRY(sdq__opt_reduce_one(ctx, d->group, SDQ_REDUCE_MAX, "the decision to go on", both, 2));
+    *then = both[0] > 0.0f ? SDQ_FIT_STOP : both[1] > 0.0f ? SDQ_FIT_SAVE : SDQ_FIT_GO;
+    return SDQ_OK;
+}
+
+static sdq_status sdq__opt_stopped(sdq_ctx *ctx, const sdq_optim *o) {
+    return sdq__fail(ctx, SDQ_ERR_CANCELLED, "training: cancelled after step %zu", o->step);
+}
+
+static sdq_status sdq__opt_begin(sdq_ctx *ctx, sdq__opt_run *r) {
+    const sdq_fit_desc *d = r->d;
+    int then;
+    if (ctx->status != SDQ_OK) return ctx->status;
+    if (d->state && sdq__io_exists(d->state)) SDQ__TRY(sdq_optim_load(ctx, r->o, d->state));
+    if (d->best && r->o->best < HUGE_VAL && !sdq__io_exists(d->best)) r->o->best = HUGE_VAL;
+    SDQ__TRY(sdq__opt_agree(ctx, d->group, r->o));
+    sdq_optim_zero(r->o);
+    if (r->o->step > 0 || !d->validate_every || !d->validate) return SDQ_OK;
+    SDQ__TRY(sdq__opt_validate(ctx, r));
+    SDQ__TRY(sdq__opt_after(ctx, r, &then));
+    return then == SDQ_FIT_STOP ? sdq__opt_stopped(ctx, r->o) : SDQ_OK;
+}
+
 SDQ_API sdq_status sdq_fit(sdq_ctx *ctx, sdq_optim *o, const sdq_fit_desc *d, sdq_loss_fn fn,
                            void *user) {
-    const size_t micros = d->accumulate ? d->accumulate : 1;
-    if (ctx->status != SDQ_OK) return ctx->status;
-    if (d->state && sdq__io_exists(d->state)) SDQ__TRY(sdq_optim_load(ctx, o, d->state));
-    sdq_optim_zero(o);
+    sdq__opt_run r;
+    memset(&r, 0, sizeof r);
+    r.o = o; r.d = d; r.fn = fn; r.user = user;
+    r.micros = d->accumulate ? d->accumulate : 1;
+    r.ranks = d->group && d->group->ranks > 1 ? d->group->ranks : 1;
+    r.rank = r.ranks > 1 ? d->group->rank : 0;
+    SDQ__TRY(sdq__opt_begin(ctx, &r));
     while (o->step < d->steps) {
-        double loss = 0.0;
-        size_t m;
-        int stop = 0;
-        for (m = 0; m < micros; m++) {
-            sdq_rng rng;
-            sdq__opt_rng(&rng, d->seed, o->step, m);
-            SDQ__TRY(sdq__opt_micro(ctx, fn, user, &rng, o->step, 1.0f / (float)micros, &loss));
-        }
-        if (!(loss > -1e30 && loss < 1e30))
-            return sdq__fail(ctx, SDQ_ERR_NUMERIC,
-                             "training: the loss of step %zu is not finite; the last"
-                             " checkpoint is good, lower the learning rate",
-                             o->step);
+        int then = SDQ_FIT_GO;
+        SDQ__TRY(sdq__opt_gradient(ctx, &r));
+        SDQ__TRY(sdq__opt_watch_loss(ctx, &r));
         SDQ__TRY(sdq_optim_step(ctx, o));
-        if (d->progress) stop = d->progress(d->user, "train", o->step, d->steps, loss);
-        if (d->state
-            && (stop || o->step == d->steps || (d->save_every && o->step % d->save_every == 0)))
-            SDQ__TRY(sdq_optim_save(ctx, o, d->state));
-        if (stop)
-            return sdq__fail(ctx, SDQ_ERR_CANCELLED, "training: cancelled after step %zu", o->step);
+        r.info.validated = 0;
+        if (d->validate && d->validate_every
+            && (o->step % d->validate_every == 0 || o->step == d->steps))
+            SDQ__TRY(sdq__opt_validate(ctx, &r));
+        SDQ__TRY(sdq__opt_after(ctx, &r, &then));
+        if (then != SDQ_FIT_GO || o->step == d->steps
+            || (d->save_every && o->step % d->save_every == 0))
+            SDQ__TRY(sdq__opt_checkpoint(ctx, &r));
+        if (then == SDQ_FIT_STOP) return sdq__opt_stopped(ctx, o);
     }
     return SDQ_OK;
 }
@@ -15149,8 +15625,10 @@ static sdq_tensor *sdq__ds_teacher(sdq_ctx *ctx, const sdq_distill_task *t,
     return y;
 }
 
-static sdq_tensor *sdq__ds_add(sdq_ctx *ctx, sdq_tensor *sum, sdq_tensor *loss, float weight) {
+static sdq_tensor *sdq__ds_add(sdq_ctx *ctx, sdq_tensor *sum, const char *part, sdq_tensor *loss,
+                               float weight) {
     if (weight != 1.0f) loss = sdq_scale(ctx, loss, weight);
+    if (loss) sdq_fit_note(ctx, part, (double)sdq_f32(loss)[0]);
     return sum ? sdq_add(ctx, sum, loss) : loss;
 }
 
@@ -15241,11 +15719,12 @@ SDQ_API sdq_tensor *sdq_distill_task_loss(sdq_ctx *ctx, void *arg, sdq_rng *rng,
                   (double)t->teacher_loss);
     if (!y || ctx->status != SDQ_OK) return NULL;
     if (t->teacher_loss != 0.0f && t->states && t->coherent)
-        sum = sdq__ds_add(ctx, sum, sdq__ds_coherent(ctx, t->states, y, teacher), t->teacher_loss);
+        sum = sdq__ds_add(ctx, sum, "teacher", sdq__ds_coherent(ctx, t->states, y, teacher),
+                          t->teacher_loss);
     else if (t->teacher_loss != 0.0f)
-        sum = sdq__ds_add(ctx, sum, sdq_mse(ctx, y, teacher, NULL), t->teacher_loss);
+        sum = sdq__ds_add(ctx, sum, "teacher", sdq_mse(ctx, y, teacher, NULL), t->teacher_loss);
     if (t->noise_loss != 0.0f && noise)
-        sum = sdq__ds_add(ctx, sum, sdq_mse(ctx, y, noise, NULL), t->noise_loss);
+        sum = sdq__ds_add(ctx, sum, "noise", sdq_mse(ctx, y, noise, NULL), t->noise_loss);
     for (i = 0; i < t->maps; i++) {
         sdq_tensor *a = tap[1][i].y, *b = tap[0][i].y;
         if (!a || !b) {
@@ -15253,7 +15732,8 @@ SDQ_API sdq_tensor *sdq_distill_task_loss(sdq_ctx *ctx, void *arg, sdq_rng *rng,
                       t->map[i].layer);
             return NULL;
         }
-        sum = sdq__ds_add(ctx, sum, t->map[i].l1 ? sdq_l1(ctx, a, b) : sdq_mse(ctx, a, b, NULL),
+        sum = sdq__ds_add(ctx, sum, "maps",
+                          t->map[i].l1 ? sdq_l1(ctx, a, b) : sdq_mse(ctx, a, b, NULL),
                           t->map[i].weight);
     }
     return sum;
