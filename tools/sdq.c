@@ -37,7 +37,7 @@
  * arg: NULL for a switch. help: NULL = named in the last lines of the help only. */
 typedef struct flag { const char *names, *arg, *fallback, *help; } flag;
 
-enum { MAX_FLAGS = 64, MAX_GIVEN = 128 };
+enum { MAX_FLAGS = 96, MAX_GIVEN = 128 };
 
 typedef struct args {
     const flag *flags[MAX_FLAGS];
