@@ -953,7 +953,8 @@ static sdq_status pair_job(sdq_ctx *ctx, job *j) {
     return SDQ_OK;
 }
 /* One of two; its exit code is 0 when all went well. */
-static int pair_run(int tier, int fd, size_t rank, const char *state, size_t steps) {
+static int pair_run(int tier, int fd, size_t rank, const char *state, size_t steps,
+                    double *validation) {
     sdq_ctx *ctx = new_ctx(tier, 1);
     static long_run r;
     wire l;
@@ -979,18 +980,19 @@ static int pair_run(int tier, int fd, size_t rank, const char *state, size_t ste
            ? SDQ_OK : SDQ_ERR_IO;
     else if (st == SDQ_OK && (r.infos != steps + 1 || r.info[steps].parts != 2 || l.spans < 7))
         st = SDQ_ERR_SHAPE;
+    *validation = r.infos ? r.info[r.infos - 1].validation : 0.0;
     job_free(ctx, &r.j);
     sdq_ctx_free(ctx);
     return st != SDQ_OK;
 }
-static int pair(int tier, const char *state, size_t steps) {
+static int pair(int tier, const char *state, size_t steps, double *validation) {
     int fd[2], code = 1, here;
     pid_t child;
     if (socketpair(AF_UNIX, SOCK_STREAM, 0, fd) != 0) return 1;
     (void)fflush(stdout);
     child = fork();
-    if (child == 0) _exit(pair_run(tier, fd[1], 1, state, steps));
-    here = pair_run(tier, fd[0], 0, state, steps);
+    if (child == 0) _exit(pair_run(tier, fd[1], 1, state, steps, validation));
+    here = pair_run(tier, fd[0], 0, state, steps, validation);
     if (child < 0 || waitpid(child, &code, 0) != child) return 1;
     close(fd[0]);
     close(fd[1]);
@@ -999,6 +1001,7 @@ static int pair(int tier, const char *state, size_t steps) {
 /* Two processes with one micro-batch each are one process with two: gradient and losses. */
 static void test_two_processes(int tier) {
     static long_run alone;
+    double validation = 0.0;
     sdq_ctx *ctx = new_ctx(tier, 1);
     job two;
     sdq_fit_desc d;
@@ -1011,7 +1014,8 @@ static void test_two_processes(int tier) {
         d.best = NULL;
         d.validate_every = 100;
         SDQT_CHECK(sdq_fit(ctx, alone.j.o, &d, parts_loss, &alone.j) == SDQ_OK);
-        SDQT_CHECK(pair(tier, STATE_A, i) == 0);
+        SDQT_CHECK(pair(tier, STATE_A, i, &validation) == 0);
+        SDQT_NEAR(validation, alone.info[i].validation, 1e-6 * validation);     /* measured: 3e-8 */
         SDQT_CHECK(sdq_optim_load(ctx, two.o, STATE_A) == SDQ_OK);
         /* after the first step m is a tenth of the clipped gradient; measured: 0 and 0 */
         SDQT_CHECK(distance(two.o->leaf[0].m, alone.j.o->leaf[0].m, IN * HIDDEN) <= 1e-6);
@@ -1021,7 +1025,7 @@ static void test_two_processes(int tier) {
         job_free(ctx, &two);
         (void)remove(STATE_A);
     }
-    SDQT_CHECK(pair(tier, NULL, 99) == 0);      /* networks that differ are refused */
+    SDQT_CHECK(pair(tier, NULL, 99, &validation) == 0);      /* networks that differ are refused */
     sdq_ctx_free(ctx);
     clean();
 }
