@@ -126,7 +126,7 @@
  *     (X = 5, U = 3) one micro-batch gives 76 %, four 93 %: accumulate before buying a network.
  *     The exchange begins when all gradients are there; reduce() gets them in one call and can keep
  *     many messages in flight, but does not overlap with backward: at most min(X, C/2) seconds are
- *     lost by that. train_set SMALL (0.3e6 to 1e6 numbers) sends some MB: any network will do.
+ *     lost by that. train_set SMALL (0.7e6 numbers there) sends 3 MB: any network will do.
  *     Memory is that of one machine on each; nothing is shared out but the batch.
  *
  * Training a quantized network
@@ -10637,11 +10637,10 @@ static sdq_status sdq__opt_gradient(sdq_ctx *ctx, sdq__opt_run *r) {
 
 /* After ten steps a loss is compared with the mean over about the last hundred. */
 static sdq_status sdq__opt_watch_loss(sdq_ctx *ctx, const sdq__opt_run *r) {
-    sdq_optim *o = r->o;
+    const sdq_optim *o = r->o;
     const double most = r->d->explode > 0.0 ? r->d->explode : 1000.0, loss = r->info.loss;
     if (o->step >= 10 && o->mean > 0.0 && loss > most * o->mean)
         return sdq__opt_exploded(ctx, o, loss);
-    o->mean += (loss - o->mean) / (double)(o->step < 100 ? o->step + 1 : 100);
     return SDQ_OK;
 }
 
@@ -10740,6 +10739,7 @@ SDQ_API sdq_status sdq_fit(sdq_ctx *ctx, sdq_optim *o, const sdq_fit_desc *d, sd
         SDQ__TRY(sdq__opt_gradient(ctx, &r));
         SDQ__TRY(sdq__opt_watch_loss(ctx, &r));
         SDQ__TRY(sdq_optim_step(ctx, o));
+        o->mean += (r.info.loss - o->mean) / (double)(o->step < 100 ? o->step : 100);
         r.info.validated = 0;
         if (d->validate && d->validate_every
             && (o->step % d->validate_every == 0 || o->step == d->steps))

@@ -987,9 +987,9 @@ static void test_latent_cache(int tier) {
     const sdq_recipe r = sdq_recipe_default();
     fixture f;
     counter c = {0, 2};
-    sdq_dataset *data;
+    sdq_dataset *data = NULL;
     sdq_samples *a = NULL, *b = NULL, *held = NULL;
-    sdq_scheduler *sch;
+    sdq_scheduler *sch = NULL;
     sdq_diffusion_task t;
     sdq__batch x, y;
     sdq_rng rng;

@@ -887,7 +887,8 @@ static void test_disk_full(int tier) {
     SDQT_CHECK(train(tier, 1, 3, 1, STATE_A, 0, NULL) == SDQ_OK
                && train(tier, 1, 3, 1, STATE_B, 0, NULL) == SDQ_OK);
     free(file_bytes(STATE_A, &n));
-    SDQT_CHECK(job_new(ctx, &j) == SDQ_OK && getrlimit(RLIMIT_FSIZE, &before) == 0);
+    SDQT_CHECK(job_new(ctx, &j) == SDQ_OK);
+    SDQT_CHECK(getrlimit(RLIMIT_FSIZE, &before) == 0);
     (void)signal(SIGXFSZ, SIG_IGN);
     small = before;
     small.rlim_cur = (rlim_t)(n / 2);
