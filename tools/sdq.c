@@ -881,8 +881,7 @@ static sdq_status cmd_calibrate(job *j) {
 
 static const flag train_flags[] = {
     {"what", "vae|t2i|qat", "qat", "autoencoder, text-to-image, or quantization-aware training"},
-    {"model,m", "FOLDER|FILE", NULL, "diffusers folder (for --init its config.json files are enough)"
-     " or, with qat, a single file"},
+    {"model,m", "FOLDER|FILE", NULL, "diffusers folder (--init: its config.json files); qat: or a file"},
     {"init", NULL, NULL, "begin with random weights"},
     {"vae", "FOLDER", NULL, "t2i: take the autoencoder from here (default: --model)"},
     {"data", "FOLDER", NULL, "pictures with captions (metadata.jsonl, metadata.csv or NAME.txt)"},
@@ -890,7 +889,7 @@ static const flag train_flags[] = {
     {"out,o", "FOLDER|FILE", NULL, "vae, t2i: folder to write; qat: int8 file"},
     {"steps", "N", NULL, "vae 2400, t2i 16000, qat 300"},
     {"batch", "N", NULL, "vae 16, t2i 32, qat 4"},
-    {"accumulate", "N", "1", "batches per step"},
+    {"accumulate", "N", "1", NULL},
     {"lr", "X", NULL, "vae 2e-3, t2i 8e-4, qat 1e-5"},
     {"scale-lr", "X", "1000", "qat: rate of learned scales, times --lr: relative steps"},
     {"schedule", "constant|cosine", NULL, "vae, t2i cosine; qat constant"},
@@ -900,7 +899,7 @@ static const flag train_flags[] = {
     {"weight-decay", "X", NULL, NULL},
     {"clip", "X", "1", "largest gradient norm"},
     {"ema", "X", NULL, "average of the weights: t2i 0.999, qat 0.9999; 0: none"},
-    {"snr-gamma", "X", "5", "t2i: min-SNR weighting; 0: none"},
+    {"snr-gamma", "X", "5", NULL},
     {"drop", "X", "0.1", "t2i: share of empty captions"},
     {"edges", "X", "1", NULL},
     {"kl", "X", "1e-4", NULL},
@@ -919,7 +918,7 @@ static const flag train_flags[] = {
     {"validate-batches", "N", "4", NULL},
     {"held", "N", "1", "prompts or pictures that are held out for it"},
     {"best", "FILE", NULL, "keep the weights of the lowest validation loss there, and end with them"},
-    {"explode", "X", "1000", "stop at a loss so many times the running mean"},
+    {"explode", "X", "1000", NULL},
 };
 
 typedef enum what { WHAT_VAE, WHAT_T2I, WHAT_QAT } what;
