@@ -100,6 +100,37 @@
  *     sdq_diffusion_task_loss, sdq_distill_task_loss. With a state file a run that was killed goes
  *     on from its last save and ends in the same bytes.
  *
+ * Long runs
+ *     The state file is written to a temporary name, flushed and renamed, every save_every steps,
+ *     when the callback `after` says SDQ_FIT_SAVE (the library reads no clock) and when it says
+ *     SDQ_FIT_STOP (it catches no signal: a program's handler sets a flag that the callback reads).
+ *     A write error stops the run and leaves the state of before. A loss or gradient that is not
+ *     finite, or a loss far above its running mean, stops it with the step and the layer. With
+ *     `validate` the loss on held-out data is measured with the same noise every time, on the
+ *     averages if there are any, and `best` keeps the weights of its minimum. What costs minutes
+ *     before the first step is kept in files that grow record by record and are refused when
+ *     they are stale: sdq_samples_cache, sdq_states_cache. No file has a time in it.
+ *
+ * More than one machine
+ *     sdq_fit_desc.group joins processes; examples/train_mpi.c is how with MPI. Each draws its own
+ *     micro-batches (numbers rank, rank + ranks, ..: together those of one process with ranks times
+ *     the accumulation), the gradients are added up after the last one, before clipping, and every
+ *     process makes the same update. Ranges observed on shares are joined by minimum and maximum
+ *     (sdq_model_reduce_ranges), trajectories in order (sdq_states_gather). Observers that move
+ *     while training are joined after every step; one process would move them after every
+ *     micro-batch. Calibrating, drawing and measuring need no joining but at their end: share out
+ *     prompts or seeds.
+ *     Planning, for P trained parameters and N machines: a step sends and receives 2 (N-1)/N 4 P
+ *     bytes per machine (a ring). A UNet of SD 1.5, P = 860e6: 3.4 GB for two machines, 5.2 GB for
+ *     four, 6.9 GB at most; 3.4 to 6.9 s at 1 GB/s (10 Gbit Ethernet), ten times that at 1 Gbit.
+ *     A micro-batch takes C seconds, the exchange X, the update U: a step of k micro-batches per
+ *     machine takes k C + X + U, its efficiency is k C / (k C + X + U). For C = 25 s at 1 GB/s
+ *     (X = 5, U = 3) one micro-batch gives 76 %, four 93 %: accumulate before buying a network.
+ *     The exchange begins when all gradients are there; reduce() gets them in one call and can keep
+ *     many messages in flight, but does not overlap with backward: at most min(X, C/2) seconds are
+ *     lost by that. train_set SMALL (0.7e6 numbers there) sends 3 MB: any network will do.
+ *     Memory is that of one machine on each; nothing is shared out but the batch.
+ *
  * Training a quantized network
  *     The float network teaches the FAKE one on states of its own trajectories, from prompts alone.
  *     At 8 bits with dynamic ranges calibration leaves little to repair, and training all weights
@@ -1041,23 +1072,82 @@ SDQ_API void sdq_optim_swap_ema(sdq_optim *optim);
  * states give equal bytes. Loading wants the same leaves in the optimizer. */
 SDQ_API sdq_status sdq_optim_save(sdq_ctx *ctx, const sdq_optim *optim, const char *path);
 SDQ_API sdq_status sdq_optim_load(sdq_ctx *ctx, sdq_optim *optim, const char *path);
+/* The weights alone (the averages, where there are any), and back into the weights. */
+SDQ_API sdq_status sdq_optim_save_weights(sdq_ctx *ctx, const sdq_optim *optim, const char *path);
+SDQ_API sdq_status sdq_optim_load_weights(sdq_ctx *ctx, sdq_optim *optim, const char *path);
 
 /* The loss of one micro-batch, recorded. All randomness must come from rng, which depends on the
  * seed, the step and the micro-batch only: that is what makes a resumed run equal. */
 typedef sdq_tensor *(*sdq_loss_fn)(sdq_ctx *ctx, void *user, sdq_rng *rng, size_t step);
 
+/* Called by a loss function: `value` is the part `name` of the loss. The means over the
+ * micro-batches of a step are in sdq_fit_info. name is not copied; up to SDQ_FIT_PARTS names. */
+SDQ_API void sdq_fit_note(sdq_ctx *ctx, const char *name, double value);
+
+enum { SDQ_FIT_PARTS = 8 };
+
+/* What a step of training was like. */
+typedef struct sdq_fit_info {
+    size_t step, steps;         /* done, of all; step 0: only validated, before the first one */
+    double loss;                /* mean over the micro-batches of all processes; 0 in step 0 */
+    size_t parts;
+    const char *part[SDQ_FIT_PARTS];
+    double part_loss[SDQ_FIT_PARTS];
+    double grad_norm, rate;     /* before clipping */
+    int validated;              /* `validation` was measured after this step */
+    double validation;
+    double best;                /* the lowest so far and its step; HUGE_VAL before the first */
+    size_t best_step;
+} sdq_fit_info;
+
+/* What the caller wants after a step. */
+typedef enum sdq_fit_then {
+    SDQ_FIT_GO = 0,
+    SDQ_FIT_STOP,               /* save the state and end with SDQ_ERR_CANCELLED */
+    SDQ_FIT_SAVE                /* save the state and go on: for saving by the clock */
+} sdq_fit_then;
+
+/* How the numbers of several processes are joined; see the manual, "More than one machine". */
+typedef enum sdq_reduce { SDQ_REDUCE_SUM = 0, SDQ_REDUCE_MIN, SDQ_REDUCE_MAX } sdq_reduce;
+typedef struct sdq_span {
+    const char *name;
+    float *values;
+    size_t count;
+} sdq_span;
+/* The processes that work on one thing. Every process makes the same calls in the same order. */
+typedef struct sdq_group {
+    size_t rank, ranks;         /* this process, of so many; ranks 0 or 1: alone */
+    /* Put the sum, minimum or maximum over all processes in place of the n arrays of values, whose
+     * sizes are equal everywhere. All processes must receive the same bits. Non-zero: it failed. */
+    int (*reduce)(void *user, sdq_reduce how, const sdq_span *span, size_t n);
+    void *user;
+} sdq_group;
+
 typedef struct sdq_fit_desc {
     size_t steps;               /* train until the optimizer has done so many */
-    size_t accumulate;          /* micro-batches per step; 0: 1 */
+    size_t accumulate;          /* micro-batches per step in each process; 0: 1 */
     uint64_t seed;
     const char *state;          /* file of the optimizer's state; NULL: none is written or read */
     size_t save_every;          /* steps; 0: only at the end */
     sdq_progress_fn progress;   /* stage "train", i = steps done, n = steps, value = loss */
-    void *user;
+    int (*after)(void *user, const sdq_fit_info *info); /* returns sdq_fit_then; NULL: none */
+    void *user;                 /* of both */
+    size_t validate_every;      /* steps; 0: never; also before the first and after the last step */
+    sdq_loss_fn validate;       /* a loss on held-out data; its rng is the same every time */
+    void *validate_user;
+    size_t validate_batches;    /* calls of it, step = 0, 1, ..; 0: 4 */
+    const char *best;           /* sdq_optim_save_weights whenever validation was lowest; or NULL */
+    double explode;             /* stop at a loss so many times the running mean; 0: 1000 */
+    const sdq_group *group;     /* NULL: one process */
 } sdq_fit_desc;
 
-/* Train. If the state file exists the run goes on from it.
- * A loss that is not finite stops with SDQ_ERR_NUMERIC and the step; the state file stays. */
+/* Train. If the state file exists the run goes on from it and ends in the same bytes as a run that
+ * was never stopped. What is validated, and saved as the best, are the averages where there are
+ * any. Process `rank` of a group computes micro-batches rank, rank + ranks, ..: the sum of the
+ * gradients over the group is that of one process with ranks times `accumulate`. Process 0 alone
+ * writes files; all read them.
+ * SDQ_ERR_NUMERIC: a loss or gradient that is not finite or explodes; the sentence names the step
+ * and the layer. SDQ_ERR_IO: a file could not be written. The last state file stays in both. */
 SDQ_API sdq_status sdq_fit(sdq_ctx *ctx, sdq_optim *optim, const sdq_fit_desc *desc,
                            sdq_loss_fn loss, void *loss_user);
 
@@ -1076,7 +1166,25 @@ SDQ_API size_t sdq_samples_count(const sdq_samples *samples);
 /* Encode every picture and its mirror image once; draws then take latents from this cache. */
 SDQ_API sdq_status sdq_samples_encode(sdq_ctx *ctx, sdq_samples *samples, const sdq_model *vae,
                                       sdq_progress_fn progress, void *user);
-/* 1 / standard deviation of the encoded latents: the scaling factor of the autoencoder. */
+/* The same through a file, for networks that are not trained: pictures and captions are encoded
+ * once, a record each, and the file is mapped, so that neither pictures nor encoders are needed
+ * in memory afterwards. A call that is stopped goes on where it was when made again.
+ *   size   as for sdq_samples_load; a multiple of the VAE's factor
+ *   text   NULL: captions are kept as ids only, for a text encoder that is trained
+ *   path   the cache; PATH.part while it grows. Every picture is read to tell whether it is stale:
+ *          it belongs to these files' bytes, captions, this size and these networks
+ *   progress   stage "encode"
+ * Errors: SDQ_ERR_FORMAT (stale, or another file), _IO, _CANCELLED, those of reading pictures. */
+SDQ_API sdq_status sdq_samples_cache(sdq_ctx *ctx, const sdq_dataset *data, size_t size,
+                                     const sdq_tokenizer *tokenizer, const sdq_model *vae,
+                                     const sdq_model *text, const char *path,
+                                     sdq_progress_fn progress, void *user, sdq_samples **out);
+/* Take n pictures, spread over all of them, out of the draws, for validation: only `held` draws
+ * them. It shares the data of `samples`; free it before them. SDQ_ERR_ARGUMENT: n is 0 or all. */
+SDQ_API sdq_status sdq_samples_hold_out(sdq_ctx *ctx, sdq_samples *samples, size_t n,
+                                        sdq_samples **held);
+/* 1 / standard deviation of the encoded latents: the scaling factor of the autoencoder. Only after
+ * sdq_samples_encode. */
 SDQ_API float sdq_samples_scaling(const sdq_samples *samples);
 
 /* Autoencoder: L1 + edges * L1 of differences + kl * KL (the mean over elements). */
@@ -1091,7 +1199,7 @@ SDQ_API sdq_tensor *sdq_vae_task_loss(sdq_ctx *ctx, void *task, sdq_rng *rng, si
 /* Noise or velocity prediction on encoded pictures; the text encoder is trained along when its
  * parameters are in the optimizer. */
 typedef struct sdq_diffusion_task {
-    sdq_model *unet, *text;
+    sdq_model *unet, *text;             /* text NULL: the samples hold the states of the captions */
     const sdq_samples *samples;         /* encoded */
     const sdq_scheduler *scheduler;     /* noise levels and prediction type */
     float scaling;                      /* latents are multiplied by it */
@@ -1313,6 +1421,21 @@ typedef struct sdq_states sdq_states;
 SDQ_API sdq_status sdq_states_collect(sdq_ctx *ctx, const sdq_pipeline *pipeline,
                                       const char *const *prompts, size_t n,
                                       const sdq_txt2img_desc *desc, sdq_states **out);
+/* The same through a file that keeps the trajectory of every prompt: a call that is stopped goes on
+ * where it was when made again, and a complete file is only read.
+ *   path   PATH.part while it grows; it belongs to these prompts, this desc and these weights
+ * Errors: SDQ_ERR_FORMAT (stale, or another file), _IO, _CANCELLED. */
+SDQ_API sdq_status sdq_states_cache(sdq_ctx *ctx, const sdq_pipeline *pipeline,
+                                    const char *const *prompts, size_t n,
+                                    const sdq_txt2img_desc *desc, const char *path,
+                                    sdq_states **out);
+/* Take the last n prompts out, for validation. `held` shares the data; free it before `states`.
+ * SDQ_ERR_ARGUMENT: n is 0 or all prompts. */
+SDQ_API sdq_status sdq_states_hold_out(sdq_ctx *ctx, sdq_states *states, size_t n,
+                                       sdq_states **held);
+/* Join the states that the processes of a group collected, in the order of their ranks: afterwards
+ * all of them have all. *states is replaced; it must not be held out from yet. */
+SDQ_API sdq_status sdq_states_gather(sdq_ctx *ctx, const sdq_group *group, sdq_states **states);
 SDQ_API void sdq_states_free(sdq_ctx *ctx, sdq_states *states);
 SDQ_API size_t sdq_states_count(const sdq_states *states);
 
@@ -1324,6 +1447,9 @@ SDQ_API sdq_status sdq_calibrate_states(sdq_ctx *ctx, sdq_model *unet, const sdq
 /* The published way: `batches` of noised pictures in FAKE mode with moving observers. */
 SDQ_API sdq_status sdq_calibrate_data(sdq_ctx *ctx, const sdq_diffusion_task *task, size_t batches,
                                       uint64_t seed, sdq_progress_fn progress, void *user);
+/* Join the ranges that the processes of a group observed, each on its share of the states: the
+ * widest of them, so that they are those of one process that saw all. */
+SDQ_API sdq_status sdq_model_reduce_ranges(sdq_ctx *ctx, sdq_model *unet, const sdq_group *group);
 /* Observers of all layers on or off. The published recipe leaves them on while training. */
 SDQ_API void sdq_model_observe(sdq_model *model, int on);
 
@@ -1588,6 +1714,8 @@ struct sdq_ctx {
     struct sdq__dry *dry;           /* not NULL: nothing is computed, memory is counted */
     struct sdq__node *tape;         /* newest node */
     struct sdq__taps *taps;         /* layers whose output is wanted, or NULL */
+    struct sdq__notes *notes;       /* parts of the loss, while training */
+    const char **watch;             /* receives the first layer whose output is not finite */
     int recording, replay;          /* replay: a checkpoint runs a block again */
 };
 
@@ -5892,6 +6020,10 @@ static void sdq__ly_follow(sdq_layer *l) {
 /* What training must remember of the observers: ranges of both parts and of the output as
  * (min, max, seen), then the moving ranges of the weights when there are any. */
 static size_t sdq__ly_state_count(const sdq_layer *l) { return 9 + (l->w_mn ? 2 * l->out : 0); }
+/* Whether value i of n of such a state is a minimum; the others are maxima and flags. */
+static int sdq__ly_state_is_min(size_t n, size_t i) {
+    return i < 9 ? i % 3 == 0 : i < 9 + (n - 9) / 2;
+}
 static void sdq__ly_state(void *user, float *v, int load) {
     sdq_layer *l = (sdq_layer *)user;
     float *range[6];
@@ -6421,10 +6553,20 @@ static sdq_tensor *sdq__ly_forward(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *x, sd
 typedef struct sdq__tap { const char *name; sdq_tensor *y; } sdq__tap;
 typedef struct sdq__taps { sdq__tap *tap; size_t n; } sdq__taps;
 
+/* Whether a sum or a product of these numbers can still be finite. */
+static int sdq__ly_finite(const float *x, size_t n) {
+    size_t i;
+    for (i = 0; i < n; i++)
+        if (!(x[i] > -1e30f && x[i] < 1e30f)) return 0;
+    return 1;
+}
+
 SDQ_API sdq_tensor *sdq_layer_forward(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *x, sdq_tensor *res,
                                       sdq_mode mode) {
     sdq_tensor *y = sdq__ly_forward(ctx, l, x, res, mode, 0);
     size_t i;
+    if (ctx->watch && !*ctx->watch && y && !sdq__ly_finite(sdq_f32(y), sdq_tensor_count(y)))
+        *ctx->watch = l->name;
     for (i = 0; ctx->taps && i < ctx->taps->n; i++) {
         sdq__tap *t = &ctx->taps->tap[i];
         if (!y || strcmp(t->name, l->name) != 0) continue;
@@ -6435,8 +6577,8 @@ SDQ_API sdq_tensor *sdq_layer_forward(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *x,
 
 /* sdq_geglu(layer(x)), at once where nobody needs the product itself. */
 static sdq_tensor *sdq__ly_geglu(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *x, sdq_mode mode) {
-    const int at_once = !ctx->recording && !ctx->taps && mode != SDQ_FAKE && l->parts == 1
-                     && !l->quant.quantize_output && sdq__ly_taps(l) == 1
+    const int at_once = !ctx->recording && !ctx->taps && !ctx->watch && mode != SDQ_FAKE
+                     && l->parts == 1 && !l->quant.quantize_output && sdq__ly_taps(l) == 1
                      && l->out % (2 * SDQ__NR) == 0 && l->in <= SDQ__GEMM_KB;
     return at_once ? sdq__ly_forward(ctx, l, x, NULL, mode, 1)
                    : sdq_geglu(ctx, sdq_layer_forward(ctx, l, x, NULL, mode));
@@ -7798,6 +7940,169 @@ done:
     sdq__st_set_close(ctx, s);
     sdq__free(ctx, path);
     return st;
+}
+
+/* ---- caches: one array of equal records, written as they come ----
+ *
+ * A safetensors file with one array "records", U8 [count, bytes], and the metadata "kind" and
+ * "key", a hash of everything the records were made from. It grows as PATH.part, whose header is
+ * complete from the start, and is renamed after the last record. A run that is stopped goes on
+ * after the last record whose own hash, its last 8 bytes, is right. */
+
+typedef struct sdq__st_cache {
+    sdq_file *file;             /* complete: mapped; NULL while it grows */
+    const unsigned char *data;  /* of file */
+    FILE *f;
+    char *part;
+    const char *path, *kind;
+    uint64_t key;
+    size_t count, bytes, done;  /* bytes of a record, with its hash */
+} sdq__st_cache;
+
+static void sdq__st_cache_close(sdq_ctx *ctx, sdq__st_cache *c) {
+    sdq_file_close(ctx, c->file);
+    if (c->f) (void)fclose(c->f);
+    sdq__free(ctx, c->part);
+    memset(c, 0, sizeof *c);
+}
+
+static void sdq__st_cache_key(uint64_t key, char text[17]) {
+    (void)snprintf(text, 17, "%08lx%08lx", (unsigned long)(key >> 32),
+                   (unsigned long)(key & 0xffffffffu));
+}
+
+/* The complete file: is it the one that is wanted? */
+static sdq_status sdq__st_cache_map(sdq_ctx *ctx, sdq__st_cache *c) {
+    const sdq_entry *e;
+    const char *kind, *key;
+    char want[17];
+    SDQ__TRY(sdq_file_open(ctx, c->path, &c->file));
+    e = sdq_file_find(c->file, "records");
+    kind = sdq_file_meta(c->file, "kind");
+    key = sdq_file_meta(c->file, "key");
+    sdq__st_cache_key(c->key, want);
+    if (!e || !kind || strcmp(kind, c->kind) != 0)
+        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: is not a cache of %s; name another file",
+                         c->path, c->kind);
+    if (!key || strcmp(key, want) != 0 || e->dtype != SDQ_U8 || e->rank != 2
+        || e->dim[0] != c->count || e->dim[1] != c->bytes)
+        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: is stale: its %s were made from other inputs,"
+                         " settings or networks (key %s, expected %s); delete it or name another"
+                         " file", c->path, c->kind, key ? key : "missing", want);
+    c->data = (const unsigned char *)e->data;
+    c->done = c->count;
+    return SDQ_OK;
+}
+
+static sdq_status sdq__st_cache_header(sdq_ctx *ctx, const sdq__st_cache *c, sdq__str *out) {
+    sdq_entry e;
+    const sdq_entry *sorted[1];
+    sdq_pair meta[2];
+    sdq__str h;
+    char key[17], length[8];
+    size_t i;
+    memset(&e, 0, sizeof e);
+    memset(&h, 0, sizeof h);
+    sdq__st_cache_key(c->key, key);
+    meta[0].key = "kind"; meta[0].value = c->kind;
+    meta[1].key = "key"; meta[1].value = key;
+    e.name = "records";
+    e.dtype = SDQ_U8;
+    e.rank = 2;
+    e.dim[0] = c->count;
+    e.dim[1] = c->bytes;
+    sorted[0] = &e;
+    if (!sdq__u_mul(c->count, c->bytes, &e.bytes))
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "%s: %zu records of %zu bytes are too large",
+                         c->path, c->count, c->bytes);
+    sdq__st_format(ctx, &h, sorted, 1, meta, 2);
+    for (i = 0; i < 8; i++) length[i] = (char)(unsigned char)((uint64_t)h.len >> (8 * i));
+    sdq__str_add(ctx, out, length, 8);
+    if (!h.bad) sdq__str_add(ctx, out, h.s, h.len);
+    sdq__str_free(ctx, &h);
+    return h.bad || out->bad ? SDQ_ERR_OOM : SDQ_OK;
+}
+
+/* Count the good records behind the right header; 0 when the header is another. */
+static size_t sdq__st_cache_survey(FILE *f, const sdq__str *header, unsigned char *record,
+                                   size_t bytes, size_t count, int *same) {
+    size_t i, n = 0;
+    uint64_t hash;
+    for (i = 0; i < header->len; i++)
+        if (fgetc(f) != (int)(unsigned char)header->s[i]) return 0;
+    *same = 1;
+    while (n < count && fread(record, 1, bytes, f) == bytes) {
+        memcpy(&hash, record + bytes - 8, 8);
+        if (hash != sdq__u_hash(0, record, bytes - 8)) break;
+        n++;
+    }
+    return n;
+}
+
+static sdq_status sdq__st_cache_grow(sdq_ctx *ctx, sdq__st_cache *c) {
+    unsigned char *record = SDQ__NEW_N(ctx, unsigned char, c->bytes);
+    sdq__str header;
+    int same = 0;
+    sdq_status st = ctx->status;
+    memset(&header, 0, sizeof header);
+    c->part = sdq__io_join(ctx, c->path, ".part", "");
+    if (!record || !c->part) { st = SDQ_ERR_OOM; goto done; }
+    SDQ__TRY_DONE(sdq__st_cache_header(ctx, c, &header));
+    c->f = fopen(c->part, "r+b");
+    if (c->f) c->done = sdq__st_cache_survey(c->f, &header, record, c->bytes, c->count, &same);
+    if (c->f && !same) { (void)fclose(c->f); c->f = NULL; }
+    if (!c->f) c->f = fopen(c->part, "w+b");
+    if (!c->f)
+        st = sdq__fail(ctx, SDQ_ERR_IO, "%s: cannot be created (folder missing or not writable?)",
+                       c->part);
+    else if (same ? fseek(c->f, (long)(header.len + c->done * c->bytes), SEEK_SET) != 0
+                  : fwrite(header.s, 1, header.len, c->f) != header.len)
+        st = sdq__fail(ctx, SDQ_ERR_IO, "%s: write error; is the disk full?", c->part);
+done:
+    sdq__str_free(ctx, &header);
+    sdq__free(ctx, record);
+    return st;
+}
+
+/* Open the cache at path: complete (c->data), or growing with c->done records there.
+ *   kind   what it holds, for messages; path and kind are kept
+ *   bytes  of a record without its hash, a multiple of 4 */
+static sdq_status sdq__st_cache_open(sdq_ctx *ctx, const char *path, const char *kind, uint64_t key,
+                                     size_t count, size_t bytes, sdq__st_cache *c) {
+    memset(c, 0, sizeof *c);
+    c->path = path;
+    c->kind = kind;
+    c->key = key;
+    c->count = count;
+    c->bytes = sdq__u_round_up(bytes, 8) + 8;
+    return sdq__io_exists(path) ? sdq__st_cache_map(ctx, c) : sdq__st_cache_grow(ctx, c);
+}
+
+/* Append a record: n floats. The caller's buffer has room for c->bytes. */
+static sdq_status sdq__st_cache_put(sdq_ctx *ctx, sdq__st_cache *c, float *record, size_t n) {
+    unsigned char *p = (unsigned char *)record;
+    uint64_t hash;
+    memset(p + n * 4, 0, c->bytes - 8 - n * 4);
+    hash = sdq__u_hash(0, p, c->bytes - 8);
+    memcpy(p + c->bytes - 8, &hash, 8);
+    if (fwrite(p, 1, c->bytes, c->f) != c->bytes || fflush(c->f) != 0)
+        return sdq__fail(ctx, SDQ_ERR_IO, "%s: write error; is the disk full? %zu of %zu records"
+                         " are kept", c->part, c->done, c->count);
+    c->done++;
+    return SDQ_OK;
+}
+
+/* All records are there: give the file its name and map it. */
+static sdq_status sdq__st_cache_finish(sdq_ctx *ctx, sdq__st_cache *c) {
+    const int synced = SDQ__FSYNC(c->f) == 0, closed = fclose(c->f) == 0;
+    c->f = NULL;
+    if (!synced || !closed || rename(c->part, c->path) != 0)
+        return sdq__fail(ctx, SDQ_ERR_IO, "%s: could not be completed; is the disk full?", c->path);
+    return sdq__st_cache_map(ctx, c);
+}
+
+static const float *sdq__st_cache_record(const sdq__st_cache *c, size_t i) {
+    return (const float *)(const void *)(c->data + i * c->bytes);
 }
 
 /* ===========================================================================
@@ -10361,6 +10666,8 @@ struct sdq_optim {
     sdq__leaf *leaf;
     size_t count, cap, step;
     double norm, rate;
+    double mean, best;          /* running mean of the loss; lowest validation loss, its step */
+    size_t best_step;
 };
 
 SDQ_API sdq_status sdq_optim_create(sdq_ctx *ctx, const sdq_optim_desc *desc, sdq_optim **out) {
@@ -10368,6 +10675,7 @@ SDQ_API sdq_status sdq_optim_create(sdq_ctx *ctx, const sdq_optim_desc *desc, sd
     *out = NULL;
     if (!o) return ctx->status;
     if (desc) o->desc = *desc;
+    o->best = HUGE_VAL;
     if (o->desc.lr == 0.0f) o->desc.lr = 1e-4f;
     if (o->desc.beta1 == 0.0f) o->desc.beta1 = 0.9f;
     if (o->desc.beta2 == 0.0f) o->desc.beta2 = 0.999f;
@@ -10542,6 +10850,17 @@ static void sdq__opt_step_task(void *arg, size_t task, int thread) {
     memset(g, 0, n * sizeof *g);
 }
 
+/* The number of leaves whose gradient is not finite; *name: the first of them. */
+static size_t sdq__opt_bad_gradients(const sdq_optim *o, const char **name) {
+    size_t i, n = 0;
+    for (i = 0; i < o->count; i++) {
+        const sdq_tensor *t = o->leaf[i].t;
+        if (t->grad && !sdq__ly_finite(t->grad, sdq_tensor_count(t)) && n++ == 0)
+            *name = o->leaf[i].name;
+    }
+    return n;
+}
+
 /* AdamW on u = log w: du = dw w, w' = w (1 + step) to first order. Such gradients are small (LSQ
  * divides them by the root of the number of elements), so is their eps. */
 static void sdq__opt_scale_step(sdq_ctx *ctx, sdq__leaf *l, const sdq__adamw_step *step,
@@ -10580,11 +10899,14 @@ SDQ_API sdq_status sdq_optim_step(sdq_ctx *ctx, sdq_optim *o) {
     if (ctx->status != SDQ_OK) return ctx->status;
     sdq_arena_release(ctx, mark);       /* nothing else is pushed before the end */
     o->norm = sdq__opt_norm(ctx, o, scratch);
-    if (!(o->norm < 1e30))
+    if (!(o->norm < 1e30)) {
+        const char *name = "their sum";
+        const size_t bad = sdq__opt_bad_gradients(o, &name);
         return sdq__fail(ctx, SDQ_ERR_NUMERIC,
-                         "training: the gradient of step %zu is not finite; the"
-                         " last checkpoint is good, lower the learning rate",
-                         o->step);
+                         "training: the gradient of step %zu is not finite in %zu of %zu tensors,"
+                         " first %s; the last checkpoint is good, lower the learning rate",
+                         o->step, bad, o->count, name);
+    }
     o->rate = sdq__opt_rate(d, o->step);
     if (decay > (double)d->ema) decay = (double)d->ema;
     s.beta1 = d->beta1; s.beta2 = d->beta2; s.eps = d->eps;
@@ -10671,13 +10993,44 @@ static void sdq__opt_entry(const sdq__leaf *l, const sdq__opt_slot *slot, char *
     e->bytes = 2 * e->dim[0] * sizeof(float);
 }
 
+/* What the loop must remember: the running mean of the loss and the best validation loss as the
+ * bits of a double, and the step of the best. */
+enum { SDQ__OPT_FIT = 64 };
+static void sdq__opt_put_fit(const sdq_optim *o, char buf[SDQ__OPT_FIT]) {
+    uint64_t u[2];
+    memcpy(&u[0], &o->mean, 8);
+    memcpy(&u[1], &o->best, 8);
+    (void)snprintf(buf, SDQ__OPT_FIT, "%08lx%08lx %08lx%08lx %lu",
+                   (unsigned long)(u[0] >> 32), (unsigned long)(u[0] & 0xffffffffu),
+                   (unsigned long)(u[1] >> 32), (unsigned long)(u[1] & 0xffffffffu),
+                   (unsigned long)o->best_step);
+}
+/* text NULL: a state without; 0 when it is not what sdq__opt_put_fit writes. */
+static int sdq__opt_get_fit(const char *text, sdq_optim *o) {
+    unsigned long v[5];
+    uint64_t u[2];
+    char again[SDQ__OPT_FIT];
+    o->mean = 0.0;
+    o->best = HUGE_VAL;
+    o->best_step = 0;
+    if (!text) return 1;
+    if (sscanf(text, "%8lx%8lx %8lx%8lx %lu", &v[0], &v[1], &v[2], &v[3], &v[4]) != 5) return 0;
+    u[0] = (uint64_t)v[0] << 32 | v[1];
+    u[1] = (uint64_t)v[2] << 32 | v[3];
+    memcpy(&o->mean, &u[0], 8);
+    memcpy(&o->best, &u[1], 8);
+    o->best_step = v[4];
+    sdq__opt_put_fit(o, again);
+    return strcmp(text, again) == 0 && o->mean == o->mean && o->best == o->best;
+}
+
 SDQ_API sdq_status sdq_optim_save(sdq_ctx *ctx, const sdq_optim *o, const char *path) {
     const size_t arrays = sdq__opt_arrays(o);
     const sdq_mark mark = sdq_arena_mark(ctx);
     sdq_entry *e = SDQ__PUSH_N(ctx, sdq_entry, arrays + 1);
-    char *names = SDQ__PUSH_N(ctx, char, (arrays + 1) * 256), step[32];
+    char *names = SDQ__PUSH_N(ctx, char, (arrays + 1) * 256), step[32], fit[SDQ__OPT_FIT];
     sdq__opt_slot slot[7];
-    sdq_pair meta;
+    sdq_pair meta[2];
     sdq_status st = ctx->status;
     size_t i, k, n = 0;
     if (e && names) {
@@ -10691,9 +11044,10 @@ SDQ_API sdq_status sdq_optim_save(sdq_ctx *ctx, const sdq_optim *o, const char *
             }
         }
         (void)snprintf(step, sizeof step, "%zu", o->step);
-        meta.key = "step";
-        meta.value = step;
-        st = sdq_file_write(ctx, path, e, n, &meta, 1);
+        sdq__opt_put_fit(o, fit);
+        meta[0].key = "step"; meta[0].value = step;
+        meta[1].key = "fit"; meta[1].value = fit;
+        st = sdq_file_write(ctx, path, e, n, meta, 2);
     }
     sdq_arena_release(ctx, mark);
     return st;
@@ -10715,10 +11069,12 @@ SDQ_API sdq_status sdq_optim_load(sdq_ctx *ctx, sdq_optim *o, const char *path) 
     const char *text;
     size_t i, k, pass, step = 0;
     sdq__opt_slot slot[7];
+    sdq_optim fit = *o;
     char name[256];
     if (st != SDQ_OK) return st;
     text = sdq_file_meta(f, "step");
-    if (!text || !sdq__opt_parse_step(text, &step) || sdq_file_count(f) != arrays) {
+    if (!text || !sdq__opt_parse_step(text, &step) || sdq_file_count(f) != arrays
+        || !sdq__opt_get_fit(sdq_file_meta(f, "fit"), &fit)) {
         st = sdq__fail(ctx, SDQ_ERR_FORMAT,
                        "%s: is not the state of this training (%zu arrays, expected %zu);"
                        " use another state file or delete it",
@@ -10750,7 +11106,52 @@ SDQ_API sdq_status sdq_optim_load(sdq_ctx *ctx, sdq_optim *o, const char *path) 
     for (i = 0; i < o->count; i++)
         if (o->leaf[i].state) o->leaf[i].state(o->leaf[i].user, sdq_f32(o->leaf[i].t), 1);
     o->step = step;
+    o->mean = fit.mean;
+    o->best = fit.best;
+    o->best_step = fit.best_step;
 done:
+    sdq_file_close(ctx, f);
+    return st;
+}
+
+SDQ_API sdq_status sdq_optim_save_weights(sdq_ctx *ctx, const sdq_optim *o, const char *path) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    sdq_entry *e = SDQ__PUSH_N(ctx, sdq_entry, o->count + 1);
+    sdq_status st = ctx->status;
+    size_t i;
+    for (i = 0; e && i < o->count; i++) {
+        const sdq__leaf *l = &o->leaf[i];
+        memset(&e[i], 0, sizeof e[i]);
+        if (l->state) l->state(l->user, sdq_f32(l->t), 0);
+        e[i].name = l->name;
+        e[i].rank = l->t->rank;
+        memcpy(e[i].dim, l->t->dim, sizeof l->t->dim);
+        e[i].data = l->ema ? l->ema : sdq_f32(l->t);
+        e[i].bytes = sdq_tensor_count(l->t) * sizeof(float);
+    }
+    if (e) st = sdq_file_write(ctx, path, e, o->count, NULL, 0);
+    sdq_arena_release(ctx, mark);
+    return st;
+}
+
+SDQ_API sdq_status sdq_optim_load_weights(sdq_ctx *ctx, sdq_optim *o, const char *path) {
+    sdq_file *f = NULL;
+    sdq_status st = sdq_file_open(ctx, path, &f);
+    size_t i, pass;
+    if (st != SDQ_OK) return st;
+    for (pass = 0; pass < 2; pass++)        /* check everything before anything changes */
+        for (i = 0; i < o->count && st == SDQ_OK; i++) {
+            sdq__leaf *l = &o->leaf[i];
+            const sdq_entry *e = sdq_file_find(f, l->name);
+            char shape[96];
+            if (!e || e->dtype != SDQ_F32 || e->rank != l->t->rank
+                || memcmp(e->dim, l->t->dim, sizeof l->t->dim) != 0)
+                st = sdq__fail(ctx, SDQ_ERR_SHAPE, "%s: array %s is missing or is not F32 %s: it"
+                               " belongs to another training", path, l->name,
+                               sdq__t_shape(l->t, shape));
+            else if (pass) memcpy(l->t->data, e->data, e->bytes);
+            if (st == SDQ_OK && pass && l->state) l->state(l->user, sdq_f32(l->t), 1);
+        }
     sdq_file_close(ctx, f);
     return st;
 }
@@ -10759,18 +11160,211 @@ done:
 
 /* Every micro-batch has its own generator: a run can stop and go on anywhere. */
 static void sdq__opt_rng(sdq_rng *rng, uint64_t seed, size_t step, size_t micro) {
-    const uint64_t mix = (seed * 1000003u + (uint64_t)step) * 64u + (uint64_t)micro;
+    const uint64_t mix = (seed * 1000003u + (uint64_t)step) * 64u + (uint64_t)micro % 64u
+                       + (uint64_t)(micro / 64) * UINT64_C(0x9e3779b97f4a7c15);
     sdq_rng_init(rng, SDQ_RNG_TORCH, mix ^ (mix >> 32));
 }
 
-static sdq_status sdq__opt_micro(sdq_ctx *ctx, sdq_loss_fn fn, void *user, sdq_rng *rng,
-                                 size_t step, float share, double *loss) {
+/* The parts of a loss, added up over micro-batches. */
+typedef struct sdq__notes {
+    const char *name[SDQ_FIT_PARTS];
+    double sum[SDQ_FIT_PARTS], share;
+    size_t n;
+} sdq__notes;
+
+SDQ_API void sdq_fit_note(sdq_ctx *ctx, const char *name, double value) {
+    sdq__notes *n = ctx->notes;
+    size_t i;
+    if (!n) return;
+    for (i = 0; i < n->n && strcmp(n->name[i], name) != 0; i++) {}
+    if (i == SDQ_FIT_PARTS) return;
+    if (i == n->n) { n->name[n->n++] = name; n->sum[i] = 0.0; }
+    n->sum[i] += n->share * value;
+}
+
+typedef struct sdq__opt_loop {
+    sdq_optim *o;
+    const sdq_fit_desc *d;
+    sdq_loss_fn fn;
+    void *user;
+    size_t micros, rank, ranks; /* micro-batches of this process */
+    sdq__notes notes;
+    sdq_fit_info info;
+} sdq__opt_loop;
+
+/* ---- several processes ---- */
+
+static sdq_status sdq__opt_reduce(sdq_ctx *ctx, const sdq_group *g, sdq_reduce how,
+                                  const sdq_span *span, size_t n) {
+    if (ctx->status != SDQ_OK || !g || g->ranks < 2 || n == 0) return ctx->status;
+    if (g->reduce(g->user, how, span, n) != 0)
+        sdq__fail(ctx, SDQ_ERR_IO, "process %zu of %zu: %s could not be joined with the others",
+                  g->rank, g->ranks, span->name);
+    return ctx->status;
+}
+static sdq_status sdq__opt_reduce_one(sdq_ctx *ctx, const sdq_group *g, sdq_reduce how,
+                                      const char *name, float *v, size_t n) {
+    sdq_span span;
+    span.name = name; span.values = v; span.count = n;
+    return sdq__opt_reduce(ctx, g, how, &span, 1);
+}
+
+/* Doubles keep their bits but for the last ones: as a float and what that leaves. */
+static sdq_status sdq__opt_reduce_reals(sdq_ctx *ctx, const sdq_group *g, const char *name,
+                                        double *v, size_t n) {
+    float both[2 * (SDQ_FIT_PARTS + 1)];
+    size_t i;
+    if (!g || g->ranks < 2) return SDQ_OK;
+    for (i = 0; i < n; i++) {
+        both[2 * i] = (float)v[i];
+        both[2 * i + 1] = (float)(v[i] - (double)both[2 * i]);
+    }
+    SDQ__TRY(sdq__opt_reduce_one(ctx, g, SDQ_REDUCE_SUM, name, both, 2 * n));
+    for (i = 0; i < n; i++) v[i] = (double)both[2 * i] + (double)both[2 * i + 1];
+    return SDQ_OK;
+}
+
+/* The widest range of all processes, in the values of sdq__ly_state. */
+static sdq_status sdq__opt_reduce_range(sdq_ctx *ctx, const sdq_group *g, const char *name,
+                                        float *v, size_t n) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    float *low = SDQ__PUSH_N(ctx, float, n);
+    size_t i;
+    if (!low) return ctx->status;
+    memcpy(low, v, n * sizeof *v);
+    (void)sdq__opt_reduce_one(ctx, g, SDQ_REDUCE_MIN, name, low, n);
+    (void)sdq__opt_reduce_one(ctx, g, SDQ_REDUCE_MAX, name, v, n);
+    for (i = 0; i < n; i++)
+        if (sdq__ly_state_is_min(n, i)) v[i] = low[i];
+    sdq_arena_release(ctx, mark);
+    return ctx->status;
+}
+
+/* All gradients in one call, so that the user can overlap them; then the moving ranges. */
+static sdq_status sdq__opt_reduce_gradients(sdq_ctx *ctx, const sdq_group *g, sdq_optim *o) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    sdq_span *span;
+    size_t i, n = 0;
+    if (!g || g->ranks < 2) return SDQ_OK;
+    span = SDQ__PUSH_N(ctx, sdq_span, o->count + 1);
+    if (!span) return ctx->status;
+    for (i = 0; i < o->count; i++) {
+        const sdq__leaf *l = &o->leaf[i];
+        if (l->state) continue;
+        span[n].name = l->name;
+        span[n].values = l->t->grad;
+        span[n++].count = sdq_tensor_count(l->t);
+    }
+    (void)sdq__opt_reduce(ctx, g, SDQ_REDUCE_SUM, span, n);
+    sdq_arena_release(ctx, mark);
+    for (i = 0; i < o->count && ctx->status == SDQ_OK; i++) {
+        sdq__leaf *l = &o->leaf[i];
+        if (!l->state) continue;
+        l->state(l->user, sdq_f32(l->t), 0);
+        SDQ__TRY(sdq__opt_reduce_range(ctx, g, l->name, sdq_f32(l->t), sdq_tensor_count(l->t)));
+        l->state(l->user, sdq_f32(l->t), 1);
+    }
+    return ctx->status;
+}
+
+/* All processes begin at one step with one set of weights: 24 bits each of step and hash. */
+static sdq_status sdq__opt_agree(sdq_ctx *ctx, const sdq_group *g, const sdq_optim *o) {
+    uint64_t hash = 0;
+    float low[3], high[3];
+    size_t i;
+    if (!g || g->ranks < 2) return SDQ_OK;
+    if (g->rank >= g->ranks || !g->reduce)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "training: process %zu of %zu, or no way to join"
+                         " them", g->rank, g->ranks);
+    for (i = 0; i < o->count; i++) {
+        const sdq_tensor *t = o->leaf[i].t;
+        if (!o->leaf[i].state)
+            hash = sdq__u_mix(hash, sdq__u_hash(0, t->data, sdq_tensor_count(t) * sizeof(float)));
+    }
+    low[0] = (float)(o->step & 0xffffffu);
+    low[1] = (float)(hash & 0xffffffu);
+    low[2] = (float)(hash >> 40);
+    memcpy(high, low, sizeof low);
+    SDQ__TRY(sdq__opt_reduce_one(ctx, g, SDQ_REDUCE_MIN, "the step", low, 3));
+    SDQ__TRY(sdq__opt_reduce_one(ctx, g, SDQ_REDUCE_MAX, "the step", high, 3));
+    if (low[0] != high[0])
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "training: the processes are at steps %.0f to"
+                         " %.0f; the state file must be one that all of them can read",
+                         (double)low[0], (double)high[0]);
+    if (memcmp(low, high, sizeof low) != 0)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "training: the processes begin with different"
+                         " weights; they must load the same model, ranges and states");
+    return SDQ_OK;
+}
+
+/* A loss without its gradient; observers stay as they are. The tape is on all the same, for losses
+ * that look at outputs of inner layers: the arena then keeps them. */
+static double sdq__opt_forward(sdq_ctx *ctx, sdq_loss_fn fn, void *user, sdq_rng *rng,
+                               size_t step) {
+    const sdq_tensor *y;
+    double loss = 0.0;
+    sdq_tape_begin(ctx);
+    ctx->replay = 1;
+    y = fn(ctx, user, rng, step);
+    if (y) loss = (double)sdq_f32(y)[0];
+    else sdq__fail(ctx, SDQ_ERR_ARGUMENT, "training: the loss function gave no loss");
+    ctx->replay = 0;
+    sdq_tape_end(ctx);
+    return loss;
+}
+
+/* ---- what went wrong ---- */
+
+/* A loss that is not finite: run the micro-batch again and name the first layer whose output is
+ * not; else the first trained tensor whose values are not. */
+static sdq_status sdq__opt_explain(sdq_ctx *ctx, sdq__opt_loop *r, size_t micro) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    const char *layer = NULL, *what = "no layer's output is: look at the loss function";
+    sdq_optim *o = r->o;
+    sdq_rng rng;
+    size_t i;
+    sdq__opt_rng(&rng, r->d->seed, o->step, micro);
+    ctx->watch = &layer;
+    (void)sdq__opt_forward(ctx, r->fn, r->user, &rng, o->step);
+    ctx->watch = NULL;
+    sdq_arena_release(ctx, mark);
+    for (i = 0; !layer && i < o->count; i++)
+        if (!sdq__ly_finite(sdq_f32(o->leaf[i].t), sdq_tensor_count(o->leaf[i].t)))
+            break;
+    if (layer) what = "the first layer with such an output is ";
+    else if (i < o->count) { what = "already so are values of "; layer = o->leaf[i].name; }
+    return sdq__fail(ctx, SDQ_ERR_NUMERIC, "training: the loss of step %zu is not finite (%s%s);"
+                     " the last checkpoint is good, lower the learning rate",
+                     o->step, what, layer ? layer : "");
+}
+
+/* A loss far above its running mean: the largest gradient tells where. */
+static sdq_status sdq__opt_exploded(sdq_ctx *ctx, const sdq_optim *o, double loss) {
+    double most = -1.0;
+    const char *name = "";
+    size_t i, j;
+    for (i = 0; i < o->count; i++) {
+        const float *g = o->leaf[i].t->grad;
+        const size_t n = g ? sdq_tensor_count(o->leaf[i].t) : 0;
+        double sum = 0.0;
+        for (j = 0; j < n; j++) sum += (double)g[j] * (double)g[j];
+        if (!(sum <= most)) { most = sum; name = o->leaf[i].name; }
+    }
+    return sdq__fail(ctx, SDQ_ERR_NUMERIC, "training: the loss of step %zu is %g, its running mean"
+                     " %g; the largest gradient, %g, is that of %s; the last checkpoint is good,"
+                     " lower the learning rate", o->step, loss, o->mean, sqrt(most), name);
+}
+
+/* ---- a step ---- */
+
+static sdq_status sdq__opt_micro(sdq_ctx *ctx, const sdq__opt_loop *r, sdq_rng *rng, float share,
+                                 double *loss) {
     const sdq_mark mark = sdq_arena_mark(ctx);
     sdq_tensor *y;
     sdq_tape_begin(ctx);
-    y = fn(ctx, user, rng, step);
+    y = r->fn(ctx, r->user, rng, r->o->step);
     if (y) {
-        *loss += (double)(sdq_f32(y)[0] * share);
+        *loss = (double)(sdq_f32(y)[0] * share);
         if (share != 1.0f) y = sdq_scale(ctx, y, share);
         (void)sdq_backward(ctx, y);
     } else {    /* says nothing if an op has told its reason */
@@ -10781,33 +11375,154 @@ static sdq_status sdq__opt_micro(sdq_ctx *ctx, sdq_loss_fn fn, void *user, sdq_r
     return ctx->status;
 }
 
+static int sdq__opt_real(double x) { return x > -1e30 && x < 1e30; }
+
+/* The gradient of all micro-batches of all processes; the mean of their losses to info. */
+static sdq_status sdq__opt_gradient(sdq_ctx *ctx, sdq__opt_loop *r) {
+    const size_t all = r->micros * r->ranks;
+    sdq__notes *n = &r->notes;
+    size_t m, i, bad = SIZE_MAX;
+    double sum[SDQ_FIT_PARTS + 1] = {0.0};
+    n->share = 1.0 / (double)all;
+    for (i = 0; i < n->n; i++) n->sum[i] = 0.0;
+    for (m = r->rank; m < all; m += r->ranks) {
+        sdq_rng rng;
+        double loss = 0.0;
+        sdq__opt_rng(&rng, r->d->seed, r->o->step, m);
+        ctx->notes = n;
+        (void)sdq__opt_micro(ctx, r, &rng, 1.0f / (float)all, &loss);
+        ctx->notes = NULL;
+        if (ctx->status != SDQ_OK) return ctx->status;
+        if (!sdq__opt_real(loss) && bad == SIZE_MAX) bad = m;
+        sum[0] += loss;
+    }
+    memcpy(sum + 1, n->sum, sizeof n->sum);
+    SDQ__TRY(sdq__opt_reduce_reals(ctx, r->d->group, "the loss", sum, n->n + 1));
+    memcpy(r->info.part_loss, sum + 1, n->n * sizeof *sum);
+    memcpy(r->info.part, n->name, sizeof n->name);
+    r->info.parts = n->n;
+    r->info.loss = sum[0];
+    if (!sdq__opt_real(sum[0]) && bad != SIZE_MAX) return sdq__opt_explain(ctx, r, bad);
+    if (!sdq__opt_real(sum[0]))
+        return sdq__fail(ctx, SDQ_ERR_NUMERIC, "training: the loss of step %zu is not finite in"
+                         " another process; the last checkpoint is good", r->o->step);
+    return sdq__opt_reduce_gradients(ctx, r->d->group, r->o);
+}
+
+/* After ten steps a loss is compared with the mean over about the last hundred. */
+static sdq_status sdq__opt_watch_loss(sdq_ctx *ctx, const sdq__opt_loop *r) {
+    const sdq_optim *o = r->o;
+    const double most = r->d->explode > 0.0 ? r->d->explode : 1000.0, loss = r->info.loss;
+    if (o->step >= 10 && o->mean > 0.0 && loss > most * o->mean)
+        return sdq__opt_exploded(ctx, o, loss);
+    return SDQ_OK;
+}
+
+/* Mean loss of the held-out batches, always the same ones, without gradients and observing. */
+static sdq_status sdq__opt_validate(sdq_ctx *ctx, sdq__opt_loop *r) {
+    const sdq_fit_desc *d = r->d;
+    const size_t n = d->validate_batches ? d->validate_batches : 4;
+    sdq_optim *o = r->o;
+    double sum = 0.0;
+    size_t i;
+    sdq_optim_swap_ema(o);
+    for (i = r->rank; i < n && ctx->status == SDQ_OK; i += r->ranks) {
+        const sdq_mark mark = sdq_arena_mark(ctx);
+        sdq_rng rng;
+        sdq__opt_rng(&rng, ~d->seed, 0, i);     /* not a stream that training draws from */
+        sum += sdq__opt_forward(ctx, d->validate, d->validate_user, &rng, i) / (double)n;
+        sdq_arena_release(ctx, mark);
+    }
+    sdq_optim_swap_ema(o);
+    if (ctx->status != SDQ_OK) return ctx->status;
+    SDQ__TRY(sdq__opt_reduce_reals(ctx, d->group, "the validation loss", &sum, 1));
+    r->info.validated = 1;
+    r->info.validation = sum;
+    if (!(sum < o->best)) return SDQ_OK;
+    o->best = sum;
+    o->best_step = o->step;
+    return d->best && r->rank == 0 ? sdq_optim_save_weights(ctx, o, d->best) : SDQ_OK;
+}
+
+/* Write the state; when that fails, say what is left. */
+static sdq_status sdq__opt_checkpoint(sdq_ctx *ctx, const sdq__opt_loop *r) {
+    const char *path = r->d->state;
+    if (!path || r->rank != 0 || sdq_optim_save(ctx, r->o, path) == SDQ_OK) return ctx->status;
+    if (sdq__io_exists(path)) {
+        const size_t n = strlen(ctx->error);
+        (void)snprintf(ctx->error + n, sizeof ctx->error - n,
+                       "; the state of an earlier step is still there, the same command goes on"
+                       " from it");
+    }
+    return ctx->status;
+}
+
+/* Tell the caller; what one process decides all of them do. */
+static sdq_status sdq__opt_after(sdq_ctx *ctx, sdq__opt_loop *r, int *then) {
+    const sdq_fit_desc *d = r->d;
+    float want = 0.0f, save = 0.0f, both[2];
+    r->info.step = r->o->step;
+    r->info.steps = d->steps;
+    r->info.grad_norm = r->o->norm;
+    r->info.rate = r->o->rate;
+    r->info.best = r->o->best;
+    r->info.best_step = r->o->best_step;
+    if (d->after) {
+        const int go = d->after(d->user, &r->info);
+        want = go == (int)SDQ_FIT_STOP ? 1.0f : 0.0f;
+        save = go == (int)SDQ_FIT_SAVE ? 1.0f : 0.0f;
+    }
+    if (r->o->step && d->progress
+        && d->progress(d->user, "train", r->o->step, d->steps, r->info.loss))
+        want = 1.0f;
+    both[0] = want; both[1] = save;
+    SDQ__TRY(sdq__opt_reduce_one(ctx, d->group, SDQ_REDUCE_MAX, "the decision to go on", both, 2));
+    *then = both[0] > 0.0f ? SDQ_FIT_STOP : both[1] > 0.0f ? SDQ_FIT_SAVE : SDQ_FIT_GO;
+    return SDQ_OK;
+}
+
+static sdq_status sdq__opt_stopped(sdq_ctx *ctx, const sdq_optim *o) {
+    return sdq__fail(ctx, SDQ_ERR_CANCELLED, "training: cancelled after step %zu", o->step);
+}
+
+static sdq_status sdq__opt_begin(sdq_ctx *ctx, sdq__opt_loop *r) {
+    const sdq_fit_desc *d = r->d;
+    int then;
+    if (ctx->status != SDQ_OK) return ctx->status;
+    if (d->state && sdq__io_exists(d->state)) SDQ__TRY(sdq_optim_load(ctx, r->o, d->state));
+    if (d->best && r->o->best < HUGE_VAL && !sdq__io_exists(d->best)) r->o->best = HUGE_VAL;
+    SDQ__TRY(sdq__opt_agree(ctx, d->group, r->o));
+    sdq_optim_zero(r->o);
+    if (r->o->step > 0 || !d->validate_every || !d->validate) return SDQ_OK;
+    SDQ__TRY(sdq__opt_validate(ctx, r));
+    SDQ__TRY(sdq__opt_after(ctx, r, &then));
+    return then == SDQ_FIT_STOP ? sdq__opt_stopped(ctx, r->o) : SDQ_OK;
+}
+
 SDQ_API sdq_status sdq_fit(sdq_ctx *ctx, sdq_optim *o, const sdq_fit_desc *d, sdq_loss_fn fn,
                            void *user) {
-    const size_t micros = d->accumulate ? d->accumulate : 1;
-    if (ctx->status != SDQ_OK) return ctx->status;
-    if (d->state && sdq__io_exists(d->state)) SDQ__TRY(sdq_optim_load(ctx, o, d->state));
-    sdq_optim_zero(o);
+    sdq__opt_loop r;
+    memset(&r, 0, sizeof r);
+    r.o = o; r.d = d; r.fn = fn; r.user = user;
+    r.micros = d->accumulate ? d->accumulate : 1;
+    r.ranks = d->group && d->group->ranks > 1 ? d->group->ranks : 1;
+    r.rank = r.ranks > 1 ? d->group->rank : 0;
+    SDQ__TRY(sdq__opt_begin(ctx, &r));
     while (o->step < d->steps) {
-        double loss = 0.0;
-        size_t m;
-        int stop = 0;
-        for (m = 0; m < micros; m++) {
-            sdq_rng rng;
-            sdq__opt_rng(&rng, d->seed, o->step, m);
-            SDQ__TRY(sdq__opt_micro(ctx, fn, user, &rng, o->step, 1.0f / (float)micros, &loss));
-        }
-        if (!(loss > -1e30 && loss < 1e30))
-            return sdq__fail(ctx, SDQ_ERR_NUMERIC,
-                             "training: the loss of step %zu is not finite; the last"
-                             " checkpoint is good, lower the learning rate",
-                             o->step);
+        int then = SDQ_FIT_GO;
+        SDQ__TRY(sdq__opt_gradient(ctx, &r));
+        SDQ__TRY(sdq__opt_watch_loss(ctx, &r));
         SDQ__TRY(sdq_optim_step(ctx, o));
-        if (d->progress) stop = d->progress(d->user, "train", o->step, d->steps, loss);
-        if (d->state
-            && (stop || o->step == d->steps || (d->save_every && o->step % d->save_every == 0)))
-            SDQ__TRY(sdq_optim_save(ctx, o, d->state));
-        if (stop)
-            return sdq__fail(ctx, SDQ_ERR_CANCELLED, "training: cancelled after step %zu", o->step);
+        o->mean += (r.info.loss - o->mean) / (double)(o->step < 100 ? o->step : 100);
+        r.info.validated = 0;
+        if (d->validate && d->validate_every
+            && (o->step % d->validate_every == 0 || o->step == d->steps))
+            SDQ__TRY(sdq__opt_validate(ctx, &r));
+        SDQ__TRY(sdq__opt_after(ctx, &r, &then));
+        if (then != SDQ_FIT_GO || o->step == d->steps
+            || (d->save_every && o->step % d->save_every == 0))
+            SDQ__TRY(sdq__opt_checkpoint(ctx, &r));
+        if (then == SDQ_FIT_STOP) return sdq__opt_stopped(ctx, o);
     }
     return SDQ_OK;
 }
@@ -13503,7 +14218,7 @@ static uint64_t sdq__md_hash(const sdq__param *p) {
 }
 
 /* frozen: layers are packed as they are read, and one of them at a time is there as floats. The
- * hash of a UNet, for its int8 files, is never 0, which says that weights came from no file. */
+ * hash, for int8 files and caches, is never 0, which says that weights came from no file. */
 static sdq_status sdq__md_fill(sdq_ctx *ctx, sdq_model *m, const sdq__sf_source *src, int frozen) {
     uint64_t hash = 0;
     sdq_entry e;
@@ -13516,10 +14231,10 @@ static sdq_status sdq__md_fill(sdq_ctx *ctx, sdq_model *m, const sdq__sf_source 
         sdq__mem_note(ctx, e.bytes);            /* the file's pages */
         if (!ctx->dry) SDQ__TRY(sdq__md_read(ctx, p, &e));
         sdq__st_set_forget(src->set, &e);
-        if (m->info.part == SDQ_PART_UNET && !ctx->dry) hash += sdq__md_hash(p);
+        if (!ctx->dry) hash += sdq__md_hash(p);
         if (pack) SDQ__TRY(sdq__ly_freeze(ctx, p->layer, e.dtype == SDQ_F16));
     }
-    if (m->info.part == SDQ_PART_UNET) m->source = hash ? hash : 1;
+    m->source = hash ? hash : 1;
     return sdq__md_surplus(ctx, src, m);
 }
 
@@ -15731,78 +16446,138 @@ struct sdq_samples {
     float *moments;             /* [count][2][lh][lw][2c]: as it is, mirrored */
     size_t lh, lw, lc;
     float scaling;
+    /* from a cache file: records of two moments as above and the states of the caption */
+    sdq__st_cache cache;
+    char *path;
+    size_t channels;            /* of the text states [tokens][channels]; 0: there are none */
+    float *empty_context;
+    int view;                   /* everything but sum belongs to other samples */
 };
 
 SDQ_API void sdq_samples_free(sdq_ctx *ctx, sdq_samples *s) {
     if (!s) return;
-    sdq__free(ctx, s->px);
-    sdq__free(ctx, s->ids);
-    sdq__free(ctx, s->empty);
     sdq__free(ctx, s->sum);
-    sdq__free(ctx, s->moments);
+    if (!s->view) {
+        sdq__free(ctx, s->px);
+        sdq__free(ctx, s->ids);
+        sdq__free(ctx, s->empty);
+        sdq__free(ctx, s->moments);
+        sdq__free(ctx, s->empty_context);
+        sdq__st_cache_close(ctx, &s->cache);
+        sdq__free(ctx, s->path);
+    }
     sdq__free(ctx, s);
 }
 SDQ_API size_t sdq_samples_count(const sdq_samples *s) { return s->count; }
 SDQ_API float sdq_samples_scaling(const sdq_samples *s) { return s->scaling; }
 
-static sdq_status sdq__task_load(sdq_ctx *ctx, const sdq_dataset *data, size_t i, sdq_samples *s,
-                                 const sdq_tokenizer *tok) {
-    sdq_image raw, fit;
-    size_t count;
+/* Picture i as the recipe cuts it; free it with sdq_image_free. */
+static sdq_status sdq__task_picture(sdq_ctx *ctx, const sdq_dataset *data, size_t i, size_t size,
+                                    sdq_image *fit) {
+    sdq_image raw;
     sdq_status st = sdq_dataset_image(ctx, data, i, &raw);
     if (st != SDQ_OK) return st;
-    st = sdq_image_fit(ctx, &raw, s->size, s->size, &fit);
+    st = sdq_image_fit(ctx, &raw, size, size, fit);
     sdq_image_free(ctx, &raw);
-    if (st != SDQ_OK) return st;
-    memcpy(s->px + i * s->size * s->size * 3, fit.px, s->size * s->size * 3);
-    sdq_image_free(ctx, &fit);
+    return st;
+}
+
+/* Weight and caption of item i. */
+static sdq_status sdq__task_label(sdq_ctx *ctx, const sdq_dataset *data, size_t i, sdq_samples *s,
+                                  const sdq_tokenizer *tok) {
+    size_t count;
     s->sum[i] = (i ? s->sum[i - 1] : 0.0) + (double)sdq_dataset_weight(data, i);
     if (!tok) return SDQ_OK;
     return sdq_tokenizer_encode(ctx, tok, sdq_dataset_caption(data, i), s->ids + i * s->tokens,
                                 s->tokens, &count);
 }
 
-SDQ_API sdq_status sdq_samples_load(sdq_ctx *ctx, const sdq_dataset *data, size_t size,
-                                    const sdq_tokenizer *tok, sdq_samples **out) {
-    sdq_samples *s = SDQ__NEW(ctx, sdq_samples);
-    size_t bytes, i;
-    sdq_status st;
-    *out = NULL;
-    if (!s) return ctx->status;
+/* Samples without pictures: weights and captions of all items. */
+static sdq_status sdq__task_labels(sdq_ctx *ctx, const sdq_dataset *data, size_t size,
+                                   const sdq_tokenizer *tok, sdq_samples *s) {
+    size_t i;
     s->count = sdq_dataset_count(data);
     s->size = size;
     s->tokens = tok ? sdq_tokenizer_length(tok) : 0;
-    if (s->count == 0 || !sdq__u_mul(size, size, &bytes) || !sdq__u_mul(bytes, 3, &bytes)) {
-        st = sdq__fail(ctx, SDQ_ERR_ARGUMENT, "dataset: no pictures, or a size of %zu", size);
-        goto done;
-    }
-    s->px = (unsigned char *)sdq__alloc(ctx, s->count, bytes);
+    if (s->count == 0 || size == 0 || size > 65536)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "dataset: no pictures, or a size of %zu", size);
     s->sum = SDQ__NEW_N(ctx, double, s->count);
     if (tok) {
         s->ids = (int32_t *)sdq__alloc(ctx, s->count, s->tokens * sizeof(int32_t));
         s->empty = SDQ__NEW_N(ctx, int32_t, s->tokens);
     }
+    if (ctx->status != SDQ_OK) return ctx->status;
+    if (tok) SDQ__TRY(sdq_tokenizer_encode(ctx, tok, "", s->empty, s->tokens, &i));
+    for (i = 0; i < s->count; i++) SDQ__TRY(sdq__task_label(ctx, data, i, s, tok));
+    if (s->sum[s->count - 1] > 0.0) return SDQ_OK;
+    return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "dataset: the weights of the pictures sum to 0");
+}
+
+SDQ_API sdq_status sdq_samples_load(sdq_ctx *ctx, const sdq_dataset *data, size_t size,
+                                    const sdq_tokenizer *tok, sdq_samples **out) {
+    sdq_samples *s = SDQ__NEW(ctx, sdq_samples);
+    const size_t bytes = size * size * 3;
+    size_t i;
+    sdq_status st;
+    *out = NULL;
+    if (!s) return ctx->status;
+    SDQ__TRY_DONE(sdq__task_labels(ctx, data, size, tok, s));
+    s->px = (unsigned char *)sdq__alloc(ctx, s->count, bytes);
     st = ctx->status;
-    if (st == SDQ_OK && tok) st = sdq_tokenizer_encode(ctx, tok, "", s->empty, s->tokens, &i);
-    for (i = 0; st == SDQ_OK && i < s->count; i++) st = sdq__task_load(ctx, data, i, s, tok);
-    if (st == SDQ_OK && !(s->sum[s->count - 1] > 0.0))
-        st = sdq__fail(ctx, SDQ_ERR_ARGUMENT, "dataset: the weights of the pictures sum to 0");
+    for (i = 0; st == SDQ_OK && i < s->count; i++) {
+        sdq_image fit;
+        st = sdq__task_picture(ctx, data, i, size, &fit);
+        if (st != SDQ_OK) break;
+        memcpy(s->px + i * bytes, fit.px, bytes);
+        sdq_image_free(ctx, &fit);
+    }
 done:
     if (st == SDQ_OK) *out = s;
     else sdq_samples_free(ctx, s);
     return st;
 }
 
-/* One picture, mirrored or not, to [-1,1]. */
-static void sdq__task_pixels(const sdq_samples *s, size_t i, int mirror, float *out) {
-    const unsigned char *px = s->px + i * s->size * s->size * 3;
+/* One picture of size x size, mirrored or not, to [-1,1]. */
+static void sdq__task_pixels(const unsigned char *px, size_t size, int mirror, float *out) {
     size_t y, x, c;
-    for (y = 0; y < s->size; y++)
-        for (x = 0; x < s->size; x++)
+    for (y = 0; y < size; y++)
+        for (x = 0; x < size; x++)
             for (c = 0; c < 3; c++) {
-                const size_t sx = mirror ? s->size - 1 - x : x;
-                *out++ = (float)px[(y * s->size + sx) * 3 + c] / 127.5f - 1.0f;
+                const size_t sx = mirror ? size - 1 - x : x;
+                *out++ = (float)px[(y * size + sx) * 3 + c] / 127.5f - 1.0f;
             }
+}
+
+SDQ_API sdq_status sdq_samples_hold_out(sdq_ctx *ctx, sdq_samples *s, size_t n,
+                                        sdq_samples **held) {
+    sdq_samples *h = SDQ__NEW(ctx, sdq_samples);
+    double *train = SDQ__NEW_N(ctx, double, s->count);
+    double *held_sum = SDQ__NEW_N(ctx, double, s->count);
+    size_t i;
+    *held = NULL;
+    for (i = 0; h && train && held_sum && i < s->count; i++) {
+        const double w = s->sum[i] - (i ? s->sum[i - 1] : 0.0);
+        const int out = (i + 1) * n / s->count > i * n / s->count;
+        train[i] = (i ? train[i - 1] : 0.0) + (out ? 0.0 : w);
+        held_sum[i] = (i ? held_sum[i - 1] : 0.0) + (out ? w : 0.0);
+    }
+    if (ctx->status == SDQ_OK
+        && (n == 0 || !(train[s->count - 1] > 0.0) || !(held_sum[s->count - 1] > 0.0)))
+        sdq__fail(ctx, SDQ_ERR_ARGUMENT, "validation: %zu of %zu pictures cannot be held out", n,
+                  s->count);
+    if (ctx->status != SDQ_OK) {
+        sdq__free(ctx, h);
+        sdq__free(ctx, train);
+        sdq__free(ctx, held_sum);
+        return ctx->status;
+    }
+    *h = *s;
+    h->sum = held_sum;
+    h->view = 1;
+    sdq__free(ctx, s->sum);
+    s->sum = train;
+    *held = h;
+    return SDQ_OK;
 }
 
 /* Draw an index in proportion to the weights. */
@@ -15818,42 +16593,59 @@ static size_t sdq__task_draw(const sdq_samples *s, sdq_rng *rng) {
     return lo;
 }
 
-/* The moments of picture i, as it is and mirrored; the first one makes room for all. */
-static sdq_status sdq__task_encode(sdq_ctx *ctx, sdq_samples *s, const sdq_model *vae, size_t i,
-                                   double sum[3]) {
-    sdq_tensor *x = sdq_tensor_4d(ctx, 2, s->size, s->size, 3), *m;
-    size_t size, j;
-    if (!x) return ctx->status;
-    sdq__task_pixels(s, i, 0, sdq_f32(x));
-    sdq__task_pixels(s, i, 1, sdq_f32(x) + s->size * s->size * 3);
-    m = sdq_vae_encode(ctx, vae, x, SDQ_FLOAT);
-    if (!m) return ctx->status;
-    size = sdq_tensor_count(m);
-    if (!s->moments) {
-        s->lh = m->dim[1]; s->lw = m->dim[2]; s->lc = m->dim[3] / 2;
-        s->moments = (float *)sdq__alloc(ctx, s->count, size * sizeof(float));
-        if (!s->moments) return ctx->status;
+/* The moments of a picture, as it is and mirrored, to out[2][lh][lw][2c]. */
+static sdq_status sdq__task_encode(sdq_ctx *ctx, const sdq_samples *s, const sdq_model *vae,
+                                   const unsigned char *px, float *out) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    const size_t size = 2 * s->lh * s->lw * s->lc;
+    int mirror;
+    for (mirror = 0; mirror < 2 && ctx->status == SDQ_OK; mirror++) {
+        sdq_tensor *x = sdq_tensor_4d(ctx, 1, s->size, s->size, 3), *m;
+        if (!x) break;
+        sdq__task_pixels(px, s->size, mirror, sdq_f32(x));
+        m = sdq_vae_encode(ctx, vae, x, SDQ_FLOAT);
+        if (m && sdq_tensor_count(m) != size)
+            sdq__fail(ctx, SDQ_ERR_SHAPE, "encoding: %zu numbers of a picture, expected %zu",
+                      sdq_tensor_count(m), size);
+        else if (m)
+            memcpy(out + (size_t)mirror * size, m->data, size * sizeof(float));
+        sdq_arena_release(ctx, mark);
     }
-    memcpy(s->moments + i * size, m->data, size * sizeof(float));
-    for (j = 0; j < size; j++) {
-        const double v = (double)sdq_f32(m)[j];
-        if (j % (2 * s->lc) >= s->lc) continue;     /* means only */
-        sum[0] += v; sum[1] += v * v; sum[2] += 1.0;
-    }
+    return ctx->status;
+}
+
+/* The latent that a VAE makes of the pictures. */
+static sdq_status sdq__task_latent(sdq_ctx *ctx, sdq_samples *s, const sdq_model *vae) {
+    const sdq_model_info info = sdq_model_get_info(vae);
+    if (s->size % info.factor)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "encoding: pictures of %zu pixels; their size must"
+                         " be a multiple of %zu", s->size, info.factor);
+    s->lh = s->lw = s->size / info.factor;
+    s->lc = info.latent;
     return SDQ_OK;
 }
 
 SDQ_API sdq_status sdq_samples_encode(sdq_ctx *ctx, sdq_samples *s, const sdq_model *vae,
                                       sdq_progress_fn progress, void *user) {
-    const sdq_mark mark = sdq_arena_mark(ctx);
     double sum[3] = {0.0, 0.0, 0.0};
-    sdq_status st = SDQ_OK;
-    size_t i;
+    size_t i, j, size;
+    sdq_status st;
+    if (!s->px)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "encoding: these samples are encoded in a cache");
     sdq__free(ctx, s->moments);
     s->moments = NULL;
+    SDQ__TRY(sdq__task_latent(ctx, s, vae));
+    size = 4 * s->lh * s->lw * s->lc;
+    s->moments = (float *)sdq__alloc(ctx, s->count, size * sizeof(float));
+    st = ctx->status;
     for (i = 0; i < s->count && st == SDQ_OK; i++) {
-        st = sdq__task_encode(ctx, s, vae, i, sum);
-        sdq_arena_release(ctx, mark);
+        float *m = s->moments + i * size;
+        st = sdq__task_encode(ctx, s, vae, s->px + i * s->size * s->size * 3, m);
+        for (j = 0; st == SDQ_OK && j < size; j++) {
+            const double v = (double)m[j];
+            if (j % (2 * s->lc) >= s->lc) continue;     /* means only */
+            sum[0] += v; sum[1] += v * v; sum[2] += 1.0;
+        }
         if (st == SDQ_OK && progress && progress(user, "encode", i + 1, s->count, 0.0))
             st = sdq__fail(ctx, SDQ_ERR_CANCELLED, "encoding: cancelled");
     }
@@ -15867,16 +16659,126 @@ SDQ_API sdq_status sdq_samples_encode(sdq_ctx *ctx, sdq_samples *s, const sdq_mo
     return SDQ_OK;
 }
 
+/* What the records of a cache depend on. */
+static sdq_status sdq__task_key(sdq_ctx *ctx, const sdq_dataset *data, const sdq_samples *s,
+                                const sdq_model *vae, const sdq_model *text, uint64_t *key) {
+    uint64_t h = sdq__u_mix(sdq__u_mix(vae->source, text ? text->source : 0), (uint64_t)s->size);
+    size_t i;
+    for (i = 0; i < s->count; i++) {
+        char *bytes;
+        size_t n;
+        SDQ__TRY(sdq__io_read(ctx, sdq_dataset_path(data, i), (size_t)1 << 30, &bytes, &n));
+        h = sdq__u_mix(h, sdq__u_hash(0, bytes, n));
+        sdq__free(ctx, bytes);
+    }
+    if (s->ids && text)
+        h = sdq__u_mix(h, sdq__u_hash(0, s->ids, s->count * s->tokens * sizeof(int32_t)));
+    *key = h;
+    return SDQ_OK;
+}
+
+/* The states of one caption to out[tokens][channels]. */
+static sdq_status sdq__task_caption(sdq_ctx *ctx, const sdq_samples *s, const sdq_model *text,
+                                    const int32_t *ids, float *out) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    size_t dim[2];
+    sdq_tensor *t, *y = NULL;
+    dim[0] = 1; dim[1] = s->tokens;
+    t = sdq_tensor_new(ctx, SDQ_I32, 2, dim);
+    if (t) {
+        memcpy(t->data, ids, s->tokens * sizeof(int32_t));
+        y = sdq_text_forward(ctx, text, t);
+    }
+    if (y && sdq_tensor_count(y) == s->tokens * s->channels)
+        memcpy(out, y->data, s->tokens * s->channels * sizeof(float));
+    else sdq__fail(ctx, SDQ_ERR_SHAPE, "encoding: a caption has no %zu states of %zu channels",
+                   s->tokens, s->channels);
+    sdq_arena_release(ctx, mark);
+    return ctx->status;
+}
+
+/* Append the records that are missing. */
+static sdq_status sdq__task_fill(sdq_ctx *ctx, const sdq_dataset *data, sdq_samples *s,
+                                 const sdq_model *vae, const sdq_model *text,
+                                 sdq_progress_fn progress, void *user) {
+    const size_t moments = 4 * s->lh * s->lw * s->lc, states = s->tokens * s->channels;
+    float *record = (float *)sdq__alloc(ctx, 1, s->cache.bytes);
+    sdq_status st = ctx->status;
+    while (st == SDQ_OK && s->cache.done < s->count) {
+        const size_t i = s->cache.done;
+        sdq_image fit;
+        SDQ__TRY_DONE(sdq__task_picture(ctx, data, i, s->size, &fit));
+        st = sdq__task_encode(ctx, s, vae, fit.px, record);
+        sdq_image_free(ctx, &fit);
+        if (st == SDQ_OK && text)
+            st = sdq__task_caption(ctx, s, text, s->ids + i * s->tokens, record + moments);
+        if (st == SDQ_OK) st = sdq__st_cache_put(ctx, &s->cache, record, moments + states);
+        if (st == SDQ_OK && progress && progress(user, "encode", i + 1, s->count, 0.0))
+            st = sdq__fail(ctx, SDQ_ERR_CANCELLED, "encoding: cancelled; %s is gone on with",
+                           s->cache.part);
+    }
+    if (st == SDQ_OK) st = sdq__st_cache_finish(ctx, &s->cache);
+done:
+    sdq__free(ctx, record);
+    return st;
+}
+
+SDQ_API sdq_status sdq_samples_cache(sdq_ctx *ctx, const sdq_dataset *data, size_t size,
+                                     const sdq_tokenizer *tok, const sdq_model *vae,
+                                     const sdq_model *text, const char *path,
+                                     sdq_progress_fn progress, void *user, sdq_samples **out) {
+    sdq_samples *s = SDQ__NEW(ctx, sdq_samples);
+    uint64_t key;
+    sdq_status st;
+    *out = NULL;
+    if (!s) return ctx->status;
+    SDQ__TRY_DONE(sdq__task_labels(ctx, data, size, tok, s));
+    SDQ__TRY_DONE(sdq__task_latent(ctx, s, vae));
+    if (text && !tok) {
+        st = sdq__fail(ctx, SDQ_ERR_ARGUMENT, "encoding: captions need a tokenizer");
+        goto done;
+    }
+    s->channels = text ? sdq_model_get_info(text).context : 0;
+    s->path = sdq__strdup(ctx, path);
+    s->empty_context = SDQ__NEW_N(ctx, float, s->tokens * s->channels + 1);
+    if (!s->path || !s->empty_context) { st = ctx->status; goto done; }
+    if (text) SDQ__TRY_DONE(sdq__task_caption(ctx, s, text, s->empty, s->empty_context));
+    SDQ__TRY_DONE(sdq__task_key(ctx, data, s, vae, text, &key));
+    SDQ__TRY_DONE(sdq__st_cache_open(ctx, s->path, "latents", key, s->count,
+        (4 * s->lh * s->lw * s->lc + s->tokens * s->channels) * sizeof(float), &s->cache));
+    if (!s->cache.data) st = sdq__task_fill(ctx, data, s, vae, text, progress, user);
+done:
+    if (st == SDQ_OK) *out = s;
+    else sdq_samples_free(ctx, s);
+    return st;
+}
+
+/* The moments of picture i, mirrored or not, and the states of its caption. */
+static int sdq__task_encoded(const sdq_samples *s) { return s->moments || s->cache.data; }
+static const float *sdq__task_moments(const sdq_samples *s, size_t i, size_t mirror) {
+    const size_t size = 2 * s->lh * s->lw * s->lc;
+    return (s->moments ? s->moments + i * 2 * size : sdq__st_cache_record(&s->cache, i))
+         + mirror * size;
+}
+static const float *sdq__task_states(const sdq_samples *s, size_t i) {
+    return sdq__st_cache_record(&s->cache, i) + 4 * s->lh * s->lw * s->lc;
+}
+
 SDQ_API sdq_tensor *sdq_vae_task_loss(sdq_ctx *ctx, void *arg, sdq_rng *rng, size_t step) {
     const sdq_vae_task *t = (const sdq_vae_task *)arg;
     const size_t size = t->samples->size, pixels = size * size * 3;
     sdq_tensor *x = sdq_tensor_4d(ctx, t->batch, size, size, 3), *moments, *noise, *y, *loss;
     size_t i;
     (void)step;
+    if (!t->samples->px) {
+        sdq__fail(ctx, SDQ_ERR_ARGUMENT, "training: the autoencoder needs the pictures themselves");
+        return NULL;
+    }
     if (!x) return NULL;
     for (i = 0; i < t->batch; i++) {
         const size_t at = sdq__task_draw(t->samples, rng);
-        sdq__task_pixels(t->samples, at, (int)sdq_rng_below(rng, 2), sdq_f32(x) + i * pixels);
+        sdq__task_pixels(t->samples->px + at * pixels, size, (int)sdq_rng_below(rng, 2),
+                         sdq_f32(x) + i * pixels);
     }
     moments = sdq_vae_encode(ctx, t->vae, x, SDQ_FLOAT);
     if (!moments) return NULL;
@@ -15892,6 +16794,7 @@ SDQ_API sdq_tensor *sdq_vae_task_loss(sdq_ctx *ctx, void *arg, sdq_rng *rng, siz
 /* A batch of noised latents with its times, ids and loss weights; all in the arena. */
 typedef struct sdq__batch {
     sdq_tensor *noisy, *target, *ids;
+    sdq_tensor *context;        /* what the samples know of it; NULL: the text encoder is asked */
     float *times, *weight;
 } sdq__batch;
 
@@ -15909,11 +16812,16 @@ static sdq_status sdq__task_batch(sdq_ctx *ctx, const sdq_diffusion_task *t, sdq
     b->times = SDQ__PUSH_N(ctx, float, t->batch);
     b->weight = SDQ__PUSH_N(ctx, float, t->batch);
     noise = SDQ__PUSH_N(ctx, float, 2 * size);
+    b->context = !t->text && s->channels
+               ? sdq_tensor_3d(ctx, t->batch, s->tokens, s->channels) : NULL;
     if (!b->noisy || !b->target || !b->ids || !b->times || !b->weight || !noise) return ctx->status;
+    if (!t->text && !b->context)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "training: no text encoder, and the samples have no"
+                         " states of their captions");
     for (i = 0; i < t->batch; i++) {
         const size_t at = sdq__task_draw(s, rng), flip = (size_t)sdq_rng_below(rng, 2);
         const size_t time = (size_t)sdq_rng_below(rng, (uint64_t)d->train_steps);
-        const float *m = s->moments + (at * 2 + flip) * 2 * size;
+        const float *m = sdq__task_moments(s, at, flip);
         float *x = sdq_f32(b->noisy) + i * size, *target = sdq_f32(b->target) + i * size;
         float drop;
         sdq_rng_uniform(rng, &drop, 1);
@@ -15934,8 +16842,13 @@ static sdq_status sdq__task_batch(sdq_ctx *ctx, const sdq_diffusion_task *t, sdq
                      ? (float)sdq_scheduler_snr_weight(t->scheduler, time, t->snr_gamma) : 1.0f;
         memcpy((int32_t *)b->ids->data + i * s->tokens,
                drop < t->drop ? s->empty : s->ids + at * s->tokens, s->tokens * sizeof(int32_t));
+        if (b->context)
+            memcpy(sdq_f32(b->context) + i * s->tokens * s->channels,
+                   drop < t->drop ? s->empty_context : sdq__task_states(s, at),
+                   s->tokens * s->channels * sizeof(float));
     }
-    return SDQ_OK;
+    if (!b->context) b->context = sdq_text_forward(ctx, t->text, b->ids);
+    return ctx->status;
 }
 
 SDQ_API sdq_tensor *sdq_diffusion_task_loss(sdq_ctx *ctx, void *arg, sdq_rng *rng, size_t step) {
@@ -15944,16 +16857,15 @@ SDQ_API sdq_tensor *sdq_diffusion_task_loss(sdq_ctx *ctx, void *arg, sdq_rng *rn
     sdq__batch b;
     (void)step;
     memset(&in, 0, sizeof in);
-    if (!t->samples->moments || !t->samples->ids) {
+    if (!sdq__task_encoded(t->samples) || !t->samples->ids) {
         sdq__fail(ctx, SDQ_ERR_ARGUMENT, "training: the samples have no latents or no captions");
         return NULL;
     }
     if (sdq__task_batch(ctx, t, rng, &b) != SDQ_OK) return NULL;
     in.sample = b.noisy;
     in.timesteps = b.times;
-    in.context = sdq_text_forward(ctx, t->text, b.ids);
+    in.context = b.context;
     in.checkpoint = t->checkpoint;
-    if (!in.context) return NULL;
     return sdq_mse(ctx, sdq_unet_forward(ctx, t->unet, &in, t->mode), b.target, b.weight);
 }
 
@@ -16074,8 +16986,8 @@ SDQ_API sdq_status sdq_recipe_apply(sdq_ctx *ctx, sdq_model *unet, const sdq_rec
     size_t i;
     const int bits = r->attention_bits;
     if (bits != 0 && bits != 8 && bits != 16 && bits != 32)
-        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "recipe: attention_bits is %d, expected 32, 16 or 8",
-                         bits);
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT,
+                         "recipe: attention_bits is %d, expected 32, 16 or 8", bits);
     sdq__rc_last_up(unet, last_up, sizeof last_up);
     for (i = 0; i < unet->layers; i++) {
         sdq_layer *l = unet->layer[i];
@@ -16115,22 +17027,24 @@ struct sdq_states {
     float *time;
     size_t *context_of;
     float *context;             /* [contexts][t*d] */
+    int view;                   /* the arrays belong to other states */
 };
 
 SDQ_API void sdq_states_free(sdq_ctx *ctx, sdq_states *s) {
     if (!s) return;
-    sdq__free(ctx, s->x);
-    sdq__free(ctx, s->eps);
-    sdq__free(ctx, s->time);
-    sdq__free(ctx, s->context_of);
-    sdq__free(ctx, s->context);
+    if (!s->view) {
+        sdq__free(ctx, s->x);
+        sdq__free(ctx, s->eps);
+        sdq__free(ctx, s->time);
+        sdq__free(ctx, s->context_of);
+        sdq__free(ctx, s->context);
+    }
     sdq__free(ctx, s);
 }
 SDQ_API size_t sdq_states_count(const sdq_states *s) { return s->count; }
 
 /* The states of one evaluation: one per branch. */
 typedef struct sdq__cal_collect {
-    sdq_ctx *ctx;
     sdq_states *s;
     const sdq_txt2img_desc *d;
     size_t at;
@@ -16141,9 +17055,7 @@ static int sdq__cal_keep(void *user, const sdq_step_info *info) {
     sdq_states *s = w->s;
     const size_t branches = info->input->dim[0];
     size_t b;
-    s->branches = branches;
-    s->evals = info->count;
-    for (b = 0; b < branches; b++, s->count++) {
+    for (b = 0; b < branches && s->count < s->cap; b++, s->count++) {
         memcpy(s->x + s->count * s->size, sdq_f32(info->input) + b * s->size,
                s->size * sizeof(float));
         memcpy(s->eps + s->count * s->size, sdq_f32(info->raw) + b * s->size,
@@ -16157,52 +17069,241 @@ static int sdq__cal_keep(void *user, const sdq_step_info *info) {
     return w->d->progress ? w->d->progress(w->d->user, "states", s->count, s->cap, 0.0) : 0;
 }
 
-SDQ_API sdq_status sdq_states_collect(sdq_ctx *ctx, const sdq_pipeline *p,
-                                      const char *const *prompts, size_t n,
-                                      const sdq_txt2img_desc *desc, sdq_states **out) {
+/* Evaluations of one run. */
+static sdq_status sdq__cal_evals(sdq_ctx *ctx, const sdq_pipeline *p, const sdq_txt2img_desc *desc,
+                                 size_t *evals) {
+    sdq_scheduler_desc d;
+    sdq_scheduler *s;
+    SDQ__TRY(sdq_pipeline_scheduler(ctx, p, desc, &d));
+    SDQ__TRY(sdq_scheduler_create(ctx, &d, &s));
+    *evals = sdq_scheduler_count(s);
+    sdq_scheduler_free(ctx, s);
+    return SDQ_OK;
+}
+
+/* Room for `cap` states and `contexts` texts of the sizes that s says. */
+static sdq_status sdq__cal_room(sdq_ctx *ctx, sdq_states *s, size_t cap, size_t contexts) {
+    s->cap = cap;
+    s->contexts = contexts;
+    s->x = (float *)sdq__alloc(ctx, cap, s->size * sizeof(float));
+    s->eps = (float *)sdq__alloc(ctx, cap, s->size * sizeof(float));
+    s->time = SDQ__NEW_N(ctx, float, cap);
+    s->context_of = SDQ__NEW_N(ctx, size_t, cap);
+    s->context = (float *)sdq__alloc(ctx, contexts, s->context_size * sizeof(float));
+    return ctx->status;
+}
+
+static sdq_status sdq__cal_new(sdq_ctx *ctx, const sdq_pipeline *p, size_t n,
+                               const sdq_txt2img_desc *desc, sdq_states *s) {
     const sdq_model_info unet = p->info[SDQ_PART_UNET];
-    const float g = desc->guidance == 0.0f ? 7.5f : desc->guidance;
-    const size_t branches = sdq__pl_branches(p, g), steps = desc->steps ? desc->steps : 50;
-    sdq_states *s = SDQ__NEW(ctx, sdq_states);
-    sdq__cal_collect w;
-    size_t i;
-    *out = NULL;
-    if (!s) return ctx->status;
-    if (n == 0) {
-        sdq__free(ctx, s);
-        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "states: no prompts given");
-    }
+    if (n == 0) return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "states: no prompts given");
+    SDQ__TRY(sdq__cal_evals(ctx, p, desc, &s->evals));
+    s->guidance = desc->guidance == 0.0f ? 7.5f : desc->guidance;
+    s->branches = sdq__pl_branches(p, s->guidance);
     sdq__pl_latent_size(p, desc, &s->h, &s->w);
     s->c = unet.in;
-    s->guidance = g;
     s->guided = unet.guidance > 0;
     s->t = sdq_tokenizer_length(p->tokenizer);
     s->d = unet.context;
     s->size = s->h * s->w * s->c;
     s->context_size = s->t * s->d;
-    s->cap = n * branches * (steps + 1);        /* PNDM evaluates once more */
-    s->contexts = n * branches;
-    s->x = (float *)sdq__alloc(ctx, s->cap, s->size * sizeof(float));
-    s->eps = (float *)sdq__alloc(ctx, s->cap, s->size * sizeof(float));
-    s->time = SDQ__NEW_N(ctx, float, s->cap);
-    s->context_of = SDQ__NEW_N(ctx, size_t, s->cap);
-    s->context = (float *)sdq__alloc(ctx, s->contexts, s->context_size * sizeof(float));
-    w.ctx = ctx; w.s = s; w.d = desc; w.at = 0;
-    for (i = 0; i < n && ctx->status == SDQ_OK; i++, w.at += branches) {
-        const sdq_mark mark = sdq_arena_mark(ctx);
-        sdq_txt2img_desc d = *desc;
-        d.prompt = prompts[i];
-        d.seed = desc->seed + i;
-        d.precision = SDQ_PRECISION_FLOAT;
-        d.count = 1;
-        d.progress = NULL;
-        d.step = sdq__cal_keep;
-        d.user = &w;
-        (void)sdq_txt2img_latents(ctx, p, &d, NULL, NULL);
-        sdq_arena_release(ctx, mark);
-    }
+    return sdq__cal_room(ctx, s, n * s->branches * s->evals, n * s->branches);
+}
+
+/* Run prompt i and keep what its evaluations saw and said. */
+static sdq_status sdq__cal_prompt(sdq_ctx *ctx, const sdq_pipeline *p, const char *prompt, size_t i,
+                                  const sdq_txt2img_desc *desc, sdq_states *s) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    sdq_txt2img_desc d = *desc;
+    sdq__cal_collect w;
+    w.s = s; w.d = desc; w.at = i * s->branches;
+    d.prompt = prompt;
+    d.seed = desc->seed + i;
+    d.precision = SDQ_PRECISION_FLOAT;
+    d.count = 1;
+    d.progress = NULL;
+    d.step = sdq__cal_keep;
+    d.user = &w;
+    (void)sdq_txt2img_latents(ctx, p, &d, NULL, NULL);
+    sdq_arena_release(ctx, mark);
+    return ctx->status;
+}
+
+SDQ_API sdq_status sdq_states_collect(sdq_ctx *ctx, const sdq_pipeline *p,
+                                      const char *const *prompts, size_t n,
+                                      const sdq_txt2img_desc *desc, sdq_states **out) {
+    sdq_states *s = SDQ__NEW(ctx, sdq_states);
+    size_t i;
+    *out = NULL;
+    if (!s) return ctx->status;
+    (void)sdq__cal_new(ctx, p, n, desc, s);
+    for (i = 0; i < n && ctx->status == SDQ_OK; i++)
+        (void)sdq__cal_prompt(ctx, p, prompts[i], i, desc, s);
     if (ctx->status == SDQ_OK) *out = s;
     else sdq_states_free(ctx, s);
+    return ctx->status;
+}
+
+/* ---- through a file: a record is x, eps, time and context of one prompt ---- */
+
+static size_t sdq__cal_record(const sdq_states *s) {
+    const size_t per = s->evals * s->branches;
+    return per * (2 * s->size + 1) + s->branches * s->context_size;
+}
+
+/* What the trajectories depend on. */
+static uint64_t sdq__cal_key(const sdq_pipeline *p, const char *const *prompts, size_t n,
+                             const sdq_txt2img_desc *d, const sdq_states *s) {
+    const char *negative = d->negative ? d->negative : "";
+    const sdq_model *unet = p->unet ? p->unet : p->unet_int8;
+    uint64_t word[12], h;
+    float guidance = s->guidance;
+    size_t i;
+    memset(word, 0, sizeof word);
+    word[0] = unet->source; word[1] = p->text->source; word[2] = s->h; word[3] = s->w;
+    word[4] = s->evals; word[5] = d->seed; word[6] = (uint64_t)d->rng;
+    word[7] = (uint64_t)d->scheduler; word[8] = (uint64_t)(d->karras != 0);
+    word[9] = (uint64_t)p->prediction; word[10] = d->steps;
+    memcpy(&word[11], &guidance, sizeof guidance);
+    h = sdq__u_hash(0, word, sizeof word);
+    h = sdq__u_hash(h, negative, strlen(negative));
+    if (p->scheduler) h = sdq__u_hash(h, p->scheduler, strlen(p->scheduler));
+    for (i = 0; i < n; i++) h = sdq__u_hash(h, prompts[i], strlen(prompts[i]));
+    return h;
+}
+
+/* Prompt i between its record and the arrays. */
+static void sdq__cal_move(sdq_states *s, size_t i, float *record, int load) {
+    const size_t per = s->evals * s->branches, at = i * per;
+    float *part[4];
+    size_t count[4], k;
+    part[0] = s->x + at * s->size; count[0] = per * s->size;
+    part[1] = s->eps + at * s->size; count[1] = per * s->size;
+    part[2] = s->time + at; count[2] = per;
+    part[3] = s->context + i * s->branches * s->context_size;
+    count[3] = s->branches * s->context_size;
+    for (k = 0; k < 4; record += count[k++])
+        memcpy(load ? part[k] : record, load ? record : part[k], count[k] * sizeof(float));
+    if (!load) return;
+    for (k = 0; k < per; k++) s->context_of[at + k] = i * s->branches + k % s->branches;
+    s->count = at + per;
+}
+
+/* The records that the file has, then the others. A growing file is read from its start. */
+static sdq_status sdq__cal_fill(sdq_ctx *ctx, const sdq_pipeline *p, const char *const *prompts,
+                                const sdq_txt2img_desc *desc, sdq__st_cache *c, sdq_states *s) {
+    float *record = (float *)sdq__alloc(ctx, 1, c->bytes);
+    const size_t n = sdq__cal_record(s);
+    const long end = c->f ? ftell(c->f) : 0;
+    size_t i, have = c->done;
+    int bad = c->f && fseek(c->f, end - (long)(have * c->bytes), SEEK_SET) != 0;
+    for (i = 0; record && i < have && !bad; i++) {
+        if (c->f) bad = fread(record, 1, c->bytes, c->f) != c->bytes;
+        else memcpy(record, sdq__st_cache_record(c, i), n * sizeof(float));
+        sdq__cal_move(s, i, record, 1);
+    }
+    if (bad || (c->f && fseek(c->f, end, SEEK_SET) != 0))
+        sdq__fail(ctx, SDQ_ERR_IO, "%s: read error", c->part);
+    for (; record && i < c->count && ctx->status == SDQ_OK; i++) {
+        if (sdq__cal_prompt(ctx, p, prompts[i], i, desc, s) != SDQ_OK) break;
+        sdq__cal_move(s, i, record, 0);
+        (void)sdq__st_cache_put(ctx, c, record, n);
+    }
+    if (c->f && ctx->status == SDQ_OK) (void)sdq__st_cache_finish(ctx, c);
+    sdq__free(ctx, record);
+    return ctx->status;
+}
+
+SDQ_API sdq_status sdq_states_cache(sdq_ctx *ctx, const sdq_pipeline *p, const char *const *prompts,
+                                    size_t n, const sdq_txt2img_desc *desc, const char *path,
+                                    sdq_states **out) {
+    sdq_states *s = SDQ__NEW(ctx, sdq_states);
+    sdq__st_cache c;
+    sdq_status st;
+    memset(&c, 0, sizeof c);
+    *out = NULL;
+    if (!s) return ctx->status;
+    if (!p->text || (!p->unet && !p->unet_int8)) {
+        sdq__free(ctx, s);
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "%s: a cache of states needs a pipeline whose "
+                         "networks are loaded, not one on demand", path);
+    }
+    SDQ__TRY_DONE(sdq__cal_new(ctx, p, n, desc, s));
+    SDQ__TRY_DONE(sdq__st_cache_open(ctx, path, "states", sdq__cal_key(p, prompts, n, desc, s), n,
+                                     sdq__cal_record(s) * sizeof(float), &c));
+    st = sdq__cal_fill(ctx, p, prompts, desc, &c, s);
+done:
+    sdq__st_cache_close(ctx, &c);
+    if (st == SDQ_OK) *out = s;
+    else sdq_states_free(ctx, s);
+    return st;
+}
+
+/* ---- parts of the states ---- */
+
+SDQ_API sdq_status sdq_states_hold_out(sdq_ctx *ctx, sdq_states *s, size_t n, sdq_states **held) {
+    const size_t per = s->evals * s->branches, prompts = s->count / per, keep = (prompts - n) * per;
+    sdq_states *h;
+    *held = NULL;
+    if (n == 0 || n >= prompts)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "validation: %zu of %zu prompts cannot be held out;"
+                         " give more prompts", n, prompts);
+    h = SDQ__NEW(ctx, sdq_states);
+    if (!h) return ctx->status;
+    *h = *s;
+    h->view = 1;
+    h->count = s->count - keep;
+    h->x += keep * s->size;
+    h->eps += keep * s->size;
+    h->time += keep;
+    h->context_of += keep;      /* numbers of texts in the array that both share */
+    s->count = keep;
+    *held = h;
+    return SDQ_OK;
+}
+
+SDQ_API sdq_status sdq_states_gather(sdq_ctx *ctx, const sdq_group *g, sdq_states **states) {
+    const sdq_states *s = *states;
+    const size_t per = s->evals * s->branches, mine = s->count / per;
+    size_t first = 0, all = 0, i;
+    float *prompts;
+    sdq_span span[4];
+    sdq_states *j;
+    if (!g || g->ranks < 2) return ctx->status;
+    prompts = SDQ__NEW_N(ctx, float, g->ranks);
+    j = SDQ__NEW(ctx, sdq_states);
+    if (!prompts || !j) goto done;
+    prompts[g->rank] = (float)mine;
+    (void)sdq__opt_reduce_one(ctx, g, SDQ_REDUCE_SUM, "the states", prompts, g->ranks);
+    for (i = 0; i < g->ranks; i++) {
+        if (i < g->rank) first += (size_t)prompts[i];
+        all += (size_t)prompts[i];
+    }
+    *j = *s;
+    j->x = j->eps = j->time = j->context = NULL;
+    j->context_of = NULL;
+    j->count = all * per;
+    if (ctx->status != SDQ_OK || sdq__cal_room(ctx, j, all * per, all * s->branches) != SDQ_OK)
+        goto done;
+    memcpy(j->x + first * per * s->size, s->x, s->count * s->size * sizeof(float));
+    memcpy(j->eps + first * per * s->size, s->eps, s->count * s->size * sizeof(float));
+    memcpy(j->time + first * per, s->time, s->count * sizeof(float));
+    memcpy(j->context + first * s->branches * s->context_size, s->context,
+           mine * s->branches * s->context_size * sizeof(float));
+    for (i = 0; i < j->count; i++)
+        j->context_of[i] = i / per * s->branches + i % s->branches;
+    span[0].values = j->x; span[0].count = j->count * s->size;
+    span[1].values = j->eps; span[1].count = j->count * s->size;
+    span[2].values = j->time; span[2].count = j->count;
+    span[3].values = j->context; span[3].count = j->contexts * s->context_size;
+    for (i = 0; i < 4; i++) span[i].name = "the states";
+    if (sdq__opt_reduce(ctx, g, SDQ_REDUCE_SUM, span, 4) != SDQ_OK) goto done;
+    sdq_states_free(ctx, *states);
+    *states = j;
+    j = NULL;
+done:
+    sdq__free(ctx, prompts);
+    sdq_states_free(ctx, j);
     return ctx->status;
 }
 
@@ -16249,6 +17350,22 @@ static sdq_status sdq__cal_pass(sdq_ctx *ctx, const sdq_model *unet, const sdq_s
             return sdq__fail(ctx, SDQ_ERR_CANCELLED, "calibration: cancelled");
     }
     return SDQ_OK;
+}
+
+SDQ_API sdq_status sdq_model_reduce_ranges(sdq_ctx *ctx, sdq_model *m, const sdq_group *g) {
+    size_t i;
+    for (i = 0; i < m->layers; i++) {
+        const sdq_mark mark = sdq_arena_mark(ctx);
+        sdq_layer *l = m->layer[i];
+        const size_t n = sdq__ly_state_count(l);
+        float *v = SDQ__PUSH_N(ctx, float, n);
+        if (!v) return ctx->status;
+        sdq__ly_state(l, v, 0);
+        SDQ__TRY(sdq__opt_reduce_range(ctx, g, l->name, v, n));
+        sdq__ly_state(l, v, 1);
+        sdq_arena_release(ctx, mark);
+    }
+    return ctx->status;
 }
 
 /* b += mean(FLOAT - FAKE) of every quantized layer, measured on the quantized network's inputs. */
@@ -16336,8 +17453,10 @@ static sdq_tensor *sdq__ds_teacher(sdq_ctx *ctx, const sdq_distill_task *t,
     return y;
 }
 
-static sdq_tensor *sdq__ds_add(sdq_ctx *ctx, sdq_tensor *sum, sdq_tensor *loss, float weight) {
+static sdq_tensor *sdq__ds_add(sdq_ctx *ctx, sdq_tensor *sum, const char *part, sdq_tensor *loss,
+                               float weight) {
     if (weight != 1.0f) loss = sdq_scale(ctx, loss, weight);
+    if (loss) sdq_fit_note(ctx, part, (double)sdq_f32(loss)[0]);
     return sum ? sdq_add(ctx, sum, loss) : loss;
 }
 
@@ -16399,9 +17518,9 @@ static sdq_status sdq__ds_batch(sdq_ctx *ctx, const sdq_distill_task *t, sdq_rng
         memset(in, 0, sizeof *in);
         in->sample = b.noisy;
         in->timesteps = b.times;
-        in->context = sdq_text_forward(ctx, d.text, b.ids);
+        in->context = b.context;
         *noise = b.target;
-        return in->context ? SDQ_OK : ctx->status;
+        return SDQ_OK;
     }
 }
 
@@ -16428,11 +17547,12 @@ SDQ_API sdq_tensor *sdq_distill_task_loss(sdq_ctx *ctx, void *arg, sdq_rng *rng,
                   (double)t->teacher_loss);
     if (!y || ctx->status != SDQ_OK) return NULL;
     if (t->teacher_loss != 0.0f && t->states && t->coherent)
-        sum = sdq__ds_add(ctx, sum, sdq__ds_coherent(ctx, t->states, y, teacher), t->teacher_loss);
+        sum = sdq__ds_add(ctx, sum, "teacher", sdq__ds_coherent(ctx, t->states, y, teacher),
+                          t->teacher_loss);
     else if (t->teacher_loss != 0.0f)
-        sum = sdq__ds_add(ctx, sum, sdq_mse(ctx, y, teacher, NULL), t->teacher_loss);
+        sum = sdq__ds_add(ctx, sum, "teacher", sdq_mse(ctx, y, teacher, NULL), t->teacher_loss);
     if (t->noise_loss != 0.0f && noise)
-        sum = sdq__ds_add(ctx, sum, sdq_mse(ctx, y, noise, NULL), t->noise_loss);
+        sum = sdq__ds_add(ctx, sum, "noise", sdq_mse(ctx, y, noise, NULL), t->noise_loss);
     for (i = 0; i < t->maps; i++) {
         sdq_tensor *a = tap[1][i].y, *b = tap[0][i].y;
         if (!a || !b) {
@@ -16440,7 +17560,8 @@ SDQ_API sdq_tensor *sdq_distill_task_loss(sdq_ctx *ctx, void *arg, sdq_rng *rng,
                       t->map[i].layer);
             return NULL;
         }
-        sum = sdq__ds_add(ctx, sum, t->map[i].l1 ? sdq_l1(ctx, a, b) : sdq_mse(ctx, a, b, NULL),
+        sum = sdq__ds_add(ctx, sum, "maps",
+                          t->map[i].l1 ? sdq_l1(ctx, a, b) : sdq_mse(ctx, a, b, NULL),
                           t->map[i].weight);
     }
     return sum;
@@ -16991,7 +18112,7 @@ static sdq_status sdq__cv_read_policy(sdq_ctx *ctx, const sdq_file *f, const cha
 static sdq_status sdq__cv_read_attention(sdq_ctx *ctx, const sdq_file *f, const char *path,
                                          sdq_model *m) {
     const char *text = sdq_file_meta(f, "sdq.attention");
-    const int bits = !text ? 0 : strcmp(text, "int8") == 0 ? 8 : strcmp(text, "int16") == 0 ? 16 : -1;
+    const int bits = !text ? 0 : !strcmp(text, "int8") ? 8 : !strcmp(text, "int16") ? 16 : -1;
     if (bits < 0)
         return sdq__fail(ctx, SDQ_ERR_FORMAT,
                          "%s: sdq.attention is \"%.40s\", expected \"int8\" or \"int16\"", path,

@@ -5,11 +5,11 @@
 # more with sanitizers: test_kernels with all instruction sets, the others with scalar kernels (a
 # sanitizer build of all tiers takes a minute each).
 # What a machine lacks is counted as skipped. The last line is "N passed, N failed".
-#   PARTS="units shape compile link options examples cli kill fuzz"   only some of it
+#   PARTS="units shape compile link options examples cli kill mpi fuzz"   only some of it
 WARN='-Wall -Wextra -pedantic -Wconversion -Wsign-conversion -Wshadow -Wundef'
 out=build/tests
 passed=0 failed=0 skipped=0
-parts=${PARTS:-units shape compile link options examples cli kill fuzz}
+parts=${PARTS:-units shape compile link options examples cli kill mpi fuzz}
 mkdir -p $out
 OMP_WAIT_POLICY=passive; export OMP_WAIT_POLICY     # threads that wait do not take the other job's time
 part() { case " $parts " in *" $1 "*) return 0 ;; esac; return 1; }
@@ -210,6 +210,7 @@ if part examples; then
 # Examples, each built by the command at its top.
 for e in examples/*.c; do
     n=$(basename "$e" .c)
+    [ "$n" = train_mpi ] && continue        # needs MPI: tests/test_mpi.sh
     check "example-$n" ${CC:-cc} -std=c99 -Wall -Wextra -O1 $(openmp "${CC:-cc}") -I. "$e" -o "$out/$n" -lm
 done
 check example-cpp ${CXX:-c++} -std=c++11 -Wall -Wextra -O1 $(openmp "${CC:-cc}") -I. examples/cpp.cc -o "$out/cpp"
@@ -237,6 +238,10 @@ fi
 fi
 part cli && suite cli sh tests/test_cli.sh
 part kill && suite kill sh tests/test_kill.sh
+if part mpi; then
+    if command -v mpicc >/dev/null 2>&1 && command -v mpirun >/dev/null 2>&1; then suite mpi sh tests/test_mpi.sh
+    else skip "MPI: no mpicc, mpirun (Debian: openmpi-bin, libopenmpi-dev)"; fi
+fi
 
 echo "$skipped skipped"
 echo "$passed passed, $failed failed"

@@ -216,6 +216,45 @@ ok "train qat" twice qat --what qat --model $model --data $data --batch 2 --cali
     --map mid_block.resnets.1.conv2:mse:0.1
 ok "train qat, reference" twice ref --what qat --recipe reference --model $model --data $data --size 16 --batch 2 --calib-batches 3
 
+# Long runs. In this order: files of one test serve the next.
+qat() { "$sdq" train --model $model --data $data --batch 2 --calib-prompts 2 --calib-steps 3 --range-conv static "$@" --threads 1; }
+long() { qat --steps 6 --validate-every 2 --best "$out/best" --cache "$out/cache" --log "$out/long.csv" --out "$out/long" -q; }
+ok "validation" long
+rows() { [ "$(cut -d, -f1 "$out/long.csv" | tr '\n' ' ')" = "step 0 1 2 3 4 5 6 " ] &&
+    [ "$(awk -F, 'NR > 1 && $1 % 2 == 0 && $8 != "" { n++ } NR > 1 && $5 != $2 { bad = 1 } END { print n, bad }' "$out/long.csv")" = "4 " ]; }
+ok "rows of a log" rows
+ok "best weights are a file" sh -c "'$sdq' info '$out/best' | grep -q array"
+says "a stale cache" 1 "is stale" qat --steps 2 --cache "$out/cache" --seed 2 --out "$out/long2" -q
+says "a best without validation" 2 "--validate-every" qat --best "$out/best" --out "$out/x" -q
+says "a file that is no training's" 1 "not the state of this training" sh -c \
+    "cp '$out/cache.states' '$out/none.state'; '$sdq' train --model $model --data $data --calib-prompts 1 --calib-steps 3 --state '$out/none.state' --out '$out/x' -q || { rm '$out/none.state'; exit 1; }"
+says "a log with other columns" 1 "is not a log" sh -c \
+    "'$sdq' train --model $model --data $data --batch 2 --calib-prompts 1 --calib-steps 3 --steps 1 --state '$out/l.state' --out '$out/x' -q && echo step,loss >'$out/l.csv' &&
+     '$sdq' train --model $model --data $data --batch 2 --calib-prompts 1 --calib-steps 3 --steps 2 --state '$out/l.state' --log '$out/l.csv' --out '$out/x' -q"
+says "a rate that is too high" 1 "training: the \(loss\|gradient\) of step [0-9]* is .*\(such an output is\|is that of\|first\|values of\)" \
+    qat --train-set all --steps 40 --lr 1e18 --out "$out/x" -q
+# A disk that is full: 512 bytes are all that a file can have.
+cramped() { (trap '' XFSZ; ulimit -f 1; "$@"); }
+ok "a state" qat --steps 2 --state "$out/full.state" --out "$out/x" -q
+cp "$out/full.state" "$out/full.before"
+says "a full disk" 1 "disk full.*earlier step is still there" cramped qat --steps 4 --state "$out/full.state" --out "$out/x" -q
+ok "the state of before" cmp "$out/full.state" "$out/full.before"
+says "a full disk at the end" 1 "disk full" cramped qat --steps 1 --out "$out/full" -q
+ok "nothing is left of it" [ ! -e "$out/full" ] && [ ! -e "$out/full.tmp" ]
+# SIGTERM: the state is written and the same command goes on, to the same bytes as without.
+term() {
+    "$sdq" train --model $model --data $data --batch 2 --calib-prompts 2 --calib-steps 3 --range-conv static \
+        --steps 100000 --save-every 0 --save-minutes 0.005 --state "$out/term.state" --out "$out/term" -q & pid=$!
+    while kill -0 $pid 2>/dev/null && [ ! -f "$out/term.state" ]; do :; done
+    kill -TERM $pid; wait $pid; [ $? = 1 ] && [ -f "$out/term.state" ] || return 1
+    n=$(head -c 1000 "$out/term.state" | sed -n 's/.*"step":"\([0-9]*\)".*/\1/p')
+    [ "${n:-0}" -gt 0 ] && [ "$n" -lt 100000 ] || return 1
+    m=$((n + 3))
+    qat --steps $m --state "$out/term.state" --out "$out/term" -q && qat --steps $m --state "$out/whole.state" --out "$out/whole" -q &&
+        cmp "$out/term" "$out/whole" && cmp "$out/term.state" "$out/whole.state"
+}
+ok "SIGTERM" term
+
 # Mistakes.
 says "unknown flag" 2 "--nonsense" "$sdq" txt2img --nonsense 3
 says "unknown command" 2 "draw" "$sdq" draw

@@ -5,6 +5,8 @@
 #define SDQ_IMPLEMENTATION
 #include "sdq.h"
 #include "sdq_test.h"
+#include <sys/stat.h>
+#include <unistd.h>
 
 #define FOLDER "tests/golden/models/bk-a"
 #define FILE_A "test_distill.a.tmp"
@@ -822,8 +824,6 @@ static void test_training(int tier) {
     trains(tier, static_recipe(), 0, 5e-3f, 0.6);
     r.attention_bits = 8;
     trains(tier, r, 0, 5e-3f, 0.6);
-    r.attention_bits = 16;
-    trains(tier, r, 0, 5e-3f, 0.6);
     r = sdq_recipe_default();
     r.train_set = SDQ_TRAIN_LORA;
     r.lora_rank = 2;
@@ -831,6 +831,9 @@ static void test_training(int tier) {
     r.train_set = SDQ_TRAIN_ALL;
     r.last_blocks = 5;
     trains(tier, r, 0, 1e-3f, 0.9);
+    r = sdq_recipe_default();
+    r.attention_bits = 16;
+    trains(tier, r, 0, 5e-3f, 0.6);
 }
 
 /* ---- the schedule ---- */
@@ -1025,7 +1028,194 @@ static void test_schedule(int tier) {
     close_fixture(&f);
 }
 
+/* ---- caches ---- */
+
+#define CACHE "test_distill.cache.tmp"
+#define PICTURES "test_distill.pictures.tmp"
+
+typedef struct counter { size_t calls, stop_at; } counter;
+static int count_calls(void *user, const char *stage, size_t i, size_t n, double value) {
+    counter *c = (counter *)user;
+    (void)stage; (void)i; (void)n; (void)value;
+    return ++c->calls == c->stop_at;
+}
+static int same_states(const sdq_states *a, const sdq_states *b) {
+    size_t i;
+    if (!a || !b || a->count != b->count || a->size != b->size || a->branches != b->branches)
+        return 0;
+    for (i = 0; i < a->count; i++)
+        if (memcmp(a->context + a->context_of[i] * a->context_size,
+                   b->context + b->context_of[i] * b->context_size, a->context_size * 4) != 0)
+            return 0;
+    return memcmp(a->x, b->x, a->count * a->size * 4) == 0
+        && memcmp(a->eps, b->eps, a->count * a->size * 4) == 0
+        && memcmp(a->time, b->time, a->count * 4) == 0;
+}
+/* Change one byte of a file, so many from its end. */
+static void damage(const char *path, long from_end) {
+    FILE *f = fopen(path, "r+b");
+    int c;
+    if (!f || fseek(f, -from_end, SEEK_END) != 0) exit(2);
+    c = fgetc(f);
+    (void)fseek(f, -from_end, SEEK_END);
+    (void)fputc(c ^ 1, f);
+    (void)fclose(f);
+}
+static sdq_states *cached(fixture *f, counter *c, sdq_status want, const char *text) {
+    sdq_states *s = NULL;
+    sdq_status st;
+    f->d.progress = count_calls;
+    f->d.user = c;
+    c->calls = 0;
+    st = sdq_states_cache(f->ctx, f->p, prompts, PROMPTS, &f->d, CACHE, &s);
+    SDQT_THAT(st == want && (st == SDQ_OK) == (s != NULL)
+              && strstr(sdq_error_text(f->ctx), text) != NULL, "status %d: %s", (int)st,
+              sdq_error_text(f->ctx));
+    sdq_clear_error(f->ctx);
+    return s;
+}
+
+/* States through a file are those without; what is there is not computed again; a file of other
+ * states is refused. */
+static void test_state_cache(int tier) {
+    const sdq_recipe r = sdq_recipe_default();
+    fixture f;
+    counter c = {0, 0};
+    sdq_states *s, *t, *held;
+    (void)remove(CACHE);
+    (void)remove(CACHE ".part");
+    open_fixture(&f, tier, &r);
+    s = collect(&f);
+    c.stop_at = EVALS + 1;              /* in the second prompt */
+    sdq_states_free(f.ctx, cached(&f, &c, SDQ_ERR_CANCELLED, ""));
+    SDQT_CHECK(c.calls == EVALS + 1);
+    c.stop_at = 0;
+    t = cached(&f, &c, SDQ_OK, "");
+    SDQT_THAT(c.calls == EVALS && same_states(s, t), "%zu evaluations after a stop", c.calls);
+    sdq_states_free(f.ctx, t);
+    t = cached(&f, &c, SDQ_OK, "");
+    SDQT_THAT(c.calls == 0 && same_states(s, t), "%zu evaluations of a complete file", c.calls);
+    sdq_states_free(f.ctx, t);
+    SDQT_CHECK(rename(CACHE, CACHE ".part") == 0);      /* as if it had stopped before the name */
+    damage(CACHE ".part", 100);
+    t = cached(&f, &c, SDQ_OK, "");
+    SDQT_THAT(c.calls == EVALS && same_states(s, t), "%zu evaluations for a bad record", c.calls);
+    f.d.seed++;
+    sdq_states_free(f.ctx, cached(&f, &c, SDQ_ERR_FORMAT, "stale"));
+    f.d.seed--;
+    SDQT_CHECK(sdq_states_hold_out(f.ctx, t, PROMPTS, &held) == SDQ_ERR_ARGUMENT && !held);
+    sdq_clear_error(f.ctx);
+    SDQT_CHECK(sdq_states_hold_out(f.ctx, t, 1, &held) == SDQ_OK
+               && sdq_states_count(t) == STATES / 2 && sdq_states_count(held) == STATES / 2);
+    SDQT_BYTES(held->x, s->x + STATES / 2 * SIZE, STATES / 2 * SIZE * 4);
+    SDQT_BYTES(held->context + held->context_of[1] * 144, s->context + 3 * 144, 144 * 4);
+    sdq_states_free(f.ctx, held);
+    sdq_states_free(f.ctx, t);
+    sdq_states_free(f.ctx, s);
+    close_fixture(&f);
+    SDQT_CHECK(remove(CACHE) == 0 && remove(CACHE ".part") != 0);
+}
+
+/* Three pictures that are not square, with captions. */
+static void draw_pictures(int other) {
+    size_t i, k;
+    char name[64];
+    (void)mkdir(PICTURES, 0777);
+    for (i = 0; i < 3; i++) {
+        FILE *f;
+        (void)snprintf(name, sizeof name, PICTURES "/%zu.ppm", i);
+        if (!(f = fopen(name, "wb"))) exit(2);
+        fprintf(f, "P6\n19 26\n255\n");
+        for (k = 0; k < 19 * 26 * 3; k++)
+            fputc((int)((i * 31 + k * k * 7 + (i == 2 && other)) & 255), f);
+        fclose(f);
+        (void)snprintf(name, sizeof name, PICTURES "/%zu.txt", i);
+        if (!(f = fopen(name, "wb"))) exit(2);
+        fprintf(f, "picture %zu", i);
+        fclose(f);
+    }
+}
+static void drop_pictures(void) {
+    size_t i;
+    char name[64];
+    for (i = 0; i < 6; i++) {
+        (void)snprintf(name, sizeof name, PICTURES "/%zu.%s", i / 2, i % 2 ? "txt" : "ppm");
+        (void)remove(name);
+    }
+    (void)rmdir(PICTURES);
+}
+
+/* Latents and text states from a file give the batches of pictures and encoders in memory. */
+static void test_latent_cache(int tier) {
+    const sdq_recipe r = sdq_recipe_default();
+    fixture f;
+    counter c = {0, 2};
+    sdq_dataset *data = NULL;
+    sdq_samples *a = NULL, *b = NULL, *held = NULL;
+    sdq_scheduler *sch = NULL;
+    sdq_diffusion_task t;
+    sdq__batch x, y;
+    sdq_rng rng;
+    size_t i, drawn[3] = {0, 0, 0};
+    (void)remove(CACHE);
+    (void)remove(CACHE ".part");
+    draw_pictures(0);
+    open_fixture(&f, tier, &r);
+    memset(&t, 0, sizeof t);
+    SDQT_CHECK(sdq_dataset_open(f.ctx, PICTURES, &data) == SDQ_OK
+               && sdq_scheduler_create(f.ctx, NULL, &sch) == SDQ_OK
+               && sdq_samples_load(f.ctx, data, 16, f.p->tokenizer, &a) == SDQ_OK
+               && sdq_samples_encode(f.ctx, a, f.p->vae, NULL, NULL) == SDQ_OK);
+    SDQT_CHECK(sdq_samples_cache(f.ctx, data, 16, f.p->tokenizer, f.p->vae, f.p->text, CACHE,
+                                 count_calls, &c, &b) == SDQ_ERR_CANCELLED && !b);
+    sdq_clear_error(f.ctx);
+    c.calls = c.stop_at = 0;
+    SDQT_THAT(sdq_samples_cache(f.ctx, data, 16, f.p->tokenizer, f.p->vae, f.p->text, CACHE,
+                                count_calls, &c, &b) == SDQ_OK && c.calls == 1, "%s",
+              sdq_error_text(f.ctx));
+    t.scheduler = sch;
+    t.scaling = 0.2f;
+    t.batch = 8;
+    t.drop = 0.3f;
+    for (i = 0; a && b && i < 2; i++) {
+        sdq_rng_init(&rng, SDQ_RNG_TORCH, 3);
+        t.samples = i ? b : a;
+        t.text = i ? NULL : f.p->text;
+        SDQT_CHECK(sdq__task_batch(f.ctx, &t, &rng, i ? &y : &x) == SDQ_OK);
+    }
+    SDQT_BYTES(x.noisy->data, y.noisy->data, sdq_tensor_count(x.noisy) * 4);
+    SDQT_BYTES(x.target->data, y.target->data, sdq_tensor_count(x.target) * 4);
+    SDQT_BYTES(x.context->data, y.context->data, sdq_tensor_count(x.context) * 4);
+    t.samples = a;              /* without a text encoder, samples without states are refused */
+    SDQT_CHECK(sdq__task_batch(f.ctx, &t, &rng, &x) == SDQ_ERR_ARGUMENT);
+    sdq_clear_error(f.ctx);
+    SDQT_CHECK(sdq_samples_hold_out(f.ctx, b, 3, &held) == SDQ_ERR_ARGUMENT && !held);
+    sdq_clear_error(f.ctx);
+    SDQT_CHECK(sdq_samples_hold_out(f.ctx, b, 1, &held) == SDQ_OK);
+    for (i = 0; i < 60 && held; i++) {
+        drawn[sdq__task_draw(b, &rng)]++;
+        SDQT_CHECK(sdq__task_draw(held, &rng) == 2);
+    }
+    SDQT_CHECK(drawn[0] > 10 && drawn[1] > 10 && drawn[2] == 0);
+    sdq_samples_free(f.ctx, held);
+    sdq_samples_free(f.ctx, b);
+    draw_pictures(1);           /* a byte of a picture is another one: the file is stale */
+    SDQT_CHECK(sdq_samples_cache(f.ctx, data, 16, f.p->tokenizer, f.p->vae, f.p->text, CACHE, NULL,
+                                 NULL, &b) == SDQ_ERR_FORMAT
+               && strstr(sdq_error_text(f.ctx), "stale") != NULL);
+    sdq_clear_error(f.ctx);
+    sdq_states_free(f.ctx, cached(&f, &c, SDQ_ERR_FORMAT, "not a cache of states"));
+    sdq_samples_free(f.ctx, a);
+    sdq_scheduler_free(f.ctx, sch);
+    sdq_dataset_free(f.ctx, data);
+    close_fixture(&f);
+    drop_pictures();
+    SDQT_CHECK(remove(CACHE) == 0);
+}
+
 static const sdqt_case cases[] = {
+    {"state_cache", test_state_cache, 0},
+    {"latent_cache", test_latent_cache, 0},
     {"states", test_states, 0},
     {"loss", test_loss, 0},
     {"refusals", test_refusals, 0},

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Training that is killed (SIGKILL) at random moments and goes on ends in the same model and state,
-# byte for byte, as a run that was left alone, and its log has every step once.
+# byte for byte, as a run that was left alone, and its log has every step once. So do the caches of
+# states and latents, and the best weights by validation.
 # Called by tests/run.sh from the top folder. KILLS: how many a kind (20); SEED: other moments.
 sdq=${SDQ:-build/sdq} out=${OUT:-build/tests/kill} kills=${KILLS:-20} seed=${SEED:-1}
 model=tests/golden/models/sd1-a data=examples/emoji/data/train steps=80
@@ -12,6 +13,7 @@ now() { date +%s%N | sed 's/......$//; s/N$/000/'; }      # milliseconds; whole 
 # train N FLAGS..: the files of run N; any thread count gives the same bytes
 train() {
     n=$1 threads=$2; shift 2
+    case $name in *best*) set -- "$@" --cache "$out/$n.cache" --validate-every 7 --best "$out/$n.best" ;; esac
     exec "$sdq" train --model $model --data $data --size 16 --batch 2 --steps $steps --save-every 2 \
         --state "$out/$n.state" --log "$out/$n.csv" --out "$out/$n" --threads "$threads" "$@" \
         >"$out/$n.log" 2>&1
@@ -20,8 +22,11 @@ train() {
 # same N: all files of run N are those of the quiet run; the seconds in the log may differ
 same() {
     cmp "$out/quiet.state" "$out/$1.state" && diff -r "$out/quiet" "$out/$1" || return 1
-    cut -d, -f1-4 "$out/$1.csv" >"$out/$1.rows"
-    cmp "$out/quiet.rows" "$out/$1.rows"
+    cut -d, -f1-8 "$out/$1.csv" >"$out/$1.rows"
+    cmp "$out/quiet.rows" "$out/$1.rows" || return 1
+    for f in best cache.states cache.latents; do
+        [ ! -f "$out/quiet.$f" ] || cmp "$out/quiet.$f" "$out/$1.$f" || return 1
+    done
 }
 
 # kind NAME FLAGS..: one quiet run, then runs that are killed until there were enough kills
@@ -33,8 +38,8 @@ kind() {
         failed=$((failed + 1)); echo "FAILED $name: $(tail -n 1 "$out/quiet.log")"; return
     fi
     ms=$(($(now) - began)); [ $ms -lt 200 ] && ms=200
-    cut -d, -f1-4 "$out/quiet.csv" >"$out/quiet.rows"
-    rows=$(cut -d, -f1 "$out/quiet.rows" | tr '\n' ' ')
+    cut -d, -f1-8 "$out/quiet.csv" >"$out/quiet.rows"
+    rows=$(cut -d, -f1 "$out/quiet.rows" | grep -vx 0 | tr '\n' ' ')
     want="step $(awk -v n=$steps 'BEGIN { for (i = 1; i <= n; i++) printf "%d ", i }')"
     bad=; [ "$rows" = "$want" ] || bad="the log of the quiet run is not one row a step"
     awk -v s="$seed" -v ms=$ms -v n=$((kills * 20)) \
@@ -66,6 +71,8 @@ kind vae --what vae --init
 kind t2i --what t2i --vae $model --init --accumulate 2
 kind qat --what qat --calib-prompts 1 --calib-steps 3 --range-conv static --map mid_block.resnets.1.conv2:mse:0.1
 kind qat-reference --what qat --recipe reference --calib-batches 3
+kind qat-best --calib-prompts 3 --calib-steps 3 --range-conv static --lr 1e-3
+kind data-best --calib-prompts 2 --calib-steps 3 --noise-loss 1 --held 5
 
 echo "$passed passed, $failed failed"
 [ $failed = 0 ]

@@ -301,6 +301,19 @@ static sdq_status states_case(env *e) {
     return st;
 }
 
+/* The same through a file, from nothing each time. */
+static sdq_status states_cache_case(env *e) {
+    sdq_states *s = NULL;
+    sdq_status st;
+    (void)remove(FILE_B);
+    (void)remove(FILE_B ".part");
+    st = sdq_states_cache(e->ctx, e->p, prompts, 1, &e->d, FILE_B, &s);
+    SDQT_CHECK((s != NULL) == (st == SDQ_OK));
+    if (s) { add(e, s->x, s->count * s->size * 4); add(e, s->eps, s->count * s->size * 4); }
+    sdq_states_free(e->ctx, s);
+    return st;
+}
+
 static void add_ranges(env *e, const sdq_model *m) {
     size_t i, k;
     for (i = 0; i < m->layers; i++) {
@@ -403,6 +416,7 @@ static void test_quantizing(int tier) {
     env e;
     open_env(&e, tier);
     starve(&e, "states", states_case, 40, 4);
+    starve(&e, "states in a file", states_cache_case, 60, 4);
     starve(&e, "calibration", calibrate_case, 60, 4);
     starve_arena(&e, "states", states_case, 16);
     starve_arena(&e, "calibration", calibrate_case, 24);
@@ -417,6 +431,7 @@ static void test_quantizing(int tier) {
     close_env(&e);
     (void)remove(FILE_A);
     (void)remove(FILE_B);
+    (void)remove(FILE_B ".part");
 }
 
 /* ---- training ---- */
@@ -554,6 +569,20 @@ static sdq_status samples_case(env *e) {
     return st;
 }
 
+/* Latents and captions through a file, from nothing each time. */
+static sdq_status samples_cache_case(env *e) {
+    sdq_samples *s = NULL;
+    sdq_status st;
+    (void)remove(FILE_B);
+    (void)remove(FILE_B ".part");
+    st = sdq_samples_cache(e->ctx, e->data, 8, e->p->tokenizer, e->p->vae, e->p->text, FILE_B,
+                           NULL, NULL, &s);
+    SDQT_CHECK((s != NULL) == (st == SDQ_OK));
+    if (s) add(e, s->cache.data, s->count * s->cache.bytes);
+    sdq_samples_free(e->ctx, s);
+    return st;
+}
+
 /* The published recipe's calibration and a loss of noised pictures. */
 static sdq_status data_case(env *e) {
     sdq_samples *s = NULL;
@@ -593,6 +622,9 @@ static void test_pictures(int tier) {
     starve(&e, "samples", samples_case, 60, 4);
     starve_arena(&e, "samples", samples_case, 24);
     SDQT_CHECK(sdq_dataset_open(e.ctx, PICTURES, &e.data) == SDQ_OK);
+    starve(&e, "samples in a file", samples_cache_case, 60, 4);
+    (void)remove(FILE_B);
+    (void)remove(FILE_B ".part");
     e.r = sdq_recipe_reference();
     starve(&e, "calibration on pictures", data_case, 40, 4);
     close_env(&e);

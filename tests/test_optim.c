@@ -1,12 +1,18 @@
-/* test_optim.c - AdamW, clipping, schedule, averages, state files, the training loop.
+/* test_optim.c - AdamW, clipping, schedule, averages, state files, the training loop, two processes.
  * Run from the project folder; writes and removes test_optim.*.tmp there.
  */
 #define SDQ_IMPLEMENTATION
 #include "sdq.h"
 #include "sdq_test.h"
+#include <signal.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #define STATE_A "test_optim.a.tmp"
 #define STATE_B "test_optim.b.tmp"
+#define BEST "test_optim.best.tmp"
 
 /* An allocator that counts and can refuse the k-th call, or all from the k-th on. */
 typedef struct heap { size_t live, calls, fail_at, fails; } heap;
@@ -407,9 +413,11 @@ static int job_progress(void *user, const char *stage, size_t i, size_t n, doubl
 }
 
 static sdq_status job_layer(sdq_ctx *ctx, sdq_layer **l, size_t in, size_t out, uint64_t seed) {
+    static const char *const name[] = {"none", "first", "second", "third"};
     sdq_layer_desc d;
     sdq_rng rng;
     memset(&d, 0, sizeof d);
+    d.name = name[seed];
     d.in = in;
     d.out = out;
     SDQ__TRY(sdq_layer_create(ctx, &d, l));
@@ -692,7 +700,8 @@ static void test_bad_loss(int tier) {
         if (kind) j.null_at = 2;        /* the second micro-batch of step 3 */
         else j.nan_at = 2;
         d = fit_desc(&j, 10, 2, STATE_A);
-        SDQT_CHECK(sdq_fit(ctx, j.o, &d, job_loss, &j) == want[kind] && j.calls == 2);
+        SDQT_CHECK(sdq_fit(ctx, j.o, &d, job_loss, &j) == want[kind]
+                   && j.calls == (kind ? 2u : 3u));     /* once more to see where it came from */
         SDQT_THAT(strstr(sdq_error_text(ctx), kind ? "gave no loss" : "step 3") != NULL, "%s",
                   sdq_error_text(ctx));
         SDQT_CHECK(same_files(STATE_A, STATE_B) && sdq_optim_steps_done(j.o) == 3);
@@ -707,6 +716,318 @@ static void test_bad_loss(int tier) {
         job_free(ctx, &j);
         sdq_ctx_free(ctx);
     }
+    clean();
+}
+
+/* ---- long runs: validation, the best, causes, full disks ---- */
+
+typedef struct long_run {
+    job j;
+    sdq_fit_info info[64];
+    size_t infos, save_at;
+    sdq_tensor *(*loss)(sdq_ctx *, void *, sdq_rng *, size_t);
+} long_run;
+
+static int keep_info(void *user, const sdq_fit_info *info) {
+    long_run *r = (long_run *)user;
+    SDQT_CHECK(r->infos < 64);
+    r->info[r->infos++] = *info;
+    return info->step == r->save_at ? SDQ_FIT_SAVE : SDQ_FIT_GO;
+}
+/* The loss of a job in two parts. */
+static sdq_tensor *parts_loss(sdq_ctx *ctx, void *user, sdq_rng *rng, size_t step) {
+    sdq_tensor *y = job_loss(ctx, user, rng, step);
+    sdq_fit_note(ctx, "a quarter", y ? 0.25 * (double)sdq_f32(y)[0] : 0.0);
+    sdq_fit_note(ctx, "the rest", y ? 0.75 * (double)sdq_f32(y)[0] : 0.0);
+    return y;
+}
+static sdq_fit_desc long_desc(long_run *r, size_t steps, const char *state) {
+    sdq_fit_desc d = fit_desc(&r->j, steps, 2, state);
+    d.progress = NULL;
+    d.after = keep_info;
+    d.user = r;
+    d.validate = job_loss;
+    d.validate_user = &r->j;
+    d.validate_every = 3;
+    d.best = BEST;
+    return d;
+}
+
+/* A job whose observers have seen something: validation does not move them. */
+static sdq_status long_job(sdq_ctx *ctx, job *j) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    sdq_rng rng;
+    SDQ__TRY(job_new(ctx, j));
+    sdq_rng_init(&rng, SDQ_RNG_TORCH, 5);
+    (void)job_loss(ctx, j, &rng, 0);
+    sdq_arena_release(ctx, mark);
+    j->calls = 0;
+    return sdq_last_error(ctx);
+}
+
+/* Held-out loss before the first step, every third and after the last; the best is kept, and a run
+ * that was stopped in between knows it. */
+static void test_validation(int tier) {
+    static long_run a, b, c;
+    sdq_ctx *ctx = new_ctx(tier, 1);
+    sdq_fit_desc d;
+    size_t i;
+    double low = 1e300;
+    clean();
+    memset(&a, 0, sizeof a);
+    memset(&b, 0, sizeof b);
+    memset(&c, 0, sizeof c);
+    SDQT_CHECK(long_job(ctx, &a.j) == SDQ_OK && long_job(ctx, &b.j) == SDQ_OK
+               && long_job(ctx, &c.j) == SDQ_OK);
+    d = long_desc(&a, 10, STATE_A);
+    SDQT_CHECK(sdq_fit(ctx, a.j.o, &d, parts_loss, &a.j) == SDQ_OK && a.infos == 11);
+    for (i = 0; i < a.infos; i++) {
+        const sdq_fit_info *info = &a.info[i];
+        SDQT_CHECK(info->step == i && info->steps == 10);
+        SDQT_CHECK(info->validated == (i % 3 == 0 || i == 10));
+        if (info->validated && info->validation < low) low = info->validation;
+        SDQT_CHECK(info->best == low && info->best_step <= i);
+        if (i == 0) continue;
+        SDQT_CHECK(info->parts == 2 && strcmp(info->part[0], "a quarter") == 0
+                   && strcmp(info->part[1], "the rest") == 0);
+        SDQT_NEAR(info->part_loss[0], 0.25 * info->loss, 1e-6 * info->loss);
+        SDQT_NEAR(info->part_loss[1], 0.75 * info->loss, 1e-6 * info->loss);
+        SDQT_CHECK(info->grad_norm > 0.0 && info->rate > 0.0);
+    }
+    SDQT_CHECK(a.info[10].validation < a.info[0].validation);      /* it learns */
+    /* stopped in the middle and gone on with: the same bytes, the same best */
+    SDQT_CHECK(remove(BEST) == 0);
+    d = long_desc(&b, 4, STATE_B);
+    SDQT_CHECK(sdq_fit(ctx, b.j.o, &d, parts_loss, &b.j) == SDQ_OK);
+    d = long_desc(&c, 10, STATE_B);
+    SDQT_CHECK(sdq_fit(ctx, c.j.o, &d, parts_loss, &c.j) == SDQ_OK && c.infos == 6);
+    for (i = 0; i < 6; i++) {       /* the shorter run also validated after its last step */
+        SDQT_CHECK(c.info[i].loss == a.info[i + 5].loss);
+        SDQT_CHECK(!c.info[i].validated || c.info[i].validation == a.info[i + 5].validation);
+    }
+    /* the best weights are what was validated: they give the same loss */
+    SDQT_CHECK(sdq_optim_load_weights(ctx, b.j.o, BEST) == SDQ_OK);
+    sdq_optim_swap_ema(b.j.o);
+    SDQT_CHECK(sdq_optim_load_weights(ctx, b.j.o, BEST) == SDQ_OK);
+    b.infos = 0;
+    b.j.o->step = 0;
+    d = long_desc(&b, 0, NULL);
+    d.best = NULL;
+    SDQT_CHECK(sdq_fit(ctx, b.j.o, &d, parts_loss, &b.j) == SDQ_OK && b.infos == 1);
+    SDQT_NEAR(b.info[0].validation, c.info[5].best, 1e-12);
+    SDQT_CHECK(remove(BEST) == 0);
+    SDQT_CHECK(sdq_optim_load_weights(ctx, b.j.o, STATE_A) == SDQ_ERR_SHAPE);
+    sdq_clear_error(ctx);
+    /* saving when the caller asks */
+    (void)remove(STATE_B);
+    d = long_desc(&a, 12, STATE_B);
+    d.best = NULL;
+    a.infos = 0;
+    a.save_at = 11;
+    d.validate_every = 0;
+    a.j.nan_at = a.j.calls + 3;             /* step 10 is good and saved, step 11 is not */
+    SDQT_CHECK(sdq_fit(ctx, a.j.o, &d, parts_loss, &a.j) == SDQ_ERR_NUMERIC);
+    sdq_clear_error(ctx);
+    SDQT_CHECK(sdq_optim_load(ctx, a.j.o, STATE_B) == SDQ_OK && sdq_optim_steps_done(a.j.o) == 11);
+    job_free(ctx, &a.j);
+    job_free(ctx, &b.j);
+    job_free(ctx, &c.j);
+    sdq_ctx_free(ctx);
+    clean();
+}
+
+/* The sentence of a run that breaks names what broke. */
+static void test_causes(int tier) {
+    sdq_ctx *ctx = new_ctx(tier, 1);
+    int kind;
+    for (kind = 0; kind < 4; kind++) {
+        static const char *const want[] = {
+            "step 3 is not finite (the first layer with such an output is second)",
+            "step 3 is not finite (no layer's output is",
+            "gradient of step 3 is not finite in 1 of 7 tensors, first b.bias",
+            "the loss of step 11 is"};
+        job j;
+        sdq_fit_desc d;
+        size_t i;
+        SDQT_CHECK(job_new(ctx, &j) == SDQ_OK);
+        d = fit_desc(&j, kind == 3 ? 11 : 3, 2, NULL);
+        SDQT_CHECK(sdq_fit(ctx, j.o, &d, job_loss, &j) == SDQ_OK);
+        d.steps = 20;
+        if (kind == 0) sdq_f32(sdq_layer_bias(j.b))[1] = INFINITY;
+        if (kind == 1) j.nan_at = j.calls + 1;
+        if (kind == 3) {
+            d.explode = 30.0;
+            for (i = 0; i < IN * HIDDEN; i++) sdq_f32(sdq_layer_weight(j.a))[i] *= 300.0f;
+            for (i = 0; i < OUT * OUT; i++) sdq_f32(sdq_layer_weight(j.c))[i] *= 300.0f;
+        }
+        if (kind == 2) {
+            sdq_layer_bias(j.b)->grad[0] = INFINITY;
+            SDQT_CHECK(sdq_optim_step(ctx, j.o) == SDQ_ERR_NUMERIC);
+        } else {
+            SDQT_CHECK(sdq_fit(ctx, j.o, &d, job_loss, &j) == SDQ_ERR_NUMERIC);
+        }
+        SDQT_THAT(strstr(sdq_error_text(ctx), want[kind]) != NULL, "%s", sdq_error_text(ctx));
+        if (kind == 3)
+            SDQT_THAT(strstr(sdq_error_text(ctx), " is that of ") != NULL, "%s",
+                      sdq_error_text(ctx));
+        sdq_clear_error(ctx);
+        job_free(ctx, &j);
+    }
+    sdq_ctx_free(ctx);
+}
+
+/* A disk that is full in the middle of a state: the run stops, the state of before is whole. */
+static void test_disk_full(int tier) {
+    sdq_ctx *ctx = new_ctx(tier, 1);
+    struct rlimit before, small;
+    job j;
+    sdq_fit_desc d;
+    size_t n;
+    clean();
+    SDQT_CHECK(train(tier, 1, 3, 1, STATE_A, 0, NULL) == SDQ_OK
+               && train(tier, 1, 3, 1, STATE_B, 0, NULL) == SDQ_OK);
+    free(file_bytes(STATE_A, &n));
+    SDQT_CHECK(job_new(ctx, &j) == SDQ_OK);
+    SDQT_CHECK(getrlimit(RLIMIT_FSIZE, &before) == 0);
+    (void)signal(SIGXFSZ, SIG_IGN);
+    small = before;
+    small.rlim_cur = (rlim_t)(n / 2);
+    d = fit_desc(&j, 6, 1, STATE_B);
+    d.save_every = 1;
+    (void)fflush(stdout);
+    SDQT_CHECK(setrlimit(RLIMIT_FSIZE, &small) == 0);
+    SDQT_CHECK(sdq_fit(ctx, j.o, &d, job_loss, &j) == SDQ_ERR_IO && j.done == 4);
+    SDQT_CHECK(setrlimit(RLIMIT_FSIZE, &before) == 0);
+    SDQT_THAT(strstr(sdq_error_text(ctx), "disk full") != NULL
+              && strstr(sdq_error_text(ctx), "earlier step is still there") != NULL, "%s",
+              sdq_error_text(ctx));
+    SDQT_CHECK(same_files(STATE_A, STATE_B));
+    job_free(ctx, &j);
+    sdq_ctx_free(ctx);
+    SDQT_CHECK(train(tier, 1, 6, 1, STATE_A, 0, NULL) == SDQ_OK    /* and the run goes on from it */
+               && train(tier, 1, 6, 1, STATE_B, 0, NULL) == SDQ_OK && same_files(STATE_A, STATE_B));
+    clean();
+}
+
+/* ---- two processes, joined by a socket ---- */
+
+static int move_bytes(int fd, char *p, size_t n, int out) {
+    while (n > 0) {
+        const ssize_t done = out ? write(fd, p, n) : read(fd, p, n);
+        if (done <= 0) return -1;
+        p += done;
+        n -= (size_t)done;
+    }
+    return 0;
+}
+typedef struct wire { int fd; size_t rank, calls, spans; } wire;
+static int wire_reduce(void *user, sdq_reduce how, const sdq_span *span, size_t n) {
+    static float other[4096];
+    wire *l = (wire *)user;
+    size_t i, j;
+    l->calls++;
+    l->spans += n;
+    for (i = 0; i < n; i++) {
+        float *v = span[i].values;
+        const size_t bytes = span[i].count * sizeof(float);
+        int bad;
+        if (bytes > sizeof other) return 1;
+        bad = l->rank ? move_bytes(l->fd, (char *)other, bytes, 0) : 0;
+        bad |= move_bytes(l->fd, (char *)v, bytes, 1);
+        if (!l->rank) bad |= move_bytes(l->fd, (char *)other, bytes, 0);
+        if (bad) return 1;
+        for (j = 0; j < span[i].count; j++)
+            v[j] = how == SDQ_REDUCE_SUM ? v[j] + other[j]
+                 : (how == SDQ_REDUCE_MIN) == (other[j] < v[j]) ? other[j] : v[j];
+    }
+    return 0;
+}
+/* Moving observers off: a range that follows every micro-batch is another one with two processes. */
+static sdq_status pair_job(sdq_ctx *ctx, job *j) {
+    SDQ__TRY(job_new(ctx, j));
+    sdq_layer_observe(j->c, 0);
+    j->c->part[0].seen = j->c->part[1].seen = j->c->out_seen = 1;
+    j->c->part[0].mn = j->c->part[1].mn = j->c->out_mn = -30.0f;
+    j->c->part[0].mx = j->c->part[1].mx = j->c->out_mx = 30.0f;
+    sdq_f32(&j->c->part[0].s)[0] = sdq_f32(&j->c->part[1].s)[0] = 60.0f / 255.0f;
+    j->c->part[0].z = j->c->part[1].z = 128;
+    return SDQ_OK;
+}
+/* One of two; its exit code is 0 when all went well. */
+static int pair_run(int tier, int fd, size_t rank, const char *state, size_t steps,
+                    double *validation) {
+    sdq_ctx *ctx = new_ctx(tier, 1);
+    static long_run r;
+    wire l;
+    sdq_group g;
+    sdq_fit_desc d;
+    sdq_status st;
+    memset(&r, 0, sizeof r);
+    memset(&l, 0, sizeof l);
+    l.fd = fd; l.rank = rank;
+    g.rank = rank; g.ranks = 2; g.reduce = wire_reduce; g.user = &l;
+    st = pair_job(ctx, &r.j);
+    d = long_desc(&r, steps, state);
+    d.accumulate = 1;
+    d.best = NULL;
+    d.validate_every = 100;
+    d.group = &g;
+    if (st == SDQ_OK && rank == 1 && steps == 99)
+        sdq_f32(sdq_layer_weight(r.j.a))[0] += 1.0f;            /* another network */
+    if (st == SDQ_OK) st = sdq_fit(ctx, r.j.o, &d, parts_loss, &r.j);
+    if (st != SDQ_OK && steps != 99) printf("rank %zu: %s\n", rank, sdq_error_text(ctx));
+    if (steps == 99)
+        st = st == SDQ_ERR_ARGUMENT && strstr(sdq_error_text(ctx), "different weights")
+           ? SDQ_OK : SDQ_ERR_IO;
+    else if (st == SDQ_OK && (r.infos != steps + 1 || r.info[steps].parts != 2 || l.spans < 7))
+        st = SDQ_ERR_SHAPE;
+    *validation = r.infos ? r.info[r.infos - 1].validation : 0.0;
+    job_free(ctx, &r.j);
+    sdq_ctx_free(ctx);
+    return st != SDQ_OK;
+}
+static int pair(int tier, const char *state, size_t steps, double *validation) {
+    int fd[2], code = 1, here;
+    pid_t child;
+    if (socketpair(AF_UNIX, SOCK_STREAM, 0, fd) != 0) return 1;
+    (void)fflush(stdout);
+    child = fork();
+    if (child == 0) _exit(pair_run(tier, fd[1], 1, state, steps, validation));
+    here = pair_run(tier, fd[0], 0, state, steps, validation);
+    if (child < 0 || waitpid(child, &code, 0) != child) return 1;
+    close(fd[0]);
+    close(fd[1]);
+    return here | code;
+}
+/* Two processes with one micro-batch each are one process with two: gradient and losses. */
+static void test_two_processes(int tier) {
+    static long_run alone;
+    double validation = 0.0;
+    sdq_ctx *ctx = new_ctx(tier, 1);
+    job two;
+    sdq_fit_desc d;
+    size_t i;
+    clean();
+    for (i = 1; i <= 12; i += 11) {
+        memset(&alone, 0, sizeof alone);
+        SDQT_CHECK(pair_job(ctx, &alone.j) == SDQ_OK && pair_job(ctx, &two) == SDQ_OK);
+        d = long_desc(&alone, i, NULL);
+        d.best = NULL;
+        d.validate_every = 100;
+        SDQT_CHECK(sdq_fit(ctx, alone.j.o, &d, parts_loss, &alone.j) == SDQ_OK);
+        SDQT_CHECK(pair(tier, STATE_A, i, &validation) == 0);
+        SDQT_NEAR(validation, alone.info[i].validation, 1e-6 * validation);     /* measured: 3e-8 */
+        SDQT_CHECK(sdq_optim_load(ctx, two.o, STATE_A) == SDQ_OK);
+        /* after the first step m is a tenth of the clipped gradient; measured: 0 and 0 */
+        SDQT_CHECK(distance(two.o->leaf[0].m, alone.j.o->leaf[0].m, IN * HIDDEN) <= 1e-6);
+        SDQT_CHECK(distance(sdq_f32(two.o->leaf[2].t), sdq_f32(alone.j.o->leaf[2].t), HIDDEN * OUT)
+                   <= 1e-6);
+        job_free(ctx, &alone.j);
+        job_free(ctx, &two);
+        (void)remove(STATE_A);
+    }
+    SDQT_CHECK(pair(tier, NULL, 99, &validation) == 0);      /* networks that differ are refused */
+    sdq_ctx_free(ctx);
     clean();
 }
 
@@ -988,6 +1309,10 @@ static const sdqt_case cases[] = {
     {"accumulate", test_accumulate, 0},
     {"random", test_random, 0},
     {"bad_loss", test_bad_loss, 0},
+    {"validation", test_validation, 0},
+    {"causes", test_causes, 0},
+    {"disk_full", test_disk_full, 0},
+    {"two_processes", test_two_processes, 0},
     {"damaged", test_damaged, 0},
     {"no_memory", test_no_memory, 0},
 };

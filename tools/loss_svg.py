@@ -13,7 +13,8 @@ WIDTH, HEIGHT, LEFT, TOP, COLORS = 380, 190, 46, 26, ("#c22", "#26a", "#284", "#
 def read(path):
     """[(step, loss, rate, gradient norm)] of a log."""
     lines = open(path, encoding="utf-8").read().split("\n")
-    return [tuple(float(x) for x in line.split(",")[:4]) for line in lines if line[:1].isdigit()]
+    rows = [line.split(",")[:4] for line in lines if line[:1].isdigit()]
+    return [tuple(float(x) for x in row) for row in rows if row[1]]     # step 0 is only validated
 
 
 def thin(rows, n):

@@ -37,7 +37,7 @@
  * arg: NULL for a switch. help: NULL = named in the last lines of the help only. */
 typedef struct flag { const char *names, *arg, *fallback, *help; } flag;
 
-enum { MAX_FLAGS = 64, MAX_GIVEN = 128 };
+enum { MAX_FLAGS = 96, MAX_GIVEN = 128 };
 
 typedef struct args {
     const flag *flags[MAX_FLAGS];
@@ -160,10 +160,12 @@ typedef struct job {
     sdq_scheduler *scheduler;
     sdq_model *vae, *text, *unet;       /* outside the pipeline */
     sdq_optim *optim;
-    sdq_states *states;
+    sdq_states *states, *held_states;   /* held out of training, for validation */
+    sdq_samples *held_samples;
     void **owned;
     size_t owns, owned_room;
     double started, drawn, spoke;       /* of the progress bar */
+    char more[160];                     /* at its end */
     const char *stage;
     size_t stage_first, stage_last;
 } job;
@@ -379,6 +381,16 @@ static sdq_status make_folder(job *j, const char *path) {
     return SDQ_OK;
 }
 
+static double peak_megabytes(void) {
+    struct rusage u;
+    getrusage(RUSAGE_SELF, &u);
+#ifdef __APPLE__
+    return (double)u.ru_maxrss / 1e6;
+#else
+    return (double)u.ru_maxrss * 1024.0 / 1e6;
+#endif
+}
+
 /* ---- progress: a bar on a terminal, a line now and then elsewhere ---- */
 
 static void progress_time(char *buf, size_t size, double s) {
@@ -389,12 +401,12 @@ static void progress_time(char *buf, size_t size, double s) {
 
 static void progress_line(job *j, size_t i, size_t n, double value) {
     const double t = now(), each = (t - j->started) / (double)(i - j->stage_first);
-    char bar[31], left[32], extra[64] = "";
+    char bar[31], left[32], extra[240] = "";
     size_t k;
     for (k = 0; k < 30; k++) bar[k] = k * n < i * 30 ? '=' : ' ';
     bar[30] = 0;
     progress_time(left, sizeof left, each * (double)(n - i));
-    if (value != 0.0) (void)snprintf(extra, sizeof extra, "  loss %.5f", value);
+    if (value != 0.0) (void)snprintf(extra, sizeof extra, "  loss %.5g%s", value, j->more);
     if (j->terminal)
         fprintf(stderr, "\r%-9s [%s] %zu/%zu  %.3g s/it  ETA %s%s\033[K%s", j->stage, bar, i, n,
                 each, left, extra, i == n ? "\n" : "");
@@ -481,22 +493,23 @@ static sdq_status load_tokenizer(job *j, const char *folder) {
     return sdq_tokenizer_load(j->ctx, format_text(j, "%s/tokenizer", folder), &j->tokenizer);
 }
 
-/* j->data and j->samples of --data, as large as the VAE says or --size. */
-static sdq_status load_samples(job *j, const sdq_model *vae, const sdq_tokenizer *tokenizer) {
-    const char *folder;
+/* j->data and j->samples of --data, as large as the VAE says or --size. encode: the pictures as
+ * latents, too, through --cache if there is one; text: a text encoder that is not trained. */
+static sdq_status load_samples(job *j, const sdq_model *vae, const sdq_tokenizer *tokenizer,
+                               const sdq_model *text, int encode) {
+    const char *folder, *cache = encode ? arg_text(&j->a, "cache") : NULL;
     size_t size = sdq_model_get_info(vae).sample_size;
     TRY(need(j, "data", &folder));
     if (size == 0) size = 64;
     TRY(arg_size(j, "size", &size));
     TRY(sdq_dataset_open(j->ctx, folder, &j->data));
-    TRY(sdq_samples_load(j->ctx, j->data, size, tokenizer, &j->samples));
-    note(j, "%zu pictures of %zu x %zu from %s", sdq_samples_count(j->samples), size, size, folder);
-    return SDQ_OK;
-}
-
-static sdq_status encode_samples(job *j, const sdq_model *vae) {
+    note(j, "%zu pictures of %zu x %zu from %s", sdq_dataset_count(j->data), size, size, folder);
     progress_begin(j);
-    return sdq_samples_encode(j->ctx, j->samples, vae, progress, j);
+    if (cache)
+        return sdq_samples_cache(j->ctx, j->data, size, tokenizer, vae, text,
+                                 format_text(j, "%s.latents", cache), progress, j, &j->samples);
+    TRY(sdq_samples_load(j->ctx, j->data, size, tokenizer, &j->samples));
+    return encode ? sdq_samples_encode(j->ctx, j->samples, vae, progress, j) : SDQ_OK;
 }
 
 /* Copy a small file; it need not exist. */
@@ -688,13 +701,14 @@ static const char *const *keep_float(job *j) {
     {"calib-prompts", "N", "8", "prompts whose trajectories are used"}, \
     {"calib-steps", "N", "50", "sampler steps of a trajectory"}, \
     {"calib-batches", "N", "150", NULL}, \
-    {"calib-guidance,guidance-scale,cfg-scale", "X", "7.5", NULL}
+    {"calib-guidance,guidance-scale,cfg-scale", "X", "7.5", NULL}, \
+    {"cache", "PATH", NULL, "keep what was encoded or sampled in PATH.latents, PATH.states"}
 
 typedef struct quantizer {
     const char *model;
     sdq_recipe recipe;
     const char *const *keep;
-    size_t prompts, steps, batches, batch;
+    size_t prompts, steps, batches, batch, held;
     float guidance;
     uint64_t seed;
     sdq_diffusion_task data;        /* with recipes that need pictures */
@@ -730,16 +744,13 @@ static sdq_status diffusion_task(job *j, const sdq_scheduler_desc *desc, const s
 /* Pictures as latents, for recipes that calibrate on them or whose loss needs noise. */
 static sdq_status quantizer_data(job *j, quantizer *q) {
     sdq_scheduler_desc desc;
-    if (!j->samples) {
-        TRY(load_samples(j, j->pipe->vae, j->pipe->tokenizer));
-        TRY(encode_samples(j, j->pipe->vae));
-    }
+    if (!j->samples) TRY(load_samples(j, j->pipe->vae, j->pipe->tokenizer, j->pipe->text, 1));
     if (!j->scheduler) {
         TRY(sdq_pipeline_scheduler(j->ctx, j->pipe, NULL, &desc));
         TRY(diffusion_task(j, &desc, j->pipe->vae, q->batch, &q->data));
     }
     q->data.unet = j->unet;
-    q->data.text = j->pipe->text;
+    q->data.text = arg_text(&j->a, "cache") ? NULL : j->pipe->text;
     return SDQ_OK;
 }
 
@@ -756,6 +767,9 @@ static sdq_status quantizer_states(job *j, quantizer *q) {
     TRY(load_prompts(j, q->prompts, &prompts, &n));
     note(j, "%zu prompts, %zu steps, guidance %g", n, q->steps, (double)q->guidance);
     progress_begin(j);
+    if (arg_text(&j->a, "cache"))
+        return sdq_states_cache(j->ctx, j->pipe, prompts, n, &d,
+                                format_text(j, "%s.states", arg_text(&j->a, "cache")), &j->states);
     return sdq_states_collect(j->ctx, j->pipe, prompts, n, &d, &j->states);
 }
 
@@ -773,10 +787,12 @@ static sdq_status quantizer_prepare(job *j, quantizer *q) {
             : sdq_model_load(j->ctx, q->model, SDQ_PART_UNET, &j->unet));
     TRY(sdq_recipe_apply(j->ctx, j->unet, &q->recipe, q->keep));
     if (data) TRY(quantizer_data(j, q));
+    if (data && q->held) TRY(sdq_samples_hold_out(j->ctx, j->samples, q->held, &j->held_samples));
     if (q->recipe.calibrate_on_data) {
         progress_begin(j);
         return sdq_calibrate_data(j->ctx, &q->data, q->batches, q->seed, progress, j);
     }
+    if (q->held && !data) TRY(sdq_states_hold_out(j->ctx, j->states, q->held, &j->held_states));
     progress_begin(j);
     return sdq_calibrate_states(j->ctx, j->unet, j->states, 8, q->recipe.bias_correction, progress,
                                 j);
@@ -898,8 +914,8 @@ static sdq_status cmd_calibrate(job *j) {
  * ======================================================================== */
 
 static const flag train_flags[] = {
-    {"what", "vae|t2i|qat", NULL, "autoencoder, text-to-image, or quantization-aware training"},
-    {"model,m", "FOLDER", NULL, "diffusers folder (for --init its config.json files are enough)"},
+    {"what", "vae|t2i|qat", "qat", "autoencoder, text-to-image, or quantization-aware training"},
+    {"model,m", "FOLDER|FILE", NULL, "diffusers folder (--init: its config.json files); qat: or a file"},
     {"init", NULL, NULL, "begin with random weights"},
     {"vae", "FOLDER", NULL, "t2i: take the autoencoder from here (default: --model)"},
     {"data", "FOLDER", NULL, "pictures with captions (metadata.jsonl, metadata.csv or NAME.txt)"},
@@ -907,7 +923,7 @@ static const flag train_flags[] = {
     {"out,o", "FOLDER|FILE", NULL, "vae, t2i: folder to write; qat: int8 file"},
     {"steps", "N", NULL, "vae 2400, t2i 16000, qat 300"},
     {"batch", "N", NULL, "vae 16, t2i 32, qat 4"},
-    {"accumulate", "N", "1", "batches per step"},
+    {"accumulate", "N", "1", NULL},
     {"lr", "X", NULL, "vae 2e-3, t2i 8e-4, qat 1e-5"},
     {"scale-lr", "X", "1000", "qat: rate of learned scales, times --lr: relative steps"},
     {"schedule", "constant|cosine", NULL, "vae, t2i cosine; qat constant"},
@@ -918,7 +934,7 @@ static const flag train_flags[] = {
     {"clip", "X", "1", "largest gradient norm"},
     {"moments8", NULL, NULL, "the optimizer's moments in bytes: 6 bytes per weight less"},
     {"ema", "X", NULL, "average of the weights: t2i 0.999, qat 0.9999; 0: none"},
-    {"snr-gamma", "X", "5", "t2i: min-SNR weighting; 0: none"},
+    {"snr-gamma", "X", "5", NULL},
     {"drop", "X", "0.1", "t2i: share of empty captions"},
     {"edges", "X", "1", NULL},
     {"kl", "X", "1e-4", NULL},
@@ -930,8 +946,14 @@ static const flag train_flags[] = {
     {"dtype", "f32|f16", "f16", "of the written weights"},
     {"state", "FILE", NULL, "optimizer state: written, and gone on from when it exists"},
     {"save-every", "N", "200", "steps between states"},
-    {"log", "FILE.csv", NULL, "step, loss, rate, gradient norm, seconds"},
+    {"save-minutes", "X", NULL, "also save when so many minutes have passed"},
+    {"log", "FILE.csv", NULL, "losses, rate, gradient norm, seconds, memory of every step"},
     {"log-every", "N", "1", NULL},
+    {"validate-every", "N", NULL, "steps between measurements of the loss on held-out data"},
+    {"validate-batches", "N", "4", NULL},
+    {"held", "N", "1", "prompts or pictures that are held out for it"},
+    {"best", "FILE", NULL, "keep the weights of the lowest validation loss there, and end with them"},
+    {"explode", "X", "1000", NULL},
 };
 
 typedef enum what { WHAT_VAE, WHAT_T2I, WHAT_QAT } what;
@@ -958,7 +980,9 @@ typedef struct trainer {
     sdq_fit_desc fit;
     FILE *log;
     size_t log_every, logged;
-    double loss_sum, last;
+    double loss_sum, part_sum[SDQ_FIT_PARTS], last;
+    double save_seconds, saved;         /* by the clock */
+    size_t held;
     const char *model, *out;
     sdq_dtype dtype;
 } trainer;
@@ -1001,6 +1025,20 @@ static sdq_status train_read_flags(job *j, trainer *t) {
     TRY(arg_seed(j, "seed", &t->fit.seed));
     TRY(arg_size(j, "save-every", &t->fit.save_every));
     t->fit.state = arg_text(&j->a, "state");
+    TRY(arg_size(j, "validate-every", &t->fit.validate_every));
+    TRY(arg_size(j, "validate-batches", &t->fit.validate_batches));
+    TRY(arg_real(j, "explode", &t->fit.explode));
+    TRY(arg_real(j, "save-minutes", &t->save_seconds));
+    TRY(arg_size(j, "held", &t->held));
+    t->save_seconds *= 60.0;
+    t->fit.best = arg_text(&j->a, "best");
+    if (t->fit.best) TRY(check_output(j, t->fit.best));
+    if (t->fit.best && !t->fit.validate_every)
+        return bad_value(j, "best", t->fit.best, "--validate-every N along with it");
+    if (!t->fit.validate_every) t->held = 0;
+    else if (t->kind == WHAT_VAE || t->held == 0)
+        return bad_value(j, "validate-every", arg_text(&j->a, "validate-every"),
+                         "t2i or qat, and --held of 1 or more");
     t->log_every = 1;
     TRY(arg_size(j, "log-every", &t->log_every));
     if (t->log_every == 0 || (t->fit.save_every && t->fit.save_every % t->log_every))
@@ -1023,59 +1061,118 @@ static sdq_status state_step(job *j, const char *path, size_t *step) {
     return SDQ_OK;
 }
 
+/* The columns that are the same when a run is repeated come first. */
+static const char log_head[] =
+    "step,loss,rate,grad_norm,teacher,noise,maps,validation,seconds,megabytes\n";
+static const char *const log_parts[] = {"teacher", "noise", "maps"};
+
+/* The length of the rows up to a step, for all of them begin with it. */
+static size_t log_keep(const char *text, size_t step) {
+    const char *s = text;
+    while (strchr(s, '\n')
+           && !(isdigit((unsigned char)*s) && strtoull(s, NULL, 10) > step))
+        s = strchr(s, '\n') + 1;
+    return (size_t)(s - text);
+}
+
 static sdq_status log_open(job *j, trainer *t) {
-    static const char head[] = "step,loss,rate,grad_norm,seconds\n";
     const char *path = arg_text(&j->a, "log");
-    char *text, *s;
-    size_t step, keep = 0;
+    char *text;
+    size_t step;
     TRY(state_step(j, t->fit.state, &step));
     t->logged = step;
     if (step) note(j, "going on from step %zu of %s", step, t->fit.state);
     if (!path) return SDQ_OK;
     if (step && exists(path)) {
         TRY(read_text(j, path, &text, NULL));
-        for (s = text; *s; s += strcspn(s, "\n"), s += *s == '\n') {
-            if (!strchr(s, '\n') || (isdigit((unsigned char)*s) && strtoull(s, NULL, 10) > step))
-                break;
-            keep = (size_t)(strchr(s, '\n') - text) + 1;
-        }
-        TRY(write_text(j, path, text, keep));
+        if (strncmp(text, log_head, sizeof log_head - 1) != 0)
+            return fail(j, "%s: is not a log with the columns %.*s; name another file", path,
+                        (int)sizeof log_head - 2, log_head);
+        TRY(write_text(j, path, text, log_keep(text, step)));
     } else {
-        TRY(write_text(j, path, head, sizeof head - 1));
+        TRY(write_text(j, path, log_head, sizeof log_head - 1));
     }
     t->log = fopen(path, "ab");
     return t->log ? SDQ_OK : fail(j, "%s: %s", path, strerror(errno));
 }
 
-static int train_progress(void *user, const char *stage, size_t i, size_t n, double loss) {
-    trainer *t = (trainer *)user;
-    t->loss_sum += loss;
-    if (t->log && (i % t->log_every == 0 || i == n)) {
-        const double time = now();
-        fprintf(t->log, "%zu,%.6f,%.6g,%.5g,%.2f\n", i, t->loss_sum / (double)(i - t->logged),
-                sdq_optim_rate(t->j->optim), sdq_optim_grad_norm(t->j->optim), time - t->last);
-        fflush(t->log);
-        t->last = time;
-        t->loss_sum = 0.0;
-        t->logged = i;
+/* A row: the means since the row before; a step that was only validated has no losses. */
+static void log_row(trainer *t, const sdq_fit_info *info) {
+    const double time = now(), n = (double)(info->step - t->logged);
+    size_t i, k;
+    fprintf(t->log, "%zu,", info->step);
+    if (info->step)
+        fprintf(t->log, "%.6g,%.6g,%.5g,", t->loss_sum / n, info->rate, info->grad_norm);
+    else fputs(",,,", t->log);
+    for (i = 0; i < COUNT(log_parts); i++) {
+        for (k = 0; k < info->parts && strcmp(info->part[k], log_parts[i]) != 0; k++) {}
+        if (info->step && k < info->parts) fprintf(t->log, "%.6g", t->part_sum[k] / n);
+        fputc(',', t->log);
     }
-    return progress(t->j, stage, i, n, loss);
+    if (info->validated) fprintf(t->log, "%.9g", info->validation);
+    fprintf(t->log, ",%.2f,%.0f\n", time - t->last, peak_megabytes());
+    (void)fflush(t->log);
+    t->last = time;
+    t->loss_sum = 0.0;
+    memset(t->part_sum, 0, sizeof t->part_sum);
+    t->logged = info->step;
+}
+
+/* After every step: the log, the end of the progress line, saving by the clock, signals. */
+static int train_after(void *user, const sdq_fit_info *info) {
+    trainer *t = (trainer *)user;
+    job *j = t->j;
+    size_t i, n = 0;
+    t->loss_sum += info->loss;
+    for (i = 0; i < info->parts; i++) t->part_sum[i] += info->part_loss[i];
+    if (t->log && (info->step % t->log_every == 0 || info->step == info->steps || info->validated))
+        log_row(t, info);
+    for (i = 0; info->parts > 1 && i < info->parts; i++)
+        n += (size_t)snprintf(j->more + n, n < sizeof j->more ? sizeof j->more - n : 0, "%s%s %.4g",
+                              i ? " " : " (", info->part[i], info->part_loss[i]);
+    if (n < sizeof j->more)
+        (void)snprintf(j->more + n, sizeof j->more - n, "%s  |g| %.3g  %.0f MB",
+                       info->parts > 1 ? ")" : "", info->grad_norm, peak_megabytes());
+    if (info->validated)
+        note(j, "%sstep %zu: validation loss %.6g, best %.6g of step %zu", j->terminal ? "\n" : "",
+             info->step, info->validation, info->best, info->best_step);
+    if (info->step) (void)progress(j, "train", info->step, info->steps, info->loss);
+    if (t->log && ferror(t->log)) {
+        (void)fail(j, "%s: write error; is the disk full?", arg_text(&j->a, "log"));
+        return SDQ_FIT_STOP;
+    }
+    if (t->log && info->step % t->log_every) return SDQ_FIT_GO;     /* stop at whole rows */
+    if (stopped) return SDQ_FIT_STOP;
+    if (!(t->save_seconds > 0.0) || now() - t->saved < t->save_seconds) return SDQ_FIT_GO;
+    t->saved = now();
+    return SDQ_FIT_SAVE;
 }
 
 static sdq_status train_fit(job *j, trainer *t, sdq_loss_fn loss, void *task) {
     sdq_status st;
     TRY(log_open(j, t));
     if (j->said != SDQ_OK) return j->said;
-    t->fit.progress = train_progress;
+    t->fit.after = train_after;
     t->fit.user = t;
     progress_begin(j);
-    t->last = j->started;
+    t->last = t->saved = j->started;
     st = sdq_fit(j->ctx, j->optim, &t->fit, loss, task);
+    j->more[0] = 0;
     if (t->log && fclose(t->log) != 0 && st == SDQ_OK) st = fail(j, "the log could not be written");
     t->log = NULL;
     if (st == SDQ_ERR_CANCELLED && t->fit.state)
         note(j, "\nthe state is in %s: the same command goes on", t->fit.state);
     return st;
+}
+
+/* Leave in the model what is to be written: the best weights, the averages or the last ones. */
+static sdq_status train_take(job *j, const trainer *t) {
+    if (t->fit.best) {
+        note(j, "taking the best weights, %s", t->fit.best);
+        return sdq_optim_load_weights(j->ctx, j->optim, t->fit.best);
+    }
+    if (t->p.ema > 0.0f) sdq_optim_swap_ema(j->optim);
+    return SDQ_OK;
 }
 
 static sdq_status train_begin(job *j, trainer *t, sdq_model *m, const char *prefix) {
@@ -1087,7 +1184,7 @@ static sdq_status train_vae(job *j, trainer *t) {
     sdq_vae_task task;
     memset(&task, 0, sizeof task);
     TRY(load_part(j, t->model, SDQ_PART_VAE, arg_on(&j->a, "init"), t->fit.seed, &j->vae));
-    TRY(load_samples(j, j->vae, NULL));
+    TRY(load_samples(j, j->vae, NULL, NULL, 0));
     TRY(train_begin(j, t, j->vae, "vae."));
     task.vae = j->vae;
     task.samples = j->samples;
@@ -1095,8 +1192,9 @@ static sdq_status train_vae(job *j, trainer *t) {
     TRY(arg_float(j, "edges", &task.edges));
     TRY(arg_float(j, "kl", &task.kl));
     TRY(train_fit(j, t, sdq_vae_task_loss, &task));
-    if (t->p.ema > 0.0f) sdq_optim_swap_ema(j->optim);
-    TRY(encode_samples(j, j->vae));
+    TRY(train_take(j, t));
+    progress_begin(j);
+    TRY(sdq_samples_encode(j->ctx, j->samples, j->vae, progress, j));
     TRY(sdq_model_set_scaling(j->ctx, j->vae, sdq_samples_scaling(j->samples)));
     note(j, "scaling factor %.5f", (double)sdq_samples_scaling(j->samples));
     return save_part(j, j->vae, t->out, t->dtype);
@@ -1106,14 +1204,14 @@ static sdq_status train_t2i(job *j, trainer *t) {
     const int init = arg_on(&j->a, "init");
     const char *vae = arg_text(&j->a, "vae");
     sdq_scheduler_desc desc;
-    sdq_diffusion_task task;
+    sdq_diffusion_task task, held;
     TRY(load_part(j, vae ? vae : t->model, SDQ_PART_VAE, 0, 0, &j->vae));
     TRY(load_tokenizer(j, t->model));
     TRY(load_scheduler_desc(j, t->model, &desc));
     TRY(load_part(j, t->model, SDQ_PART_UNET, init, t->fit.seed, &j->unet));
     TRY(load_part(j, t->model, SDQ_PART_TEXT, init, t->fit.seed, &j->text));
-    TRY(load_samples(j, j->vae, j->tokenizer));
-    TRY(encode_samples(j, j->vae));
+    TRY(load_samples(j, j->vae, j->tokenizer, NULL, 1));
+    if (t->held) TRY(sdq_samples_hold_out(j->ctx, j->samples, t->held, &j->held_samples));
     TRY(diffusion_task(j, &desc, j->vae, t->p.batch, &task));
     task.unet = j->unet;
     task.text = j->text;
@@ -1121,8 +1219,12 @@ static sdq_status train_t2i(job *j, trainer *t) {
     TRY(arg_real(j, "snr-gamma", &task.snr_gamma));
     TRY(train_begin(j, t, j->unet, "unet."));
     TRY(train_begin(j, t, j->text, "text."));
+    held = task;
+    held.samples = j->held_samples;
+    t->fit.validate = sdq_diffusion_task_loss;
+    t->fit.validate_user = &held;
     TRY(train_fit(j, t, sdq_diffusion_task_loss, &task));
-    if (t->p.ema > 0.0f) sdq_optim_swap_ema(j->optim);
+    TRY(train_take(j, t));
     TRY(copy_pipeline(j, t->model, t->out));
     if (strcmp(vae ? vae : t->model, t->out) != 0) TRY(save_part(j, j->vae, t->out, t->dtype));
     TRY(save_part(j, j->text, t->out, t->dtype));
@@ -1155,12 +1257,14 @@ static sdq_status read_maps(job *j, sdq_distill_task *task) {
 }
 
 static sdq_status train_qat(job *j, trainer *t) {
-    sdq_distill_task task;
+    sdq_distill_task task, held;
+    sdq_diffusion_task held_data;
     float scale_lr = 1000.0f;
     quantizer q;
     TRY(quantizer_read_flags(j, &q, t->model));
     q.batch = t->p.batch;
     q.seed = t->fit.seed;
+    q.held = t->held;
     TRY(arg_float(j, "scale-lr", &scale_lr));
     TRY(check_output(j, t->out));
     TRY(quantizer_prepare(j, &q));
@@ -1168,10 +1272,17 @@ static sdq_status train_qat(job *j, trainer *t) {
     TRY(sdq_optim_add_student(j->ctx, j->optim, j->unet, &q.recipe, scale_lr));
     TRY(quantizer_task(j, &q, t->p.batch, &task));
     TRY(read_maps(j, &task));
+    held = task;
+    held_data = q.data;
+    held_data.samples = j->held_samples;
+    if (held.states) held.states = j->held_states;
+    else held.data = &held_data;
+    t->fit.validate = sdq_distill_task_loss;
+    t->fit.validate_user = &held;
     sdq_model_observe(j->unet, q.recipe.moving > 0.0f);
     TRY(train_fit(j, t, sdq_distill_task_loss, &task));
     sdq_model_observe(j->unet, 0);
-    if (t->p.ema > 0.0f) sdq_optim_swap_ema(j->optim);
+    TRY(train_take(j, t));
     return quantizer_save(j, &q, t->out, t->p.steps, t->p.lr);
 }
 
@@ -1627,16 +1738,6 @@ static const char *picture_name(job *j, const char *out, size_t i) {
     if (i == 0) return out;
     if (!dot || strchr(dot, '/')) dot = out + strlen(out);
     return format_text(j, "%.*s_%zu%s", (int)(dot - out), out, i, dot);
-}
-
-static double peak_megabytes(void) {
-    struct rusage u;
-    getrusage(RUSAGE_SELF, &u);
-#ifdef __APPLE__
-    return (double)u.ru_maxrss / 1e6;
-#else
-    return (double)u.ru_maxrss * 1024.0 / 1e6;
-#endif
 }
 
 /* Say how much memory it will take, before it is taken: what the process has without networks, and
@@ -2152,7 +2253,9 @@ static void job_free(job *j) {
     size_t i;
     if (j->ctx) {
         sdq_optim_free(j->ctx, j->optim);
+        sdq_states_free(j->ctx, j->held_states);
         sdq_states_free(j->ctx, j->states);
+        sdq_samples_free(j->ctx, j->held_samples);
         sdq_samples_free(j->ctx, j->samples);
         sdq_dataset_free(j->ctx, j->data);
         sdq_tokenizer_free(j->ctx, j->tokenizer);

@@ -947,19 +947,35 @@ static void svg_chart(FILE *f, const char *title, const char *xname, const serie
     fputs("</svg>\n", f);
 }
 
-/* step and loss of a training log, and the mean of the loss over the last 5 % of the steps. */
+/* The column of a row of the training log as a number; 0 when it is empty or not there. */
+static int log_column(const char *row, int column, double *out) {
+    for (; column > 0; column--) {
+        row += strcspn(row, ",\n");
+        if (*row++ != ',') return 0;
+    }
+    return sscanf(row, "%lf", out) == 1 && !strchr(",\n", *row);
+}
+
+/* step and loss of a training log, the mean of the loss over the last 5 % of the steps, and the loss
+ * on held-out data where it was measured. */
 static sdq_status html_loss(eval *e, FILE *f, const char *path) {
     char *text, *s;
-    size_t cap, n = 0, i, w;
-    double *x, *y, *mean, sum = 0.0;
-    series line[2];
+    size_t cap, n = 0, held = 0, i, w;
+    double *x, *y, *mean, *hx, *hy, sum = 0.0;
+    series line[3];
     if (!path || !exists(path)) return SDQ_OK;
     TRY(read_text(e->j, path, &text, &cap));
     x = (double *)own(e->j, (cap / 4 + 1) * sizeof *x);
     y = (double *)own(e->j, (cap / 4 + 1) * sizeof *y);
     mean = (double *)own(e->j, (cap / 4 + 1) * sizeof *mean);
-    for (s = text; *s; s += strcspn(s, "\n"), s += *s == '\n')
-        if (isdigit((unsigned char)*s) && sscanf(s, "%lf,%lf", &x[n], &y[n]) == 2) n++;
+    hx = (double *)own(e->j, (cap / 4 + 1) * sizeof *hx);
+    hy = (double *)own(e->j, (cap / 4 + 1) * sizeof *hy);
+    for (s = text; *s; s += strcspn(s, "\n"), s += *s == '\n') {
+        if (!isdigit((unsigned char)*s)) continue;
+        x[n] = hx[held] = strtod(s, NULL);
+        if (log_column(s, 7, &hy[held])) held++;
+        if (log_column(s, 1, &y[n])) n++;
+    }
     w = n / 20 + 1;
     for (i = 0; i < n; i++) {
         sum += y[i] - (i >= w ? y[i - w] : 0.0);
@@ -969,7 +985,9 @@ static sdq_status html_loss(eval *e, FILE *f, const char *path) {
     line[0].x = line[1].x = x;
     line[0].y = y; line[1].y = mean;
     line[0].n = line[1].n = n;
-    svg_chart(f, "Training: loss by step", "step", line, 2);
+    line[2].name = "on held-out data";
+    line[2].x = hx; line[2].y = hy; line[2].n = held;
+    svg_chart(f, "Training: loss by step", "step", line, held ? 3 : 2);
     return SDQ_OK;
 }
 
