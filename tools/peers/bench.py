@@ -34,7 +34,9 @@ PACKAGES = ("openvino", "nncf", "torch", "diffusers")
 # Groups: what it is, then (program, threads or None for --threads); sdq's own come first.
 GROUPS = {
     "int8": ("UNet evaluation, int8",
-             [("sdq unet-int8", None), ("sdq unet-int8-static", None), ("sdq unet-int8-attention", None),
+             [("sdq unet-int8", None), ("sdq unet-int8-static", None),
+              ("sdq unet-int8-attention16", None), ("sdq unet-int8-static-attention16", None),
+              ("sdq unet-int8-attention", None),
               ("openvino-unet-int8", None), ("openvino-unet-int8-bf16", None)]),
     "fp32": ("UNet evaluation, fp32",
              [("sdq unet-fp32", None), ("openvino-unet-fp32", None),
@@ -61,6 +63,8 @@ EVALUATIONS, FLOATS, BRANCHES = 51, 6, 2
 SHOWN = {
     "sdq unet-int8": "sdq, a range per position (default recipe)",
     "sdq unet-int8-static": "sdq, static ranges",
+    "sdq unet-int8-attention16": "sdq, a range per position, attention in 16 bits",
+    "sdq unet-int8-static-attention16": "sdq, static ranges, attention in 16 bits",
     "sdq unet-int8-attention": "sdq, a range per position, attention int8",
     "sdq vae-int8": "sdq int8, VAE",
     "sdq unet-fp32": "sdq fp32",
@@ -120,7 +124,8 @@ def build(args):
     compile_c(program, HERE / "sdq_run.c", HERE / "layers.h")
     compile_c(args.work / "sdq", ROOT / "tools" / "sdq.c", ROOT / "tools" / "sdq_bench.h")
     (args.work / "int8").mkdir(exist_ok=True)
-    for name in ("unet-int8", "unet-int8-static", "unet-int8-attention"):
+    for name in ("unet-int8", "unet-int8-static", "unet-int8-attention16",
+                 "unet-int8-static-attention16", "unet-int8-attention"):
         path = args.work / "int8" / f"{name}.safetensors"
         if not path.exists() or path.stat().st_mtime < program.stat().st_mtime:
             maker = Program(f"sdq {name}", args.threads, args)
