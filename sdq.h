@@ -4570,8 +4570,9 @@ static void sdq__op_gn_task(void *arg, size_t task, int thread) {
     const sdq__gn *w = (const sdq__gn *)arg;
     const size_t e = task / w->chunks, r0 = task % w->chunks * SDQ__GN_ROWS, c = w->c;
     const size_t rows = sdq__u_min(SDQ__GN_ROWS, w->rows - r0), at = (e * w->rows + r0) * c;
-    const float *x = w->x + at, *a = w->a + e * c, *b = w->b + e * c;
-    float *part = w->part + task * c;
+    const float *x = w->x + at;             /* a, b and part are not there at every stage */
+    const float *a = w->a ? w->a + e * c : NULL, *b = w->b ? w->b + e * c : NULL;
+    float *part = w->part ? w->part + task * c : NULL;
     size_t r;
     (void)thread;
     switch (w->stage) {
