@@ -2220,8 +2220,8 @@ typedef struct sdq__adamw_step {
     X(void, quantize_u8, (uint8_t *q, const float *x, size_t n, float inv, int32_t z), EXACT) \
     /* q = clamp(rint(x * inv), -128, 127); NaN gives 0 */ \
     X(void, quantize_s8, (int8_t *q, const float *x, size_t n, float inv), EXACT) \
-    /* q = clamp(rint(x * inv), -32767, 32767); NaN gives 0 */ \
-    X(void, quantize_s16, (int16_t *q, const float *x, size_t n, float inv), EXACT) \
+    /* q = clamp(rint(x * inv), -most, most), most <= 32767; NaN gives 0 */ \
+    X(void, quantize_s16, (int16_t *q, const float *x, size_t n, float inv, float most), EXACT) \
     /* quantize_u8 of rows of n, ldx and ldq apart, each by the range of its own elements: scale \
        and zero point as in >>qmath go to s[r*lds], z[r*lds] */ \
     X(void, quantize_rows, \
@@ -3820,9 +3820,10 @@ static float sdq__qatt_most(size_t d) {
     const float most = floorf(sqrtf(2147483647.0f / (float)d)) - 1.0f;  /* - 1: sqrtf rounds */
     return most < 32767.0f ? most : 32767.0f;
 }
-static void sdq__qatt_round(const sdq__qatt *w, void *q, const float *x, float inv) {
+/* most: even for what is not finite, so that no sum overflows. */
+static void sdq__qatt_round(const sdq__qatt *w, void *q, const float *x, float inv, float most) {
     if (w->bits == 8) w->f->k->quantize_s8((int8_t *)q, x, w->f->d, inv);
-    else w->f->k->quantize_s16((int16_t *)q, x, w->f->d, inv);
+    else w->f->k->quantize_s16((int16_t *)q, x, w->f->d, inv, most);
 }
 /* The scale of a token's numbers x, rounded to q and filled up with zeros to whole groups. */
 static float sdq__qatt_token(const sdq__qatt *w, char *q, const float *x) {
@@ -3830,7 +3831,7 @@ static float sdq__qatt_token(const sdq__qatt *w, char *q, const float *x) {
     float mn = 0.0f, mx = 0.0f, s;
     w->f->k->minmax(x, w->f->d, &mn, &mx);
     s = sdq__qatt_scale(mx > -mn ? mx : -mn, w->key_most);
-    sdq__qatt_round(w, q, x, 1.0f / s);
+    sdq__qatt_round(w, q, x, 1.0f / s, w->key_most);
     memset(q + bytes, 0, 4 * w->kgroups - bytes);
     return s;
 }
@@ -3867,7 +3868,7 @@ static void sdq__qatt_value(const sdq__qatt *w, size_t head, size_t j, size_t n,
     char *to = w->vb + (head * w->vpanels * w->vgroups + j / per) * SDQ__NR * 4;
     size_t p, c, l;
     for (l = 0; l < per; l++) {
-        if (l < n) sdq__qatt_round(w, q + l * d * size, x + l * d, 1.0f);
+        if (l < n) sdq__qatt_round(w, q + l * d * size, x + l * d, 1.0f, w->value_most);
         else memset(q + l * d * size, 0, d * size);
     }
     for (p = 0; p < d; p += SDQ__NR, to += w->vgroups * SDQ__NR * 4)
@@ -19507,12 +19508,13 @@ SDQ__KERNEL void SDQ__K(quantize_s8)(int8_t *q, const float *x, size_t n, float 
         SDQ__N(store_s8)(q + i, SDQ__N(clamp)(SDQ__N(rint)(v), -128.0f, 127.0f), n - i);
     }
 }
-SDQ__KERNEL void SDQ__K(quantize_s16)(int16_t *q, const float *x, size_t n, float inv) {
+SDQ__KERNEL void SDQ__K(quantize_s16)(int16_t *q, const float *x, size_t n, float inv,
+                                      float most) {
     const SDQ__V s = SDQ__N(set1)(inv);
     size_t i;
     for (i = 0; i < n; i += 16) {
         const SDQ__V v = SDQ__N(nan_to_0)(SDQ__N(mul)(SDQ__N(load)(x + i, n - i), s));
-        SDQ__N(store_s16)(q + i, SDQ__N(clamp)(SDQ__N(rint)(v), -32767.0f, 32767.0f), n - i);
+        SDQ__N(store_s16)(q + i, SDQ__N(clamp)(SDQ__N(rint)(v), -most, most), n - i);
     }
 }
 SDQ__KERNEL float SDQ__K(ste_s8)(float *dw, const float *g, const float *w, size_t n, float inv) {

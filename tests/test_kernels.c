@@ -618,11 +618,12 @@ static void quantize_s16_once(const sdq__kernels *k, guarded *gx, guarded *gq, s
     float *x = (float *)guard_place(gx, 4 * n, at_end);
     int16_t *q = (int16_t *)guard_place(gq, 2 * n, at_end);
     const float inv = sdqt_uniform(0.01f, 20000.0f);
+    const int most = sdqt_below(2) ? 32767 : (int)sdqt_below(32767) + 1;
     size_t i;
     for (i = 0; i < n; i++) x[i] = random_value(FILL_SPECIAL);
-    k->quantize_s16(q, x, n, inv);
+    k->quantize_s16(q, x, n, inv, (float)most);
     for (i = 0; i < n; i++)
-        SDQT_THAT(q[i] == quantize_oracle(x[i], inv, 0, -32767, 32767), "s16: n=%zu %.9g * %.9g: %d",
+        SDQT_THAT(q[i] == quantize_oracle(x[i], inv, 0, -most, most), "s16: n=%zu %.9g * %.9g: %d",
                   n, (double)x[i], (double)inv, q[i]);
     SDQT_THAT(guard_intact(gq, q, 2 * n), "quantize_s16 n=%zu writes outside", n);
 }
@@ -878,7 +879,8 @@ enum { SM_LDS = 300, SM_LDP = 272, SM_MOST = 20 };
 
 static void softmax_call(const sdq__kernels *k, int fine, void *p, const float *s, size_t rows,
                          size_t n, float *m, float *l, float *alpha, float *beta) {
-    if (fine) k->softmax_tile_s16((int16_t *)p, SM_LDP, s, SM_LDS, rows, n, 0.7f, m, l, alpha, beta);
+    if (fine)
+        k->softmax_tile_s16((int16_t *)p, SM_LDP, s, SM_LDS, rows, n, 0.7f, m, l, alpha, beta);
     else k->softmax_tile_u8((uint8_t *)p, SM_LDP, s, SM_LDS, rows, n, 0.7f, m, l, alpha, beta);
 }
 static int softmax_weight(const void *p, int fine, size_t i) {
