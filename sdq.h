@@ -19069,12 +19069,14 @@ static void SDQ__N(quads)(int32_t *acc, const uint8_t *a, const int8_t *b) {
     size_t j;
     for (j = 0; j < 4 * SDQ__NR; j++) acc[j / 4] += (int32_t)a[j % 4] * (int32_t)b[j];
 }
+/* Columns that do not exist (nr..31) may hold anything: their sums wrap, as in the instructions. */
 static void SDQ__N(pairs)(int32_t *acc, const uint8_t *a, const int8_t *b) {
     int16_t x[2], y[2 * SDQ__NR];
     size_t j;
     memcpy(x, a, sizeof x);
     memcpy(y, b, sizeof y);
-    for (j = 0; j < 2 * SDQ__NR; j++) acc[j / 2] += (int32_t)x[j % 2] * (int32_t)y[j];
+    for (j = 0; j < 2 * SDQ__NR; j++)
+        acc[j / 2] = (int32_t)((uint32_t)acc[j / 2] + (uint32_t)((int32_t)x[j % 2] * y[j]));
 }
 /* f[j] += the scaled integer sum of row i over segment g. */
 static void SDQ__N(qrow)(const sdq__qtile *t, size_t g, size_t i, int pairs, float *f) {
