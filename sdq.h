@@ -388,8 +388,8 @@ SDQ_API sdq_tensor *sdq_layer_norm(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *gamm
 SDQ_API sdq_tensor *sdq_attention(sdq_ctx *ctx, sdq_tensor *q, sdq_tensor *k, sdq_tensor *v,
                                   int heads, int causal);
 /* The same with integer products of 8 or 16 bits, forward; backward is that of sdq_attention
- * (straight through). 16 bits are as good as float. Not causal. Heads of more than 640 channels are
- * computed in float. */
+ * (straight through). 16 bits are off by a tenth of what 8 are. Not causal. Heads of more than 640
+ * channels are computed in float. */
 SDQ_API sdq_tensor *sdq_attention_int(sdq_ctx *ctx, sdq_tensor *q, sdq_tensor *k, sdq_tensor *v,
                                       int heads, int bits);
 SDQ_API sdq_tensor *sdq_upsample(sdq_ctx *ctx, sdq_tensor *x, size_t h, size_t w); /* nearest */
@@ -1386,8 +1386,8 @@ typedef struct sdq_recipe {
     int quantize_context;       /* keys and values of cross-attention in int8 */
     int quantize_shortcuts;     /* shortcuts of the last up block in int8 */
     int quantize_last_self;     /* self-attention layers of the last up block in int8 */
-    int attention_bits;         /* products of self-attention: 32 (float), 16 (faster, and as good)
-                                 * or 8 (faster still, see README); 0: 32 */
+    int attention_bits;         /* products of self-attention: 32 (float), 16 (faster; an evaluation
+                                 * is off by as much as with 32) or 8 (faster still); 0: 32 */
     int split_skip;             /* halves of concat(hidden, skip) get their own ranges */
     int bias_correction;
     int learn_scales;           /* LSQ: weight scales and static input scales are trained */
@@ -5915,11 +5915,12 @@ static sdq_status sdq__ly_observe_weights(sdq_ctx *ctx, sdq_layer *l, const floa
     return SDQ_OK;
 }
 
-/* The same of the weights as they are. */
-static sdq_status sdq__ly_observe_now(sdq_ctx *ctx, sdq_layer *l) {
+/* A function of the weights as they are now, packed or not. */
+static sdq_status sdq__ly_with_weights(sdq_ctx *ctx, sdq_layer *l,
+                                       sdq_status (*fn)(sdq_ctx *, sdq_layer *, const float *)) {
     const sdq_mark mark = sdq_arena_mark(ctx);
     const float *w = sdq__ly_weights(ctx, l);
-    const sdq_status st = w ? sdq__ly_observe_weights(ctx, l, w) : ctx->status;
+    const sdq_status st = w ? fn(ctx, l, w) : ctx->status;
     sdq_arena_release(ctx, mark);
     return st;
 }
@@ -6506,7 +6507,8 @@ static sdq_tensor *sdq__ly_forward_fake(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *
     }
     if (l->observe && !ctx->replay) {
         sdq__ly_observe_input(ctx, l, x);
-        if (l->quant.weight_scale == SDQ_WEIGHT_MOVING && sdq__ly_observe_now(ctx, l) != SDQ_OK)
+        if (l->quant.weight_scale == SDQ_WEIGHT_MOVING
+            && sdq__ly_with_weights(ctx, l, sdq__ly_observe_weights) != SDQ_OK)
             return NULL;
     }
     sdq__ly_follow(l);
@@ -17616,15 +17618,6 @@ static sdq_status sdq__ds_add_deltas(sdq_ctx *ctx, sdq_optim *o, sdq_model *m, s
     return SDQ_OK;
 }
 
-/* The weight scale of a layer as it is now, if nothing has made it yet. */
-static sdq_status sdq__ds_weight_scales(sdq_ctx *ctx, sdq_layer *l) {
-    const sdq_mark mark = sdq_arena_mark(ctx);
-    const float *w = sdq__ly_weights(ctx, l);
-    const sdq_status st = w ? sdq__ly_weight_scales(ctx, l, w) : ctx->status;
-    sdq_arena_release(ctx, mark);
-    return st;
-}
-
 SDQ_API sdq_status sdq_optim_add_student(sdq_ctx *ctx, sdq_optim *o, sdq_model *m,
                                          const sdq_recipe *r, float scale_lr) {
     const size_t first = sdq__ds_first(m, r->last_blocks);
@@ -17639,7 +17632,7 @@ SDQ_API sdq_status sdq_optim_add_student(sdq_ctx *ctx, sdq_optim *o, sdq_model *
         sdq_layer *l = m->layer[i];
         if (!l->quant.enabled) continue;
         if (l->quant.weight_scale == SDQ_WEIGHT_MOVING && !l->w_mn)
-            SDQ__TRY(sdq__ly_observe_now(ctx, l));
+            SDQ__TRY(sdq__ly_with_weights(ctx, l, sdq__ly_observe_weights));
         (void)snprintf(name, sizeof name, "%s.observers", l->name);
         SDQ__TRY(sdq__opt_add_state(ctx, o, name, sdq__ly_state_count(l), sdq__ly_state, l));
     }
@@ -17647,7 +17640,7 @@ SDQ_API sdq_status sdq_optim_add_student(sdq_ctx *ctx, sdq_optim *o, sdq_model *
         sdq_layer *l = m->layer[i];
         if (!l->quant.enabled) continue;
         if (l->quant.weight_scale == SDQ_WEIGHT_FIXED && r->train_set != SDQ_TRAIN_RANGES) {
-            SDQ__TRY(sdq__ds_weight_scales(ctx, l));
+            SDQ__TRY(sdq__ly_with_weights(ctx, l, sdq__ly_weight_scales));
             (void)snprintf(name, sizeof name, "%s.weight_scale", l->name);
             SDQ__TRY(sdq_optim_add(ctx, o, &l->sw, name, scale_lr / 20.0f, 1e-7f, 0));
         }

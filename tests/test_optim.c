@@ -452,7 +452,7 @@ static sdq_status job_new(sdq_ctx *ctx, job *j) {
     q.split = 2;
     q.learn_scales = 0;
     SDQ__TRY(sdq_layer_set_quant(ctx, j->c, &q));
-    SDQ__TRY(sdq__ly_observe_now(ctx, j->c));
+    SDQ__TRY(sdq__ly_with_weights(ctx, j->c, sdq__ly_observe_weights));
     sdq_layer_observe(j->c, 1);
     SDQ__TRY(sdq_optim_create(ctx, &d, &j->o));
     SDQ__TRY(sdq_optim_add(ctx, j->o, sdq_layer_weight(j->a), "a.weight", 0, 0, 1));
