@@ -19107,25 +19107,29 @@ SDQ__KERNEL void SDQ__K(gemm_s16)(const sdq__qtile *t) { SDQ__N(qtile)(t, 1); }
 /* ---- GEMM tiles: vectors ----
  * A tile keeps its accumulators in registers: l0..l11 for columns j..j+15 and h0..h11 for the
  * next 16, named and not an array, because gcc -O2 does not put arrays of vectors into
- * registers. SDQ__ROWS repeats a statement for the rows; `rows`, `wide` and `full` are constants
- * at every use, so the compiler drops what a smaller tile does not need. A full tile
- * (all rows, all columns) is finished in registers. Others leave their sums in a buffer, and a
- * loop finishes what exists; they have 2, 4, 8 or all rows, and a row that is not there is
- * replaced by the first and dropped. */
+ * registers. SDQ__ROWS repeats a statement for the rows; `rows` and `wide` are constants at every
+ * use, so the compiler drops what a smaller tile does not need. Tiles have 2, 4, 8 or all rows,
+ * and a row that is not there is replaced by the first. The sums go to a buffer, and a loop
+ * finishes what exists. */
 #define SDQ__ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
 
 /* The smallest tile that covers n rows. */
 #define SDQ__PICK(tile, limit) \
     const int pair = SDQ__TILE_VECS == 2; \
-    const int both = pair && t->nr - j > 16; \
-    const int full = n == limit && t->nr - j >= (both ? 32 : 16); \
-    if (full && both) tile(limit, pair, 1); \
-    else if (full) tile(limit, 0, 1); \
-    else if (pair && !both) tile(limit, 0, 0); \
-    else if (limit > 2 && n <= 2) tile(2, pair, 0); \
-    else if (limit > 4 && n <= 4) tile(4, pair, 0); \
-    else if (limit > 8 && n <= 8) tile(8, pair, 0); \
-    else tile(limit, pair, 0)
+    if (pair && t->nr - j <= 16) tile(limit, 0); \
+    else if (limit > 2 && n <= 2) tile(2, pair); \
+    else if (limit > 4 && n <= 4) tile(4, pair); \
+    else if (limit > 8 && n <= 8) tile(8, pair); \
+    else tile(limit, pair)
+
+/* Ask for the 128 bytes that are `ahead` bytes behind p; they need not exist. Panels come from
+ * memory or a far cache in one stream; SDQ__AHEAD is as far as was best. */
+#define SDQ__AHEAD 8192
+SDQ__WORD void SDQ__N(fetch)(const void *p, size_t ahead) {
+    const char *at = (const char *)((uintptr_t)p + ahead);
+    _mm_prefetch(at, _MM_HINT_T0);
+    _mm_prefetch((const char *)((uintptr_t)at + 64), _MM_HINT_T0);
+}
 
 /* A group of 4 bytes: a quad of u8 and s8, or a pair of s16. */
 SDQ__WORD SDQ__QA SDQ__N(group_a)(const uint8_t *p, int pairs) {
@@ -19146,33 +19150,44 @@ typedef struct SDQ__N(segment) {
     int last;
 } SDQ__N(segment);
 
-/* Row i, columns j..j+15, of which n exist, after a segment: the float sum, kept in *sum until
- * the last one; then * sw, + bias, + res, + y. */
+/* f + the scaled integer sums acc. wsum: NULL, or the sums of the weights, which z, the zero point
+ * of the row, multiplies. */
+SDQ__WORD SDQ__V SDQ__N(qsum)(SDQ__V f, const int32_t *acc, float s, const int32_t *z,
+                              const int32_t *wsum) {
+    const SDQ__I a = SDQ__N(int_load)(acc);
+    const SDQ__V v = wsum ? SDQ__N(unbias)(a, *z, wsum) : SDQ__N(to_float)(a);
+    return SDQ__N(fma)(SDQ__N(set1)(s), v, f);
+}
+
+/* Rows i.., columns j..j+15, of which n exist, after a segment, whose integer sums are acc: the
+ * float sums are kept in sum until the last one; then * sw, + bias, + res, + y. */
 SDQ__WORD void SDQ__N(qtile_end)(const sdq__qtile *t, const SDQ__N(segment) *s, size_t i, size_t j,
-                                 SDQ__I acc, float *sum, size_t n) {
-    const size_t gi = s->g * t->mr + i;
-    const SDQ__V v = t->wsum ? SDQ__N(unbias)(acc, t->z[gi], t->wsum + s->g * SDQ__NR + j)
-                             : SDQ__N(to_float)(acc);
-    SDQ__V f = s->g > 0 ? SDQ__N(load)(sum, 16) : SDQ__N(set1)(0.0f), sw;
-    float *y = t->y + i * t->ldy + j;
-    f = SDQ__N(fma)(SDQ__N(set1)(t->s[gi]), v, f);
-    if (!s->last) { SDQ__N(store)(sum, f, 16); return; }
-    sw = SDQ__N(load)(t->sw + j, n);
-    if (t->bias) f = SDQ__N(fma)(f, sw, SDQ__N(load)(t->bias + j, n));
-    else f = SDQ__N(mul)(f, sw);
-    if (t->res) f = SDQ__N(add)(f, SDQ__N(load)(t->res + i * t->ldr + j, n));
-    if (t->more) f = SDQ__N(add)(f, SDQ__N(load)(y, n));
-    SDQ__N(store)(y, f, n);
+                                 size_t rows, const int32_t *acc, float *sum, size_t n) {
+    const size_t at = s->g * t->mr + i, ldy = t->ldy, ldr = t->ldr;
+    const SDQ__V none = SDQ__N(set1)(0.0f), sw = SDQ__N(load)(t->sw + j, n);
+    const SDQ__V bias = t->bias ? SDQ__N(load)(t->bias + j, n) : none;
+    const int32_t *wsum = t->wsum ? t->wsum + s->g * SDQ__NR + j : NULL;
+    const int32_t *z = wsum ? t->z + at : NULL;
+    const float *sx = t->s + at, *res = t->res ? t->res + i * ldr + j : NULL;
+    const int begun = s->g > 0, biased = t->bias != NULL, more = t->more;
+    float *y = t->y + i * ldy + j;
+    size_t r;
+    for (r = 0; r < rows; r++, acc += SDQ__NR, sum += SDQ__NR, z += wsum != NULL) {
+        SDQ__V f = begun ? SDQ__N(load)(sum, 16) : none;
+        f = SDQ__N(qsum)(f, acc, sx[r], z, wsum);
+        if (!s->last) { SDQ__N(store)(sum, f, 16); continue; }
+        f = biased ? SDQ__N(fma)(f, sw, bias) : SDQ__N(mul)(f, sw);
+        if (res) f = SDQ__N(add)(f, SDQ__N(load)(res + r * ldr, n));
+        if (more) f = SDQ__N(add)(f, SDQ__N(load)(y + r * ldy, n));
+        SDQ__N(store)(y + r * ldy, f, n);
+    }
 }
 
 /* The integer sums of one segment. Segments and taps are two cuts of one sequence of quads: a
  * run of quads ends where either does. pairs: of int16, instead of quads. */
 SDQ__WORD void SDQ__N(qtile)(const sdq__qtile *t, const SDQ__N(segment) *s, size_t i, size_t j,
-                             int32_t *acc, float *sum, int pairs, size_t rows, int wide,
-                             int full) {
+                             int32_t *acc, int pairs, size_t rows, int wide) {
     const size_t have = t->mr - i;
-    const sdq__qtile d = *t;
-    const SDQ__N(segment) e = *s;
     const int8_t *b = s->b + 4 * j;
     const uint8_t *const *a = s->a + i;
     size_t left, run, k, q = s->q;
@@ -19180,13 +19195,14 @@ SDQ__WORD void SDQ__N(qtile)(const sdq__qtile *t, const SDQ__N(segment) *s, size
     SDQ__ROWS(SDQ__ROW)
 #undef SDQ__ROW
     for (left = t->seg; left > 0; left -= run, q = 0, a += t->mr) {
-#define SDQ__ROW(r) const uint8_t *a##r = a[rows > r && (full || have > r) ? r : 0] + 4 * q;
+#define SDQ__ROW(r) const uint8_t *a##r = a[rows > r && have > r ? r : 0] + 4 * q;
         SDQ__ROWS(SDQ__ROW)
 #undef SDQ__ROW
         run = sdq__u_min(left, t->quads - q);
         for (k = 0; k < run; k++, b += 4 * SDQ__NR) {
             const SDQ__QB bl = SDQ__N(group_b)(b, pairs);
             const SDQ__QB bh = wide ? SDQ__N(group_b)(b + 64, pairs) : bl;
+            SDQ__N(fetch)(b, SDQ__AHEAD);
 #define SDQ__ROW(r) if (rows > r) { \
                 const SDQ__QA x = SDQ__N(group_a)(a##r + 4 * k, pairs); \
                 l##r = SDQ__N(group_dot)(l##r, x, bl, pairs); \
@@ -19197,11 +19213,8 @@ SDQ__WORD void SDQ__N(qtile)(const sdq__qtile *t, const SDQ__N(segment) *s, size
         }
     }
 #define SDQ__ROW(r) if (rows > r) { \
-        float *to = sum + r * SDQ__NR; \
-        if (full) SDQ__N(qtile_end)(&d, &e, i + r, j, l##r, to, 16); \
-        else SDQ__N(int_store)(acc + r * SDQ__NR, l##r); \
-        if (wide && full) SDQ__N(qtile_end)(&d, &e, i + r, j + 16, h##r, to + 16, 16); \
-        else if (wide) SDQ__N(int_store)(acc + r * SDQ__NR + 16, h##r); \
+        SDQ__N(int_store)(acc + r * SDQ__NR, l##r); \
+        if (wide) SDQ__N(int_store)(acc + r * SDQ__NR + 16, h##r); \
     }
     SDQ__ROWS(SDQ__ROW)
 #undef SDQ__ROW
@@ -19211,14 +19224,15 @@ SDQ__WORD void SDQ__N(qtile_of)(const sdq__qtile *t, const SDQ__N(segment) *s, s
                                 float *sum, size_t n, int pairs) {
     SDQ__ALIGNED int32_t acc[SDQ__MR][SDQ__NR];
     size_t r, c;
-#define SDQ__QTILE(rows, wide, full) \
-    SDQ__N(qtile)(t, s, i, j, acc[0], sum, pairs, rows, wide, full)
+    for (r = 0; r < n && s->last; r++) SDQ__N(fetch)(t->y + (i + r) * t->ldy + j, 0);
+#define SDQ__QTILE(rows, wide) SDQ__N(qtile)(t, s, i, j, acc[0], pairs, rows, wide)
     SDQ__PICK(SDQ__QTILE, SDQ__QTILE_ROWS);
 #undef SDQ__QTILE
-    for (r = 0; r < n && !full; r++)
-        for (c = 0; c < 16 * SDQ__TILE_VECS && j + c < t->nr; c += 16)
-            SDQ__N(qtile_end)(t, s, i + r, j + c, SDQ__N(int_load)(acc[r] + c),
-                              sum + r * SDQ__NR + c, t->nr - j - c);
+    for (c = 0; c < 16 * SDQ__TILE_VECS && j + c < t->nr; c += 16) {
+        const size_t cols = t->nr - j - c;
+        if (cols >= 16) SDQ__N(qtile_end)(t, s, i, j + c, n, acc[0] + c, sum + c, 16);
+        else SDQ__N(qtile_end)(t, s, i, j + c, n, acc[0] + c, sum + c, cols);
+    }
 }
 
 SDQ__WORD void SDQ__N(qtiles)(const sdq__qtile *t, int pairs) {
@@ -19253,10 +19267,9 @@ SDQ__WORD void SDQ__N(ftile_end)(const sdq__ftile *t, size_t i, size_t j, SDQ__V
 }
 
 SDQ__WORD void SDQ__N(ftile)(const sdq__ftile *t, size_t i, size_t j, float *sum, size_t rows,
-                             int wide, int full) {
+                             int wide) {
     const size_t have = t->mr - i, step = t->astep;
-    const sdq__ftile d = *t;
-    const size_t nl = full ? 16 : t->nr - j, nh = full ? 16 : t->nr - j - 16;
+    const size_t nl = t->nr - j, nh = nl - 16;
     const float *b = t->b + j, *const *a = t->a + i;
     size_t tap, k, at;
 #define SDQ__ROW(r) SDQ__V l##r = SDQ__N(set1)(0.0f), h##r = l##r;
@@ -19271,11 +19284,12 @@ SDQ__WORD void SDQ__N(ftile)(const sdq__ftile *t, size_t i, size_t j, float *sum
 #undef SDQ__ROW
     }
     for (tap = 0; tap < t->taps; tap++, a += t->mr) {
-#define SDQ__ROW(r) const float *a##r = a[rows > r && (full || have > r) ? r : 0];
+#define SDQ__ROW(r) const float *a##r = a[rows > r && have > r ? r : 0];
         SDQ__ROWS(SDQ__ROW)
 #undef SDQ__ROW
         for (k = t->kc, at = 0; k > 0; k--, at += step, b += SDQ__NR) {
             const SDQ__V bl = SDQ__N(load)(b, 16), bh = wide ? SDQ__N(load)(b + 16, 16) : bl;
+            SDQ__N(fetch)(b, SDQ__AHEAD);
 #define SDQ__ROW(r) if (rows > r) { \
                 const SDQ__V x = SDQ__N(set1)(a##r[at]); \
                 l##r = SDQ__N(fma)(x, bl, l##r); \
@@ -19286,10 +19300,8 @@ SDQ__WORD void SDQ__N(ftile)(const sdq__ftile *t, size_t i, size_t j, float *sum
         }
     }
 #define SDQ__ROW(r) if (rows > r) { \
-        if (full) SDQ__N(ftile_end)(&d, i + r, j, l##r, 16); \
-        else SDQ__N(store)(sum + r * SDQ__NR, l##r, 16); \
-        if (wide && full) SDQ__N(ftile_end)(&d, i + r, j + 16, h##r, 16); \
-        else if (wide) SDQ__N(store)(sum + r * SDQ__NR + 16, h##r, 16); \
+        SDQ__N(store)(sum + r * SDQ__NR, l##r, 16); \
+        if (wide) SDQ__N(store)(sum + r * SDQ__NR + 16, h##r, 16); \
     }
     SDQ__ROWS(SDQ__ROW)
 #undef SDQ__ROW
@@ -19298,10 +19310,10 @@ SDQ__WORD void SDQ__N(ftile)(const sdq__ftile *t, size_t i, size_t j, float *sum
 SDQ__KERNEL void SDQ__N(ftile_of)(const sdq__ftile *t, size_t i, size_t j, size_t n) {
     SDQ__ALIGNED float sum[SDQ__MR][SDQ__NR];
     size_t r, c;
-#define SDQ__FTILE(rows, wide, full) SDQ__N(ftile)(t, i, j, sum[0], rows, wide, full)
+#define SDQ__FTILE(rows, wide) SDQ__N(ftile)(t, i, j, sum[0], rows, wide)
     SDQ__PICK(SDQ__FTILE, SDQ__FTILE_ROWS);
 #undef SDQ__FTILE
-    for (r = 0; r < n && !full; r++)
+    for (r = 0; r < n; r++)
         for (c = 0; c < 16 * SDQ__TILE_VECS && j + c < t->nr; c += 16)
             SDQ__N(ftile_end)(t, i + r, j + c, SDQ__N(load)(sum[r] + c, 16), t->nr - j - c);
 }
