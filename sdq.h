@@ -19107,20 +19107,25 @@ SDQ__KERNEL void SDQ__K(gemm_s16)(const sdq__qtile *t) { SDQ__N(qtile)(t, 1); }
 /* ---- GEMM tiles: vectors ----
  * A tile keeps its accumulators in registers: l0..l11 for columns j..j+15 and h0..h11 for the
  * next 16, named and not an array, because gcc -O2 does not put arrays of vectors into
- * registers. SDQ__ROWS repeats a statement for the rows; `rows` and `wide` are constants at every
- * use, so the compiler drops what a smaller tile does not need. Tiles have 2, 4, 8 or all rows,
- * and a row that is not there is replaced by the first. The sums go to a buffer, and a loop
- * finishes what exists. */
+ * registers. SDQ__ROWS repeats a statement for the rows; `rows`, `wide` and `full` are constants
+ * at every use, so the compiler drops what a smaller tile does not need: tiles have 2, 4, 8 or
+ * all rows, and a row that is not there is replaced by the first. The sums go to a buffer, and a
+ * loop finishes what exists; only a full float tile (all rows, all columns), which has little to
+ * do, is finished in registers. */
 #define SDQ__ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
 
 /* The smallest tile that covers n rows. */
 #define SDQ__PICK(tile, limit) \
     const int pair = SDQ__TILE_VECS == 2; \
-    if (pair && t->nr - j <= 16) tile(limit, 0); \
-    else if (limit > 2 && n <= 2) tile(2, pair); \
-    else if (limit > 4 && n <= 4) tile(4, pair); \
-    else if (limit > 8 && n <= 8) tile(8, pair); \
-    else tile(limit, pair)
+    const int both = pair && t->nr - j > 16; \
+    const int full = n == limit && t->nr - j >= (both ? 32 : 16); \
+    if (full && both) tile(limit, pair, 1); \
+    else if (full) tile(limit, 0, 1); \
+    else if (pair && !both) tile(limit, 0, 0); \
+    else if (limit > 2 && n <= 2) tile(2, pair, 0); \
+    else if (limit > 4 && n <= 4) tile(4, pair, 0); \
+    else if (limit > 8 && n <= 8) tile(8, pair, 0); \
+    else tile(limit, pair, 0)
 
 /* Ask for the 128 bytes that are `ahead` bytes behind p; they need not exist. Panels come from
  * memory or a far cache in one stream; SDQ__AHEAD is as far as was best. */
@@ -19186,7 +19191,7 @@ SDQ__WORD void SDQ__N(qtile_end)(const sdq__qtile *t, const SDQ__N(segment) *s, 
 /* The integer sums of one segment. Segments and taps are two cuts of one sequence of quads: a
  * run of quads ends where either does. pairs: of int16, instead of quads. */
 SDQ__WORD void SDQ__N(qtile)(const sdq__qtile *t, const SDQ__N(segment) *s, size_t i, size_t j,
-                             int32_t *acc, int pairs, size_t rows, int wide) {
+                             int32_t *acc, int pairs, size_t rows, int wide, int full) {
     const size_t have = t->mr - i;
     const int8_t *b = s->b + 4 * j;
     const uint8_t *const *a = s->a + i;
@@ -19195,7 +19200,7 @@ SDQ__WORD void SDQ__N(qtile)(const sdq__qtile *t, const SDQ__N(segment) *s, size
     SDQ__ROWS(SDQ__ROW)
 #undef SDQ__ROW
     for (left = t->seg; left > 0; left -= run, q = 0, a += t->mr) {
-#define SDQ__ROW(r) const uint8_t *a##r = a[rows > r && have > r ? r : 0] + 4 * q;
+#define SDQ__ROW(r) const uint8_t *a##r = a[rows > r && (full || have > r) ? r : 0] + 4 * q;
         SDQ__ROWS(SDQ__ROW)
 #undef SDQ__ROW
         run = sdq__u_min(left, t->quads - q);
@@ -19225,7 +19230,8 @@ SDQ__WORD void SDQ__N(qtile_of)(const sdq__qtile *t, const SDQ__N(segment) *s, s
     SDQ__ALIGNED int32_t acc[SDQ__MR][SDQ__NR];
     size_t r, c;
     for (r = 0; r < n && s->last; r++) SDQ__N(fetch)(t->y + (i + r) * t->ldy + j, 0);
-#define SDQ__QTILE(rows, wide) SDQ__N(qtile)(t, s, i, j, acc[0], pairs, rows, wide)
+#define SDQ__QTILE(rows, wide, full) \
+    SDQ__N(qtile)(t, s, i, j, acc[0], pairs, rows, wide, full)
     SDQ__PICK(SDQ__QTILE, SDQ__QTILE_ROWS);
 #undef SDQ__QTILE
     for (c = 0; c < 16 * SDQ__TILE_VECS && j + c < t->nr; c += 16) {
@@ -19267,9 +19273,10 @@ SDQ__WORD void SDQ__N(ftile_end)(const sdq__ftile *t, size_t i, size_t j, SDQ__V
 }
 
 SDQ__WORD void SDQ__N(ftile)(const sdq__ftile *t, size_t i, size_t j, float *sum, size_t rows,
-                             int wide) {
+                             int wide, int full) {
     const size_t have = t->mr - i, step = t->astep;
-    const size_t nl = t->nr - j, nh = nl - 16;
+    const sdq__ftile d = *t;
+    const size_t nl = full ? 16 : t->nr - j, nh = full ? 16 : t->nr - j - 16;
     const float *b = t->b + j, *const *a = t->a + i;
     size_t tap, k, at;
 #define SDQ__ROW(r) SDQ__V l##r = SDQ__N(set1)(0.0f), h##r = l##r;
@@ -19284,7 +19291,7 @@ SDQ__WORD void SDQ__N(ftile)(const sdq__ftile *t, size_t i, size_t j, float *sum
 #undef SDQ__ROW
     }
     for (tap = 0; tap < t->taps; tap++, a += t->mr) {
-#define SDQ__ROW(r) const float *a##r = a[rows > r && have > r ? r : 0];
+#define SDQ__ROW(r) const float *a##r = a[rows > r && (full || have > r) ? r : 0];
         SDQ__ROWS(SDQ__ROW)
 #undef SDQ__ROW
         for (k = t->kc, at = 0; k > 0; k--, at += step, b += SDQ__NR) {
@@ -19300,8 +19307,10 @@ SDQ__WORD void SDQ__N(ftile)(const sdq__ftile *t, size_t i, size_t j, float *sum
         }
     }
 #define SDQ__ROW(r) if (rows > r) { \
-        SDQ__N(store)(sum + r * SDQ__NR, l##r, 16); \
-        if (wide) SDQ__N(store)(sum + r * SDQ__NR + 16, h##r, 16); \
+        if (full) SDQ__N(ftile_end)(&d, i + r, j, l##r, 16); \
+        else SDQ__N(store)(sum + r * SDQ__NR, l##r, 16); \
+        if (wide && full) SDQ__N(ftile_end)(&d, i + r, j + 16, h##r, 16); \
+        else if (wide) SDQ__N(store)(sum + r * SDQ__NR + 16, h##r, 16); \
     }
     SDQ__ROWS(SDQ__ROW)
 #undef SDQ__ROW
@@ -19310,10 +19319,10 @@ SDQ__WORD void SDQ__N(ftile)(const sdq__ftile *t, size_t i, size_t j, float *sum
 SDQ__KERNEL void SDQ__N(ftile_of)(const sdq__ftile *t, size_t i, size_t j, size_t n) {
     SDQ__ALIGNED float sum[SDQ__MR][SDQ__NR];
     size_t r, c;
-#define SDQ__FTILE(rows, wide) SDQ__N(ftile)(t, i, j, sum[0], rows, wide)
+#define SDQ__FTILE(rows, wide, full) SDQ__N(ftile)(t, i, j, sum[0], rows, wide, full)
     SDQ__PICK(SDQ__FTILE, SDQ__FTILE_ROWS);
 #undef SDQ__FTILE
-    for (r = 0; r < n; r++)
+    for (r = 0; r < n && !full; r++)
         for (c = 0; c < 16 * SDQ__TILE_VECS && j + c < t->nr; c += 16)
             SDQ__N(ftile_end)(t, i + r, j + c, SDQ__N(load)(sum[r] + c, 16), t->nr - j - c);
 }
