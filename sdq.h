@@ -2174,7 +2174,9 @@ typedef struct sdq__ftile {
  *   y = fmaf(f, sw[j], bias[j])  (bias NULL: f * sw[j]),  then + res[i][j] where given
  * taps*quads is a multiple of seg. If `more`, + y[i][j] (old) comes last. wsum NULL: there are no
  * zero points.
- * For gemm_s16 rows and weights are groups of two s16 instead; no sum of a segment leaves int32. */
+ * gemm_s8u8: rows are s8, "weights" u8. gemm_s16: groups of two s16 instead, and no sum of a
+ * segment leaves int32. */
+typedef enum sdq__group { SDQ__U8S8, SDQ__S8U8, SDQ__S16 } sdq__group;
 typedef struct sdq__qtile {
     const uint8_t *const *a;    /* [taps][mr] row pointers */
     const int8_t *b;
@@ -2202,6 +2204,7 @@ typedef struct sdq__adamw_step {
     /* GEMM tiles */ \
     X(void, gemm_f32, (const sdq__ftile *t), EXACT) \
     X(void, gemm_u8s8, (const sdq__qtile *t), EXACT) \
+    X(void, gemm_s8u8, (const sdq__qtile *t), EXACT) \
     X(void, gemm_s16, (const sdq__qtile *t), EXACT) \
     /* Winograd's transforms, see >>gemm; element by element of n: 36 numbers B^T d B of the 6x6 \
        pixels at d; 36 numbers G g G^T of the 9 at g, ldg apart; 16 numbers A^T m A of the 36 at \
@@ -2305,22 +2308,24 @@ typedef struct sdq__adamw_step {
     X(void, layernorm_bwd, \
       (float *dx, float *dgamma, float *dbeta, const float *dy, const float *x, \
        const float *g, size_t n, float mean, float rstd), EXACT) \
-    /* an online softmax over a tile of n scores (n > 0) of rows lds apart, row by row: \
+    /* s = exp(s - m) with m = max s, whose sum is returned; n > 0 */ \
+    X(float, softmax, (float *s, size_t n), EXACT) \
+    /* an online softmax down the 32 columns of s[n][32], n > 0: \
        v = s*scale; m' = max(m, max v); s = exp(v - m'); alpha = exp(m - m'); \
        l = fma(l, alpha, sum s); m = m' */ \
-    X(void, softmax_tile, \
-      (float *s, size_t lds, size_t rows, size_t n, float scale, float *m, float *l, \
-       float *alpha), EXACT) \
-    /* the same with bytes for the product that follows: t = (max s)*scale; \
-       p = rint(255 exp(s*scale - t)), exp to 1.1 in 10^4, NaN gives 0; m' = max(m, t); \
-       alpha = exp(m - m'); beta = exp(t - m'); l = fma(l, alpha, beta * sum p); m = m' */ \
-    X(void, softmax_tile_u8, \
-      (uint8_t *p, size_t ldp, const float *s, size_t lds, size_t rows, size_t n, float scale, \
-       float *m, float *l, float *alpha, float *beta), EXACT) \
-    /* the same with p = rint(2048 exp(s*scale - t)), exp to 3 in 10^6 */ \
-    X(void, softmax_tile_s16, \
-      (int16_t *p, size_t ldp, const float *s, size_t lds, size_t rows, size_t n, float scale, \
-       float *m, float *l, float *alpha, float *beta), EXACT) \
+    X(void, softmax_cols, \
+      (float *s, size_t n, float scale, float *m, float *l, float *alpha), EXACT) \
+    /* the same with bytes for the product that follows, p[n / 4][32][4], where the last group is \
+       filled up with zeros: t = (max s)*scale; p = rint(255 exp(s*scale - t)), exp to 1.1 in \
+       10^4, NaN gives 0; m' = max(m, t); alpha = exp(m - m'); beta = exp(t - m'); \
+       l = fma(l, alpha, beta * sum p); m = m' */ \
+    X(void, softmax_cols_u8, \
+      (uint8_t *p, const float *s, size_t n, float scale, float *m, float *l, float *alpha, \
+       float *beta), EXACT) \
+    /* the same with p[n / 2][32][2] = rint(2048 exp(s*scale - t)), exp to 3 in 10^6 */ \
+    X(void, softmax_cols_s16, \
+      (int16_t *p, const float *s, size_t n, float scale, float *m, float *l, float *alpha, \
+       float *beta), EXACT) \
     /* backward of a tile row: p = exp(s*scale - lse); s = p; dp = (p*(dp - delta))*scale */ \
     X(void, softmax_tile_bwd, \
       (float *s, float *dp, size_t n, float scale, float lse, float delta), EXACT) \
@@ -3654,120 +3659,94 @@ static void sdq__qgemm_pack(sdq_ctx *ctx, sdq__qweight *w, const int8_t *q, size
 /* ===========================================================================
  * >>attention   softmax(q k^T / sqrt(d)) v without a score matrix
  *
- * Tiles of 48 queries and 256 keys with a running maximum and sum per query (Dao et al.,
- * "FlashAttention", arXiv 2205.14135; Milakov and Gimelshein, arXiv 1805.02867). The tile sizes
- * are part of the definition: they fix where the running maximum is taken. Backward computes
- * the scores again from the stored log-sum-exp.
+ * Tiles of 256 keys and 32 queries with a running maximum and sum per query (Dao et al.,
+ * "FlashAttention", arXiv 2205.14135; Milakov and Gimelshein, arXiv 1805.02867). What belongs to
+ * a query is a column of panels [..][32]: its channels, its scores, the sum of its values. So
+ * softmax needs no sums across lanes, keys and values are read where they are (a row of the
+ * product is a key, then a channel of the values), and heads of 40 channels leave no lane empty.
+ * The tile of 256 keys is part of the definition: it fixes where the running maximum is taken.
+ * Backward computes the scores again from the stored log-sum-exp.
  * ======================================================================== */
 
-#define SDQ__ATT_Q 48
-#define SDQ__ATT_K 256
-#define SDQ__ATT_GROUP 4        /* tiles of queries of a task: all read a tile of keys and values */
-#define SDQ__ATT_BK 64          /* keys of a tile of the backward pass */
+#define SDQ__ATT_K 256          /* keys of a tile */
+#define SDQ__ATT_PANELS 4       /* panels of a task: all read a tile of keys and values */
+#define SDQ__ATT_BQ 48          /* queries */
+#define SDQ__ATT_BK 64          /* and keys of a tile of the backward pass */
 
 typedef struct sdq__att {
     const struct sdq__kernels *k;
     const float *q, *key, *v;           /* [n][t][heads*d] */
     float *y, *lse;                     /* lse: [n][heads][tq] */
-    float *kp, *vp;                     /* packed: per (n, head) */
     float *scratch;
-    size_t n, tq, tk, heads, d, kp_size, vp_size, scratch_size;
+    size_t n, tq, tk, heads, d, scratch_size;
     float scale;
     int causal;
+    const struct sdq__qatt *ints;       /* NULL, or integer products */
     /* backward */
     const float *dy;
     float *dq, *dk, *dv, *delta;
+    float *kp;                          /* packed keys: per (n, head) */
+    size_t kp_size;
 } sdq__att;
 
-static void sdq__att_pack_task(void *arg, size_t task, int thread) {
-    const sdq__att *w = (const sdq__att *)arg;
-    const size_t c = w->heads * w->d, at = task / w->heads * w->tk * c + task % w->heads * w->d;
-    (void)thread;
-    sdq__gemm_pack_t(w->kp + task * w->kp_size, w->key + at, c, w->tk, w->d);
-    sdq__gemm_pack(w->vp + task * w->vp_size, w->v + at, c, w->d, w->tk);
+/* 32 queries of a task. */
+typedef struct sdq__att_panel {
+    float m[SDQ__NR], l[SDQ__NR];       /* largest score so far; sum of weights relative to it */
+    float alpha[SDQ__NR];               /* what the last tile made of sums before it */
+    float *q, *y;                       /* [d][32]: queries, weighted sums of values */
+    float qs[SDQ__NR], beta[SDQ__NR];   /* integers: scales of queries, of the tile's weights */
+    int32_t qz[SDQ__NR];                /* zero points of queries */
+} sdq__att_panel;
+
+/* Of a thread: scores and weights of a tile, then q and y of the panels. */
+static size_t sdq__att_scratch(const sdq__att *w) {
+    return SDQ__NR * (2 * SDQ__ATT_K + SDQ__ATT_PANELS * 2 * sdq__u_round_up(w->d, 4));
 }
 
-/* Scores of queries i0.. against keys j0..: s[i*lds + 0..nk), -inf where causality hides a key. */
-static void sdq__att_scores(const sdq__att *w, const float *q, const float *kp, size_t i0,
-                            size_t nq, size_t j0, size_t nk, float *s, size_t lds) {
-    const size_t c = w->heads * w->d;
-    size_t i, j;
-    sdq__gemm_small(w->k, q + i0 * c, c, 1, kp + j0 * w->d, w->d, s, lds, nq, nk, w->d, 0);
-    if (!w->causal || j0 + nk <= i0 + 1) return;
-    for (i = 0; i < nq; i++)
-        for (j = 0; j < nk; j++)
-            if (j0 + j > i0 + i) s[i * lds + j] = -INFINITY;
-}
-
-/* Of a query: the largest score so far, and the sum of the weights relative to it. */
-typedef struct sdq__att_state {
-    float m[SDQ__ATT_GROUP * SDQ__ATT_Q], l[SDQ__ATT_GROUP * SDQ__ATT_Q];
-} sdq__att_state;
-
-static void sdq__att_state_init(sdq__att_state *a) {
+static void sdq__att_begin(const sdq__att *w, sdq__att_panel *a, float *scratch) {
     size_t i;
-    for (i = 0; i < SDQ__ATT_GROUP * SDQ__ATT_Q; i++) { a->m[i] = -INFINITY; a->l[i] = 0.0f; }
+    for (i = 0; i < SDQ__NR; i++) { a->m[i] = -INFINITY; a->l[i] = 0.0f; }
+    a->q = scratch;
+    a->y = scratch + SDQ__NR * sdq__u_round_up(w->d, 4);
 }
 
-/* nq queries from i0 on against nk keys from j on; s: room for their scores. */
-static void sdq__att_tile(const sdq__att *w, size_t head, size_t i0, size_t nq, size_t j, size_t nk,
-                          float *m, float *l, float *s) {
-    const size_t c = w->heads * w->d;
-    const size_t at = head / w->heads * w->tq * c + head % w->heads * w->d;
-    float *y = w->y + at + i0 * c, alpha[SDQ__ATT_Q];
+/* Causality hides keys j.. of a tile from earlier queries i... */
+static void sdq__att_hide(float *s, size_t i, size_t j, size_t nk) {
+    size_t k, l;
+    for (k = 0; k < nk; k++)
+        for (l = 0; l < SDQ__NR; l++)
+            if (j + k > i + l) s[k * SDQ__NR + l] = -INFINITY;
+}
+
+/* The sums of values, relative to a new maximum. */
+static void sdq__att_rescale(const sdq__att *w, const sdq__att_panel *a) {
     size_t i;
-    sdq__att_scores(w, w->q + at, w->kp + head * w->kp_size, i0, nq, j, nk, s, SDQ__ATT_K);
-    w->k->softmax_tile(s, SDQ__ATT_K, nq, nk, w->scale, m, l, alpha);
-    for (i = 0; j > 0 && i < nq; i++)
-        if (alpha[i] != 1.0f) w->k->scale(y + i * c, y + i * c, w->d, alpha[i]);
-    sdq__gemm_small(w->k, s, SDQ__ATT_K, 1, w->vp + head * w->vp_size + j * SDQ__NR, w->tk, y, c,
-                    nq, w->d, nk, j > 0);
+    for (i = 0; i < SDQ__NR && a->alpha[i] == 1.0f; i++) {}
+    if (i == SDQ__NR) return;
+    for (i = 0; i < w->d; i++)
+        w->k->mul(a->y + i * SDQ__NR, a->y + i * SDQ__NR, a->alpha, SDQ__NR);
 }
 
-static void sdq__att_task(void *arg, size_t task, int thread) {
-    const sdq__att *w = (const sdq__att *)arg;
-    const size_t rows = SDQ__ATT_GROUP * SDQ__ATT_Q, groups = sdq__u_div_up(w->tq, rows);
-    const size_t c = w->heads * w->d, head = task / groups, i0 = task % groups * rows;
-    const size_t n = sdq__u_min(rows, w->tq - i0);
-    const size_t at = (head / w->heads * w->tq + i0) * c + head % w->heads * w->d;
-    float *s = w->scratch + (size_t)thread * w->scratch_size, *y = w->y + at;
-    sdq__att_state a;
+/* Queries i.. of a panel against nk keys from j on; key and v: of the head. */
+static void sdq__att_tile(const sdq__att *w, sdq__att_panel *a, const float *key, const float *v,
+                          size_t i, size_t j, size_t nk, float *s) {
+    const size_t c = w->heads * w->d;
+    sdq__gemm_small(w->k, key + j * c, c, 1, a->q, w->d, s, SDQ__NR, nk, SDQ__NR, w->d, 0);
+    if (w->causal) sdq__att_hide(s, i, j, nk);
+    w->k->softmax_cols(s, nk, w->scale, a->m, a->l, a->alpha);
+    if (j > 0) sdq__att_rescale(w, a);
+    sdq__gemm_small(w->k, v + j * c, 1, c, s, nk, a->y, SDQ__NR, w->d, SDQ__NR, nk, j > 0);
+}
+
+/* n queries of a panel: y[i][c] = the sums over their weights. */
+static void sdq__att_end(const sdq__att *w, const sdq__att_panel *a, float *y, float *lse,
+                         size_t n) {
     size_t i, j;
-    sdq__att_state_init(&a);
-    for (j = 0; j < w->tk; j += SDQ__ATT_K)
-        for (i = 0; i < n; i += SDQ__ATT_Q) {
-            const size_t nq = sdq__u_min(SDQ__ATT_Q, n - i);
-            const size_t tk = w->causal ? sdq__u_min(w->tk, i0 + i + nq) : w->tk;
-            if (j < tk)
-                sdq__att_tile(w, head, i0 + i, nq, j, sdq__u_min(SDQ__ATT_K, tk - j), a.m + i,
-                              a.l + i, s);
-        }
     for (i = 0; i < n; i++) {
-        w->k->scale(y + i * c, y + i * c, w->d, 1.0f / a.l[i]);
-        if (w->lse) w->lse[head * w->tq + i0 + i] = a.m[i] + (float)log((double)a.l[i]);
+        const float inv = 1.0f / a->l[i];
+        for (j = 0; j < w->d; j++) y[i * w->heads * w->d + j] = a->y[j * SDQ__NR + i] * inv;
+        if (lse) lse[i] = a->m[i] + (float)log((double)a->l[i]);
     }
-}
-
-static int sdq__att_sizes(sdq_ctx *ctx, sdq__att *w) {
-    w->k = ctx->k;
-    w->kp_size = sdq__gemm_packed_count(w->tk, w->d);
-    w->vp_size = sdq__gemm_packed_count(w->d, w->tk);
-    w->scale = 1.0f / sqrtf((float)w->d);
-    w->kp = SDQ__PUSH_N(ctx, float, w->n * w->heads * w->kp_size);
-    w->vp = SDQ__PUSH_N(ctx, float, w->n * w->heads * w->vp_size);
-    w->scratch = SDQ__PUSH_N(ctx, float, (size_t)ctx->threads * w->scratch_size);
-    return w->kp && w->vp && w->scratch;
-}
-
-static void sdq__att_forward(sdq_ctx *ctx, sdq__att *w) {
-    const sdq_mark mark = sdq_arena_mark(ctx);
-    w->scratch_size = SDQ__ATT_Q * SDQ__ATT_K;
-    if (sdq__att_sizes(ctx, w)) {
-        sdq__par_for(ctx, w->n * w->heads, sdq__att_pack_task, w);
-        sdq__par_for(ctx, w->n * w->heads * sdq__u_div_up(w->tq, SDQ__ATT_GROUP * SDQ__ATT_Q),
-                     sdq__att_task, w);
-    }
-    sdq_arena_release(ctx, mark);
 }
 
 /* ---- the same with integer products -----------------------------------------------------------
@@ -3789,24 +3768,19 @@ typedef struct sdq__qatt {
     int bits;
     size_t size;                /* bytes of a number; a group of the product has 4 bytes */
     float key_most, value_most, weight_most;
-    char *kb, *vb;              /* [head][panel][group][32][4] */
-    float *ks, *vs;             /* scales of keys [head][panel][32] and of values' channels */
+    char *kb, *vb;              /* [head][token][group][4], [head][tile][channel][256] */
+    float *ks, *vs;             /* scales of keys [head][token], of values [head][channel] */
     float *kmid, *vmid;         /* [head][channel] */
     int32_t *ksum;              /* 8 bits: sums of keys; else NULL */
     struct sdq__qatt_block *block;
-    size_t kgroups, vgroups, kpanels, vpanels;
+    size_t kgroups, tiles;
 } sdq__qatt;
 
 #define SDQ__QATT_D 640         /* largest head */
 
-/* Scratch of a thread: packing a block of tokens, or the queries of a task. */
+/* Scratch of a thread: packing a group of tokens, or the queries of a panel. */
 typedef struct sdq__qatt_block {
-    float s[SDQ__ATT_Q * SDQ__ATT_K];
-    int16_t p[SDQ__ATT_Q * SDQ__ATT_K];                                 /* or bytes */
-    int16_t q[SDQ__ATT_GROUP * SDQ__ATT_Q * SDQ__QATT_D];
-    float qs[SDQ__ATT_GROUP * SDQ__ATT_Q], alpha[SDQ__ATT_Q], beta[SDQ__ATT_Q];
-    int32_t qz[SDQ__ATT_GROUP * SDQ__ATT_Q];
-    sdq__att_state a;
+    int16_t q[SDQ__NR * SDQ__QATT_D];                                   /* or bytes */
     float by[2][SDQ__QATT_D], plus[2][SDQ__QATT_D];     /* centering keys, values */
     float x[4 * SDQ__QATT_D];
     int16_t xq[4 * SDQ__QATT_D];                                        /* or bytes */
@@ -3851,33 +3825,33 @@ static void sdq__qatt_center(const sdq__att *f, const float *x, float *a, float 
     }
 }
 
-/* Key j of a head, centered: its column of the panels. */
-static void sdq__qatt_key(const sdq__qatt *w, size_t head, size_t j, const float *x, char *q) {
-    const size_t at = head * w->kpanels * SDQ__NR + j;
-    char *to = w->kb + (at / SDQ__NR * w->kgroups * SDQ__NR + j % SDQ__NR) * 4;
+/* Key j of a head, centered. */
+static void sdq__qatt_key(const sdq__qatt *w, size_t head, size_t j, const float *x) {
+    const size_t at = head * w->f->tk + j;
+    char *q = w->kb + at * w->kgroups * 4;
     size_t i;
     w->ks[at] = sdq__qatt_token(w, q, x);
-    for (i = 0; w->ksum && i < w->f->d; i++) w->ksum[at] += ((const int8_t *)q)[i];
-    for (i = 0; i < w->kgroups; i++) memcpy(to + i * SDQ__NR * 4, q + 4 * i, 4);
+    if (!w->ksum) return;
+    w->ksum[at] = 0;
+    for (i = 0; i < w->f->d; i++) w->ksum[at] += ((const int8_t *)q)[i];
 }
 
-/* n values of a head from j on, centered and scaled: a group of every panel. */
+/* n values of a head from j on, centered and scaled: a group of every channel. */
 static void sdq__qatt_value(const sdq__qatt *w, size_t head, size_t j, size_t n, const float *x,
                             char *q) {
-    const size_t d = w->f->d, size = w->size, per = 4 / size;
-    char *to = w->vb + (head * w->vpanels * w->vgroups + j / per) * SDQ__NR * 4;
-    size_t p, c, l;
+    const size_t d = w->f->d, size = w->size, per = 4 / size, row = SDQ__ATT_K * size;
+    char *to = w->vb + (head * w->tiles + j / SDQ__ATT_K) * d * row + j % SDQ__ATT_K * size;
+    size_t c, l;
     for (l = 0; l < per; l++) {
         if (l < n) sdq__qatt_round(w, q + l * d * size, x + l * d, 1.0f, w->value_most);
         else memset(q + l * d * size, 0, d * size);
     }
-    for (p = 0; p < d; p += SDQ__NR, to += w->vgroups * SDQ__NR * 4)
-        for (c = 0; c < SDQ__NR && p + c < d; c++)
-            for (l = 0; l < per; l++) {
-                const char *from = q + (l * d + p + c) * size;
-                if (size == 1) to[4 * c + l] = *from;
-                else memcpy(to + 4 * c + 2 * l, from, 2);
-            }
+    for (c = 0; c < d; c++, to += row)
+        for (l = 0; l < per; l++) {
+            const char *from = q + (l * d + c) * size;
+            if (size == 1) to[l] = *from;
+            else memcpy(to + 2 * l, from, 2);
+        }
 }
 
 static void sdq__qatt_pack_task(void *arg, size_t head, int thread) {
@@ -3888,13 +3862,13 @@ static void sdq__qatt_pack_task(void *arg, size_t head, int thread) {
     sdq__qatt_block *s = w->block + thread;
     size_t j, i;
     sdq__qatt_center(f, f->key + at, s->by[0], s->plus[0], NULL, w->key_most, w->kmid + head * d);
-    sdq__qatt_center(f, f->v + at, s->by[1], s->plus[1], w->vs + head * w->vpanels * SDQ__NR,
-                     w->value_most, w->vmid + head * d);
+    sdq__qatt_center(f, f->v + at, s->by[1], s->plus[1], w->vs + head * d, w->value_most,
+                     w->vmid + head * d);
     for (j = 0; j < f->tk; j += per) {
         const size_t n = sdq__u_min(per, f->tk - j);
         for (i = 0; i < n; i++) {
             f->k->affine(s->x, f->key + at + (j + i) * c, s->by[0], s->plus[0], d);
-            sdq__qatt_key(w, head, j + i, s->x, (char *)s->xq);
+            sdq__qatt_key(w, head, j + i, s->x);
         }
         for (i = 0; i < n; i++)
             f->k->affine(s->x + i * d, f->v + at + (j + i) * c, s->by[1], s->plus[1], d);
@@ -3902,120 +3876,136 @@ static void sdq__qatt_pack_task(void *arg, size_t head, int thread) {
     }
 }
 
-/* y[m][n] (+)= (scale of row) (scale of column) a b. In t are b, quads, wsum, sw, y, ldy, more;
- * a has rows of lda bytes; panel: bytes from one panel of b to the next. */
-static void sdq__qatt_product(const sdq__qatt *w, sdq__qtile t, const void *a, size_t lda,
-                              size_t panel, const float *s, const int32_t *z, size_t m, size_t n) {
+/* y[m][32] (+)= (scale of row) (scale of column) a b: a has rows of lda bytes, scales s and, of
+ * 8-bit keys, sums z. In t is what belongs to the columns. */
+static void sdq__qatt_product(const sdq__qatt *w, sdq__qtile t, const char *a, size_t lda,
+                              const float *s, const int32_t *z, size_t m) {
     const uint8_t *row[SDQ__MR];
     float *y = t.y;
-    size_t p, i, r;
+    size_t i, r;
     t.taps = 1;
     t.seg = t.quads;
+    t.nr = t.ldy = SDQ__NR;
     t.a = row;
-    for (p = 0; p < n; p += SDQ__NR, t.b += panel, t.sw += SDQ__NR) {
-        t.nr = sdq__u_min(SDQ__NR, n - p);
-        for (i = 0; i < m; i += SDQ__MR) {
-            t.mr = sdq__u_min(SDQ__MR, m - i);
-            for (r = 0; r < t.mr; r++) row[r] = (const uint8_t *)a + (i + r) * lda;
-            t.s = s + i;
-            t.z = z + i;
-            t.y = y + i * t.ldy + p;
-            if (w->bits == 8) w->f->k->gemm_u8s8(&t);
-            else w->f->k->gemm_s16(&t);
-        }
-        if (t.wsum) t.wsum += SDQ__NR;
+    for (i = 0; i < m; i += SDQ__MR) {
+        t.mr = sdq__u_min(SDQ__MR, m - i);
+        for (r = 0; r < t.mr; r++) row[r] = (const uint8_t *)a + (i + r) * lda;
+        t.s = s + i;
+        t.z = z ? z + i : NULL;
+        t.y = y + i * SDQ__NR;
+        if (w->bits == 8) w->f->k->gemm_s8u8(&t);
+        else w->f->k->gemm_s16(&t);
     }
 }
 
-/* n queries of a task, in integers. */
-static void sdq__qatt_queries(const sdq__qatt *w, sdq__qatt_block *b, const float *q, size_t n) {
+/* n queries of a panel in integers: groups of 4 bytes, [group][32][4]. */
+static void sdq__qatt_queries(const sdq__qatt *w, sdq__att_panel *a, const float *q, size_t n,
+                              int thread) {
     const size_t c = w->f->heads * w->f->d, ld = 4 * w->kgroups;
-    size_t i;
+    char *from = (char *)w->block[thread].q, *to = (char *)a->q;
+    size_t i, g;
+    memset(to, 0, ld * SDQ__NR);
+    memset(a->qz, 0, sizeof a->qz);
+    for (i = 0; i < SDQ__NR; i++) a->qs[i] = 0.0f;
     if (w->bits == 8) {
-        memset(b->q, 0, n * ld);
-        w->f->k->quantize_rows((uint8_t *)b->q, ld, q, c, n, w->f->d, b->qs, b->qz, 1);
-    } else {
-        for (i = 0; i < n; i++) b->qs[i] = sdq__qatt_token(w, (char *)b->q + i * ld, q + i * c);
+        memset(from, 0, n * ld);
+        w->f->k->quantize_rows((uint8_t *)from, ld, q, c, n, w->f->d, a->qs, a->qz, 1);
+    }
+    for (i = 0; i < n; i++, from += ld) {
+        if (w->bits == 16) a->qs[i] = sdq__qatt_token(w, from, q + i * c);
+        for (g = 0; g < w->kgroups; g++) memcpy(to + (g * SDQ__NR + i) * 4, from + 4 * g, 4);
     }
 }
 
-/* Scores of nq queries of the task, from i on, against nk keys from j on, to b->s. */
-static void sdq__qatt_scores(const sdq__qatt *w, sdq__qatt_block *b, size_t head, size_t i,
-                             size_t nq, size_t j, size_t nk) {
-    const size_t at = head * w->kpanels * SDQ__NR + j, ld = 4 * w->kgroups;
-    sdq__qtile t;
-    memset(&t, 0, sizeof t);
-    t.quads = w->kgroups;
-    t.b = (const int8_t *)w->kb + at * w->kgroups * 4;
-    t.sw = w->ks + at;
-    t.wsum = w->ksum ? w->ksum + at : NULL;
-    t.y = b->s;
-    t.ldy = SDQ__ATT_K;
-    sdq__qatt_product(w, t, (const char *)b->q + i * ld, ld, ld * SDQ__NR, b->qs + i, b->qz + i, nq,
-                      nk);
-}
-
-/* The weights of these scores, to b->p; after the last of them zeros up to a whole group. */
-static void sdq__qatt_weights(const sdq__qatt *w, sdq__qatt_block *b, size_t i, size_t nq,
-                              size_t nk) {
+/* The queries of a panel against nk keys from j on; s: scores, then weights. */
+static void sdq__qatt_tile(const sdq__qatt *w, sdq__att_panel *a, size_t head, size_t j, size_t nk,
+                           float *s) {
     const struct sdq__kernels *k = w->f->k;
-    const size_t per = 4 / w->size, pad = sdq__u_round_up(nk, per) - nk;
-    float *m = b->a.m + i, *l = b->a.l + i;
-    if (w->bits == 8)
-        k->softmax_tile_u8((uint8_t *)b->p, SDQ__ATT_K, b->s, SDQ__ATT_K, nq, nk, w->f->scale, m, l,
-                           b->alpha, b->beta);
-    else k->softmax_tile_s16(b->p, SDQ__ATT_K, b->s, SDQ__ATT_K, nq, nk, w->f->scale, m, l,
-                             b->alpha, b->beta);
-    for (i = 0; pad && i < nq; i++)
-        memset((char *)b->p + (i * SDQ__ATT_K + nk) * w->size, 0, pad * w->size);
-}
-
-/* y += the weights of nk keys from j on, times b->beta, times their values. */
-static void sdq__qatt_sum(const sdq__qatt *w, sdq__qatt_block *b, size_t head, float *y, size_t nq,
-                          size_t j, size_t nk) {
+    const size_t key = head * w->f->tk + j, d = w->f->d, row = SDQ__ATT_K * w->size;
+    void *p = s + SDQ__ATT_K * SDQ__NR;
     sdq__qtile t;
     memset(&t, 0, sizeof t);
+    t.b = (const int8_t *)a->q;
+    t.quads = w->kgroups;
+    t.sw = a->qs;
+    t.wsum = w->ksum ? a->qz : NULL;
+    t.y = s;
+    sdq__qatt_product(w, t, w->kb + key * w->kgroups * 4, w->kgroups * 4, w->ks + key,
+                      w->ksum ? w->ksum + key : NULL, nk);
+    if (w->bits == 8)
+        k->softmax_cols_u8((uint8_t *)p, s, nk, w->f->scale, a->m, a->l, a->alpha, a->beta);
+    else k->softmax_cols_s16((int16_t *)p, s, nk, w->f->scale, a->m, a->l, a->alpha, a->beta);
+    if (j > 0) sdq__att_rescale(w->f, a);
+    t.b = (const int8_t *)p;
     t.quads = sdq__u_div_up(nk * w->size, 4);
-    t.b = (const int8_t *)w->vb + (head * w->vpanels * w->vgroups + j * w->size / 4) * SDQ__NR * 4;
-    t.sw = w->vs + head * w->vpanels * SDQ__NR;
-    t.y = y;
-    t.ldy = w->f->heads * w->f->d;
+    t.sw = a->beta;
+    t.wsum = NULL;
+    t.y = a->y;
     t.more = j > 0;
-    sdq__qatt_product(w, t, b->p, SDQ__ATT_K * w->size, w->vgroups * SDQ__NR * 4, b->beta, b->qz,
-                      nq, w->f->d);
+    sdq__qatt_product(w, t, w->vb + (head * w->tiles + j / SDQ__ATT_K) * d * row, row,
+                      w->vs + head * d, NULL, d);
 }
 
-static void sdq__qatt_task(void *arg, size_t task, int thread) {
-    const sdq__qatt *w = (const sdq__qatt *)arg;
-    const sdq__att *f = w->f;
-    const struct sdq__kernels *k = f->k;
-    const size_t rows = SDQ__ATT_GROUP * SDQ__ATT_Q, groups = sdq__u_div_up(f->tq, rows);
-    const size_t d = f->d, c = f->heads * d, head = task / groups, i0 = task % groups * rows;
-    const size_t n = sdq__u_min(rows, f->tq - i0);
-    const size_t at = (head / f->heads * f->tq + i0) * c + head % f->heads * d;
-    sdq__qatt_block *b = w->block + thread;
-    float *y = f->y + at;
-    size_t i, j, r;
-    sdq__att_state_init(&b->a);
-    sdq__qatt_queries(w, b, f->q + at, n);
-    for (j = 0; j < f->tk; j += SDQ__ATT_K)
-        for (i = 0; i < n; i += SDQ__ATT_Q) {
-            const size_t nk = sdq__u_min(SDQ__ATT_K, f->tk - j), nq = sdq__u_min(SDQ__ATT_Q, n - i);
-            sdq__qatt_scores(w, b, head, i, nq, j, nk);
-            sdq__qatt_weights(w, b, i, nq, nk);
-            for (r = 0; j > 0 && r < nq; r++)
-                if (b->alpha[r] != 1.0f)
-                    k->scale(y + (i + r) * c, y + (i + r) * c, d, b->alpha[r]);
-            sdq__qatt_sum(w, b, head, y + i * c, nq, j, nk);
-        }
+/* What centering took away: the middle of the values; lse is of the scores before. */
+static void sdq__qatt_end(const sdq__qatt *w, const sdq__att_panel *a, size_t head, const float *q,
+                          float *y, float *lse, size_t n) {
+    const size_t d = w->f->d, c = w->f->heads * d;
+    const float *kmid = w->kmid + head * d, *vmid = w->vmid + head * d;
+    size_t i;
     for (i = 0; i < n; i++) {
-        k->scale(y + i * c, y + i * c, d, 1.0f / b->a.l[i]);
-        k->add(y + i * c, y + i * c, w->vmid + head * d, d);
+        w->f->k->add(y + i * c, y + i * c, vmid, d);
+        if (lse)
+            lse[i] = fmaf(w->f->scale, w->f->k->dot(q + i * c, kmid, d), a->m[i])
+                   + (float)log((double)(a->l[i] / w->weight_most));
     }
-    for (i = 0; f->lse && i < n; i++)       /* of the scores before the keys were centered */
-        f->lse[head * f->tq + i0 + i] =
-            fmaf(f->scale, k->dot(f->q + at + i * c, w->kmid + head * d, d), b->a.m[i])
-            + (float)log((double)(b->a.l[i] / w->weight_most));
+}
+
+/* ---- forward ---- */
+
+static void sdq__att_task(void *arg, size_t task, int thread) {
+    const sdq__att *w = (const sdq__att *)arg;
+    const size_t rows = SDQ__ATT_PANELS * SDQ__NR, groups = sdq__u_div_up(w->tq, rows);
+    const size_t c = w->heads * w->d, head = task / groups, i0 = task % groups * rows;
+    const size_t n = sdq__u_min(rows, w->tq - i0), in_c = head % w->heads * w->d;
+    const size_t at = (head / w->heads * w->tq + i0) * c + in_c;
+    const size_t from = head / w->heads * w->tk * c + in_c;
+    float *s = w->scratch + (size_t)thread * w->scratch_size, *more = s + 2 * SDQ__ATT_K * SDQ__NR;
+    sdq__att_panel a[SDQ__ATT_PANELS];
+    size_t i, j;
+    for (i = 0; i < n; i += SDQ__NR, more += 2 * SDQ__NR * sdq__u_round_up(w->d, 4)) {
+        const float *q = w->q + at + i * c;
+        const size_t nq = sdq__u_min(SDQ__NR, n - i);
+        sdq__att_begin(w, &a[i / SDQ__NR], more);
+        if (w->ints) sdq__qatt_queries(w->ints, &a[i / SDQ__NR], q, nq, thread);
+        else sdq__gemm_pack_t(a[i / SDQ__NR].q, q, c, nq, w->d);
+    }
+    for (j = 0; j < w->tk; j += SDQ__ATT_K)
+        for (i = 0; i < n; i += SDQ__NR) {
+            const size_t tk = w->causal ? sdq__u_min(w->tk, i0 + i + SDQ__NR) : w->tk;
+            const size_t nk = j < tk ? sdq__u_min(SDQ__ATT_K, tk - j) : 0;
+            if (nk > 0 && w->ints) sdq__qatt_tile(w->ints, &a[i / SDQ__NR], head, j, nk, s);
+            else if (nk > 0)
+                sdq__att_tile(w, &a[i / SDQ__NR], w->key + from, w->v + from, i0 + i, j, nk, s);
+        }
+    for (i = 0; i < n; i += SDQ__NR) {
+        float *y = w->y + at + i * c, *lse = w->lse ? w->lse + head * w->tq + i0 + i : NULL;
+        const size_t nq = sdq__u_min(SDQ__NR, n - i);
+        sdq__att_end(w, &a[i / SDQ__NR], y, lse, nq);
+        if (w->ints)
+            sdq__qatt_end(w->ints, &a[i / SDQ__NR], head, w->q + at + i * c, y, lse, nq);
+    }
+}
+
+static void sdq__att_forward(sdq_ctx *ctx, sdq__att *w) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    w->k = ctx->k;
+    w->scale = 1.0f / sqrtf((float)w->d);
+    w->scratch_size = sdq__att_scratch(w);
+    w->scratch = SDQ__PUSH_N(ctx, float, (size_t)ctx->threads * w->scratch_size);
+    if (w->scratch)
+        sdq__par_for(ctx, w->n * w->heads * sdq__u_div_up(w->tq, SDQ__ATT_PANELS * SDQ__NR),
+                     sdq__att_task, w);
+    sdq_arena_release(ctx, mark);
 }
 
 static void sdq__qatt_forward(sdq_ctx *ctx, sdq__att *f, int bits) {
@@ -4025,31 +4015,49 @@ static void sdq__qatt_forward(sdq_ctx *ctx, sdq__att *f, int bits) {
     memset(&w, 0, sizeof w);
     w.f = f;
     f->k = ctx->k;
-    f->scale = 1.0f / sqrtf((float)f->d);
     w.bits = bits;
     w.size = (size_t)bits / 8;
     w.key_most = bits == 8 ? 127.0f : sdq__qatt_most(f->d);
     w.value_most = bits == 8 ? 127.0f : 4095.0f;
     w.weight_most = bits == 8 ? 255.0f : 2048.0f;
     w.kgroups = sdq__u_div_up(f->d * w.size, 4);
-    w.vgroups = sdq__u_div_up(f->tk * w.size, 4);
-    w.kpanels = sdq__gemm_panels(f->tk);
-    w.vpanels = sdq__gemm_panels(f->d);
-    w.kb = SDQ__PUSH_N(ctx, char, heads * w.kpanels * w.kgroups * SDQ__NR * 4);
-    w.vb = SDQ__PUSH_N(ctx, char, heads * w.vpanels * w.vgroups * SDQ__NR * 4);
-    w.ks = SDQ__PUSH_N(ctx, float, heads * w.kpanels * SDQ__NR);
-    w.vs = SDQ__PUSH_N(ctx, float, heads * w.vpanels * SDQ__NR);
+    w.tiles = sdq__u_div_up(f->tk, SDQ__ATT_K);
+    w.kb = SDQ__PUSH_N(ctx, char, heads * f->tk * w.kgroups * 4);
+    w.vb = SDQ__PUSH_N(ctx, char, heads * w.tiles * f->d * SDQ__ATT_K * w.size);
+    w.ks = SDQ__PUSH_N(ctx, float, heads * f->tk);
+    w.vs = SDQ__PUSH_N(ctx, float, heads * f->d);
     w.kmid = SDQ__PUSH_N(ctx, float, heads * f->d);
     w.vmid = SDQ__PUSH_N(ctx, float, heads * f->d);
-    if (bits == 8) w.ksum = SDQ__PUSH_N(ctx, int32_t, heads * w.kpanels * SDQ__NR);
+    if (bits == 8) w.ksum = SDQ__PUSH_N(ctx, int32_t, heads * f->tk);
     w.block = SDQ__PUSH_N(ctx, sdq__qatt_block, (size_t)ctx->threads);
     if (ctx->status == SDQ_OK) {
-        if (w.ksum) memset(w.ksum, 0, heads * w.kpanels * SDQ__NR * sizeof *w.ksum);
         sdq__par_for(ctx, heads, sdq__qatt_pack_task, &w);
-        sdq__par_for(ctx, heads * sdq__u_div_up(f->tq, SDQ__ATT_GROUP * SDQ__ATT_Q), sdq__qatt_task,
-                     &w);
+        f->ints = &w;
+        sdq__att_forward(ctx, f);
+        f->ints = NULL;
     }
     sdq_arena_release(ctx, mark);
+}
+
+/* ---- backward ---- */
+
+static void sdq__att_pack_task(void *arg, size_t task, int thread) {
+    const sdq__att *w = (const sdq__att *)arg;
+    const size_t c = w->heads * w->d, at = task / w->heads * w->tk * c + task % w->heads * w->d;
+    (void)thread;
+    sdq__gemm_pack_t(w->kp + task * w->kp_size, w->key + at, c, w->tk, w->d);
+}
+
+/* Scores of queries i0.. against keys j0..: s[i*lds + 0..nk), -inf where causality hides a key. */
+static void sdq__att_scores(const sdq__att *w, const float *q, const float *kp, size_t i0,
+                            size_t nq, size_t j0, size_t nk, float *s, size_t lds) {
+    const size_t c = w->heads * w->d;
+    size_t i, j;
+    sdq__gemm_small(w->k, q + i0 * c, c, 1, kp + j0 * w->d, w->d, s, lds, nq, nk, w->d, 0);
+    if (!w->causal || j0 + nk <= i0 + 1) return;
+    for (i = 0; i < nq; i++)
+        for (j = 0; j < nk; j++)
+            if (j0 + j > i0 + i) s[i * lds + j] = -INFINITY;
 }
 
 /* Backward of one head, with P = exp(S scale - lse), D_i = sum(dy_i y_i), dP = dy V^T:
@@ -4062,7 +4070,8 @@ static void sdq__att_bwd_task(void *arg, size_t head, int thread) {
     const size_t ak = head / w->heads * w->tk * c + head % w->heads * d;
     const size_t qn = sdq__gemm_packed_count(d, w->tq);
     float *qp = w->scratch + (size_t)thread * w->scratch_size, *dyp = qp + qn, *kr = dyp + qn;
-    float *vt = kr + w->vp_size, *s = vt + w->kp_size, *dp = s + SDQ__ATT_Q * SDQ__ATT_BK;
+    float *vt = kr + sdq__gemm_packed_count(d, w->tk), *s = vt + w->kp_size;
+    float *dp = s + SDQ__ATT_BQ * SDQ__ATT_BK;
     const float *lse = w->lse + head * w->tq;
     const float *kp = w->kp + head * w->kp_size;
     size_t i0, j0, i;
@@ -4072,8 +4081,8 @@ static void sdq__att_bwd_task(void *arg, size_t head, int thread) {
     sdq__gemm_pack_t(vt, w->v + ak, c, w->tk, d);
     for (j0 = 0; j0 < w->tk; j0 += SDQ__ATT_BK) {
         const size_t nk = sdq__u_min(SDQ__ATT_BK, w->tk - j0);
-        for (i0 = 0; i0 < w->tq; i0 += SDQ__ATT_Q) {
-            const size_t nq = sdq__u_min(SDQ__ATT_Q, w->tq - i0);
+        for (i0 = 0; i0 < w->tq; i0 += SDQ__ATT_BQ) {
+            const size_t nq = sdq__u_min(SDQ__ATT_BQ, w->tq - i0);
             if (w->causal && j0 > i0 + nq - 1) continue;
             sdq__att_scores(w, w->q + aq, kp, i0, nq, j0, nk, s, SDQ__ATT_BK);
             sdq__gemm_small(w->k, w->dy + aq + i0 * c, c, 1, vt + j0 * d, d, dp, SDQ__ATT_BK,
@@ -4099,9 +4108,14 @@ static void sdq__att_backward(sdq_ctx *ctx, sdq__att *w) {
     const size_t c = w->heads * w->d;
     size_t e, h, i;
     w->scratch_size = 2 * sdq__gemm_packed_count(w->d, w->tq) + sdq__gemm_packed_count(w->d, w->tk)
-                    + sdq__gemm_packed_count(w->tk, w->d) + 2 * SDQ__ATT_Q * SDQ__ATT_BK;
+                    + sdq__gemm_packed_count(w->tk, w->d) + 2 * SDQ__ATT_BQ * SDQ__ATT_BK;
+    w->k = ctx->k;
+    w->scale = 1.0f / sqrtf((float)w->d);
+    w->kp_size = sdq__gemm_packed_count(w->tk, w->d);
+    w->kp = SDQ__PUSH_N(ctx, float, w->n * w->heads * w->kp_size);
+    w->scratch = SDQ__PUSH_N(ctx, float, (size_t)ctx->threads * w->scratch_size);
     w->delta = SDQ__PUSH_N(ctx, float, w->n * w->heads * w->tq);
-    if (w->delta && sdq__att_sizes(ctx, w)) {
+    if (w->kp && w->scratch && w->delta) {
         for (e = 0; e < w->n; e++)
             for (h = 0; h < w->heads; h++)
                 for (i = 0; i < w->tq; i++) {
@@ -4537,9 +4551,8 @@ SDQ_API sdq_tensor *sdq_softmax(sdq_ctx *ctx, sdq_tensor *x) {
     rows = sdq__t_rows(x);
     memcpy(y->data, x->data, rows * c * sizeof(float));
     for (r = 0; r < rows; r++) {
-        float m = -INFINITY, l = 0.0f, alpha, *row = sdq_f32(y) + r * c;
-        ctx->k->softmax_tile(row, c, 1, c, 1.0f, &m, &l, &alpha);
-        ctx->k->scale(row, row, c, 1.0f / l);
+        float *row = sdq_f32(y) + r * c;
+        ctx->k->scale(row, row, c, 1.0f / ctx->k->softmax(row, c));
     }
     (void)sdq__tape_push(ctx, sdq__op_softmax_back, y, x, NULL, NULL, NULL);
     return y;
@@ -18627,6 +18640,22 @@ SDQ__WORD void SDQ__N(store_s16)(int16_t *p, SDQ__V v, size_t n) {
     size_t l;
     for (l = 0; l < 16 && l < n; l++) p[l] = (int16_t)v.f[l];
 }
+/* p[16][2] int16, p[16][4] bytes; no lane is negative. */
+SDQ__WORD void SDQ__N(store_pairs)(char *p, SDQ__V a, SDQ__V b) {
+    size_t l;
+    for (l = 0; l < 16; l++) {
+        const uint32_t u = (uint32_t)a.f[l] | (uint32_t)b.f[l] << 16;
+        memcpy(p + 4 * l, &u, 4);
+    }
+}
+SDQ__WORD void SDQ__N(store_quads)(char *p, SDQ__V a, SDQ__V b, SDQ__V c, SDQ__V d) {
+    size_t l;
+    for (l = 0; l < 16; l++) {
+        const uint32_t u = (uint32_t)a.f[l] | (uint32_t)b.f[l] << 8 | (uint32_t)c.f[l] << 16
+                         | (uint32_t)d.f[l] << 24;
+        memcpy(p + 4 * l, &u, 4);
+    }
+}
 /* A signaling NaN becomes quiet, as in the conversion instruction. */
 SDQ__WORD float SDQ__N(quiet_f16)(uint16_t h) {
     const uint32_t u = sdq__u_bits(sdq__u_from_f16(h));
@@ -18774,6 +18803,24 @@ SDQ__WORD void SDQ__N(store_s16)(int16_t *p, SDQ__V v, size_t n) {
     if (n >= 16) _mm256_storeu_si256((__m256i *)(void *)p, x);
     else memcpy(p, &x, 2 * n);
 }
+/* a | b << shift, as integers */
+SDQ__WORD __m256i SDQ__N(beside)(__m256i a, __m256 b, int shift) {
+    return _mm256_or_si256(a, _mm256_slli_epi32(_mm256_cvtps_epi32(b), shift));
+}
+SDQ__WORD void SDQ__N(store_pairs)(char *p, SDQ__V a, SDQ__V b) {
+    const __m256i lo = SDQ__N(beside)(_mm256_cvtps_epi32(a.a), b.a, 16);
+    const __m256i hi = SDQ__N(beside)(_mm256_cvtps_epi32(a.b), b.b, 16);
+    _mm256_storeu_si256((__m256i *)(void *)p, lo);
+    _mm256_storeu_si256((__m256i *)(void *)(p + 32), hi);
+}
+SDQ__WORD void SDQ__N(store_quads)(char *p, SDQ__V a, SDQ__V b, SDQ__V c, SDQ__V d) {
+    __m256i lo = SDQ__N(beside)(_mm256_cvtps_epi32(a.a), b.a, 8);
+    __m256i hi = SDQ__N(beside)(_mm256_cvtps_epi32(a.b), b.b, 8);
+    lo = SDQ__N(beside)(SDQ__N(beside)(lo, c.a, 16), d.a, 24);
+    hi = SDQ__N(beside)(SDQ__N(beside)(hi, c.b, 16), d.b, 24);
+    _mm256_storeu_si256((__m256i *)(void *)p, lo);
+    _mm256_storeu_si256((__m256i *)(void *)(p + 32), hi);
+}
 /* Exponent and mantissa, moved 13 bits up, are the number times 2^-112 (normal), too small by
  * the implicit one (subnormal: made from the integer instead) or inf/NaN (exponent all ones). */
 SDQ__WORD __m256 SDQ__N(from_f16)(__m128i h) {
@@ -18845,6 +18892,30 @@ SDQ__WORD SDQ__I SDQ__N(quad_dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b) {
     acc.a = _mm256_add_epi32(acc.a, _mm256_madd_epi16(a.odd, b.odd_a));
     acc.b = _mm256_add_epi32(acc.b, _mm256_madd_epi16(a.odd, b.odd_b));
     return acc;
+}
+/* The same with a signed and b not. */
+SDQ__WORD SDQ__QA SDQ__N(signed_a_load)(const uint8_t *p) {
+    SDQ__QA r;
+    int32_t q;
+    __m256i x;
+    memcpy(&q, p, 4);
+    x = _mm256_set1_epi32(q);
+    r.even = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8);
+    r.odd = _mm256_srai_epi16(x, 8);
+    return r;
+}
+SDQ__WORD SDQ__QB SDQ__N(unsigned_b_load)(const int8_t *p) {
+    const __m256i x = _mm256_loadu_si256((const __m256i *)(const void *)p);
+    const __m256i y = _mm256_loadu_si256((const __m256i *)(const void *)(p + 32));
+    SDQ__QB r;
+    r.even_a = _mm256_and_si256(x, _mm256_set1_epi32(0x00ff00ff));
+    r.odd_a = _mm256_srli_epi16(x, 8);
+    r.even_b = _mm256_and_si256(y, _mm256_set1_epi32(0x00ff00ff));
+    r.odd_b = _mm256_srli_epi16(y, 8);
+    return r;
+}
+SDQ__WORD SDQ__I SDQ__N(signed_dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b) {
+    return SDQ__N(quad_dot)(acc, a, b);
 }
 /* Pairs of int16, instead: a[0] b[2l] + a[1] b[2l + 1]. */
 SDQ__WORD SDQ__QA SDQ__N(pair_a_load)(const uint8_t *p) {
@@ -18964,6 +19035,18 @@ SDQ__WORD void SDQ__N(store_s16)(int16_t *p, SDQ__V v, size_t n) {
     if (n >= 16) _mm256_storeu_si256((__m256i *)(void *)p, q);
     else _mm256_mask_storeu_epi16(p, SDQ__N(mask)(n), q);
 }
+/* a | b << shift, as integers */
+SDQ__WORD __m512i SDQ__N(beside)(__m512i a, SDQ__V b, unsigned shift) {
+    return _mm512_or_si512(a, _mm512_slli_epi32(_mm512_cvtps_epi32(b), shift));
+}
+SDQ__WORD void SDQ__N(store_pairs)(char *p, SDQ__V a, SDQ__V b) {
+    _mm512_storeu_si512(p, SDQ__N(beside)(_mm512_cvtps_epi32(a), b, 16));
+}
+SDQ__WORD void SDQ__N(store_quads)(char *p, SDQ__V a, SDQ__V b, SDQ__V c, SDQ__V d) {
+    __m512i q = SDQ__N(beside)(_mm512_cvtps_epi32(a), b, 8);
+    q = SDQ__N(beside)(SDQ__N(beside)(q, c, 16), d, 24);
+    _mm512_storeu_si512(p, q);
+}
 SDQ__WORD SDQ__V SDQ__N(load_f16)(const uint16_t *p, size_t n) {
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(SDQ__N(mask)(n), p));
 }
@@ -18985,6 +19068,11 @@ SDQ__WORD SDQ__QA SDQ__N(quad_a_load)(const uint8_t *p) { return SDQ__N(quad_set
 SDQ__WORD SDQ__QB SDQ__N(quad_b_load)(const int8_t *p) { return _mm512_loadu_si512(p); }
 SDQ__WORD SDQ__I SDQ__N(quad_dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b) {
     return _mm512_dpbusd_epi32(acc, a, b);
+}
+SDQ__WORD SDQ__QA SDQ__N(signed_a_load)(const uint8_t *p) { return SDQ__N(quad_set1)(p); }
+SDQ__WORD SDQ__QB SDQ__N(unsigned_b_load)(const int8_t *p) { return _mm512_loadu_si512(p); }
+SDQ__WORD SDQ__I SDQ__N(signed_dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b) {
+    return _mm512_dpbusd_epi32(acc, b, a);
 }
 SDQ__WORD SDQ__QA SDQ__N(pair_a_load)(const uint8_t *p) { return SDQ__N(quad_set1)(p); }
 SDQ__WORD SDQ__QB SDQ__N(pair_b_load)(const int8_t *p) { return _mm512_loadu_si512(p); }
@@ -19011,6 +19099,23 @@ SDQ__WORD SDQ__QB SDQ__N(quad_b_load)(const int8_t *p) {
 SDQ__WORD SDQ__I SDQ__N(quad_dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b) {
     acc = _mm512_add_epi32(acc, _mm512_madd_epi16(a.even, b.even));
     return _mm512_add_epi32(acc, _mm512_madd_epi16(a.odd, b.odd));
+}
+SDQ__WORD SDQ__QA SDQ__N(signed_a_load)(const uint8_t *p) {
+    const __m512i x = SDQ__N(quad_set1)(p);
+    SDQ__QA r;
+    r.even = _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8);
+    r.odd = _mm512_srai_epi16(x, 8);
+    return r;
+}
+SDQ__WORD SDQ__QB SDQ__N(unsigned_b_load)(const int8_t *p) {
+    const __m512i x = _mm512_loadu_si512(p);
+    SDQ__QB r;
+    r.even = _mm512_and_si512(x, _mm512_set1_epi32(0x00ff00ff));
+    r.odd = _mm512_srli_epi16(x, 8);
+    return r;
+}
+SDQ__WORD SDQ__I SDQ__N(signed_dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b) {
+    return SDQ__N(quad_dot)(acc, a, b);
 }
 SDQ__WORD SDQ__QA SDQ__N(pair_a_load)(const uint8_t *p) {
     SDQ__QA r;
@@ -19062,6 +19167,11 @@ static void SDQ__N(quads)(int32_t *acc, const uint8_t *a, const int8_t *b) {
     size_t j;
     for (j = 0; j < 4 * SDQ__NR; j++) acc[j / 4] += (int32_t)a[j % 4] * (int32_t)b[j];
 }
+static void SDQ__N(signed_quads)(int32_t *acc, const uint8_t *a, const int8_t *b) {
+    size_t j;
+    for (j = 0; j < 4 * SDQ__NR; j++)
+        acc[j / 4] += (int32_t)(int8_t)a[j % 4] * (int32_t)(uint8_t)b[j];
+}
 /* Columns that do not exist (nr..31) may hold anything: their sums wrap, as in the instructions. */
 static void SDQ__N(pairs)(int32_t *acc, const uint8_t *a, const int8_t *b) {
     int16_t x[2], y[2 * SDQ__NR];
@@ -19072,27 +19182,28 @@ static void SDQ__N(pairs)(int32_t *acc, const uint8_t *a, const int8_t *b) {
         acc[j / 2] = (int32_t)((uint32_t)acc[j / 2] + (uint32_t)((int32_t)x[j % 2] * y[j]));
 }
 /* f[j] += the scaled integer sum of row i over segment g. */
-static void SDQ__N(qrow)(const sdq__qtile *t, size_t g, size_t i, int pairs, float *f) {
+static void SDQ__N(qrow)(const sdq__qtile *t, size_t g, size_t i, sdq__group kind, float *f) {
     int32_t acc[SDQ__NR];
     size_t n, j;
     memset(acc, 0, sizeof acc);
     for (n = g * t->seg; n < (g + 1) * t->seg; n++) {
         const uint8_t *a = t->a[n / t->quads * t->mr + i] + n % t->quads * 4;
         const int8_t *b = t->b + n * 4 * SDQ__NR;
-        if (pairs) SDQ__N(pairs)(acc, a, b);
-        else SDQ__N(quads)(acc, a, b);
+        if (kind == SDQ__S16) SDQ__N(pairs)(acc, a, b);
+        else if (kind == SDQ__U8S8) SDQ__N(quads)(acc, a, b);
+        else SDQ__N(signed_quads)(acc, a, b);
     }
     for (j = 0; j < SDQ__NR; j++) {
         if (t->wsum) acc[j] -= t->z[g * t->mr + i] * t->wsum[g * SDQ__NR + j];
         f[j] = fmaf(t->s[g * t->mr + i], (float)acc[j], f[j]);
     }
 }
-static void SDQ__N(qtile)(const sdq__qtile *t, int pairs) {
+static void SDQ__N(qtile)(const sdq__qtile *t, sdq__group kind) {
     size_t g, i, j;
     for (i = 0; i < t->mr; i++) {
         float *y = t->y + i * t->ldy, f[SDQ__NR];
         memset(f, 0, sizeof f);
-        for (g = 0; g < t->taps * t->quads / t->seg; g++) SDQ__N(qrow)(t, g, i, pairs, f);
+        for (g = 0; g < t->taps * t->quads / t->seg; g++) SDQ__N(qrow)(t, g, i, kind, f);
         for (j = 0; j < t->nr; j++) {
             f[j] = t->bias ? fmaf(f[j], t->sw[j], t->bias[j]) : f[j] * t->sw[j];
             if (t->res) f[j] += t->res[i * t->ldr + j];
@@ -19100,8 +19211,9 @@ static void SDQ__N(qtile)(const sdq__qtile *t, int pairs) {
         }
     }
 }
-SDQ__KERNEL void SDQ__K(gemm_u8s8)(const sdq__qtile *t) { SDQ__N(qtile)(t, 0); }
-SDQ__KERNEL void SDQ__K(gemm_s16)(const sdq__qtile *t) { SDQ__N(qtile)(t, 1); }
+SDQ__KERNEL void SDQ__K(gemm_u8s8)(const sdq__qtile *t) { SDQ__N(qtile)(t, SDQ__U8S8); }
+SDQ__KERNEL void SDQ__K(gemm_s8u8)(const sdq__qtile *t) { SDQ__N(qtile)(t, SDQ__S8U8); }
+SDQ__KERNEL void SDQ__K(gemm_s16)(const sdq__qtile *t) { SDQ__N(qtile)(t, SDQ__S16); }
 
 #else
 /* ---- GEMM tiles: vectors ----
@@ -19136,15 +19248,18 @@ SDQ__WORD void SDQ__N(fetch)(const void *p, size_t ahead) {
     _mm_prefetch((const char *)((uintptr_t)at + 64), _MM_HINT_T0);
 }
 
-/* A group of 4 bytes: a quad of u8 and s8, or a pair of s16. */
-SDQ__WORD SDQ__QA SDQ__N(group_a)(const uint8_t *p, int pairs) {
-    return pairs ? SDQ__N(pair_a_load)(p) : SDQ__N(quad_a_load)(p);
+/* A group of 4 bytes of the kinds of sdq__group. */
+SDQ__WORD SDQ__QA SDQ__N(group_a)(const uint8_t *p, sdq__group kind) {
+    if (kind == SDQ__S16) return SDQ__N(pair_a_load)(p);
+    return kind == SDQ__U8S8 ? SDQ__N(quad_a_load)(p) : SDQ__N(signed_a_load)(p);
 }
-SDQ__WORD SDQ__QB SDQ__N(group_b)(const int8_t *p, int pairs) {
-    return pairs ? SDQ__N(pair_b_load)(p) : SDQ__N(quad_b_load)(p);
+SDQ__WORD SDQ__QB SDQ__N(group_b)(const int8_t *p, sdq__group kind) {
+    if (kind == SDQ__S16) return SDQ__N(pair_b_load)(p);
+    return kind == SDQ__U8S8 ? SDQ__N(quad_b_load)(p) : SDQ__N(unsigned_b_load)(p);
 }
-SDQ__WORD SDQ__I SDQ__N(group_dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b, int pairs) {
-    return pairs ? SDQ__N(pair_dot)(acc, a, b) : SDQ__N(quad_dot)(acc, a, b);
+SDQ__WORD SDQ__I SDQ__N(group_dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b, sdq__group kind) {
+    if (kind == SDQ__S16) return SDQ__N(pair_dot)(acc, a, b);
+    return kind == SDQ__U8S8 ? SDQ__N(quad_dot)(acc, a, b) : SDQ__N(signed_dot)(acc, a, b);
 }
 
 /* Where a segment begins: segment g, quad q of the tap that a points to. */
@@ -19189,9 +19304,10 @@ SDQ__WORD void SDQ__N(qtile_end)(const sdq__qtile *t, const SDQ__N(segment) *s, 
 }
 
 /* The integer sums of one segment. Segments and taps are two cuts of one sequence of quads: a
- * run of quads ends where either does. pairs: of int16, instead of quads. */
+ * run of quads ends where either does. */
 SDQ__WORD void SDQ__N(qtile)(const sdq__qtile *t, const SDQ__N(segment) *s, size_t i, size_t j,
-                             int32_t *acc, int pairs, size_t rows, int wide, int full) {
+                             int32_t *acc, sdq__group kind, size_t rows, int wide,
+                             int full) {
     const size_t have = t->mr - i;
     const int8_t *b = s->b + 4 * j;
     const uint8_t *const *a = s->a + i;
@@ -19205,13 +19321,13 @@ SDQ__WORD void SDQ__N(qtile)(const sdq__qtile *t, const SDQ__N(segment) *s, size
 #undef SDQ__ROW
         run = sdq__u_min(left, t->quads - q);
         for (k = 0; k < run; k++, b += 4 * SDQ__NR) {
-            const SDQ__QB bl = SDQ__N(group_b)(b, pairs);
-            const SDQ__QB bh = wide ? SDQ__N(group_b)(b + 64, pairs) : bl;
+            const SDQ__QB bl = SDQ__N(group_b)(b, kind);
+            const SDQ__QB bh = wide ? SDQ__N(group_b)(b + 64, kind) : bl;
             SDQ__N(fetch)(b, SDQ__AHEAD);
 #define SDQ__ROW(r) if (rows > r) { \
-                const SDQ__QA x = SDQ__N(group_a)(a##r + 4 * k, pairs); \
-                l##r = SDQ__N(group_dot)(l##r, x, bl, pairs); \
-                if (wide) h##r = SDQ__N(group_dot)(h##r, x, bh, pairs); \
+                const SDQ__QA x = SDQ__N(group_a)(a##r + 4 * k, kind); \
+                l##r = SDQ__N(group_dot)(l##r, x, bl, kind); \
+                if (wide) h##r = SDQ__N(group_dot)(h##r, x, bh, kind); \
             }
             SDQ__ROWS(SDQ__ROW)
 #undef SDQ__ROW
@@ -19226,12 +19342,12 @@ SDQ__WORD void SDQ__N(qtile)(const sdq__qtile *t, const SDQ__N(segment) *s, size
 }
 
 SDQ__WORD void SDQ__N(qtile_of)(const sdq__qtile *t, const SDQ__N(segment) *s, size_t i, size_t j,
-                                float *sum, size_t n, int pairs) {
+                                float *sum, size_t n, sdq__group kind) {
     SDQ__ALIGNED int32_t acc[SDQ__MR][SDQ__NR];
     size_t r, c;
     for (r = 0; r < n && s->last; r++) SDQ__N(fetch)(t->y + (i + r) * t->ldy + j, 0);
 #define SDQ__QTILE(rows, wide, full) \
-    SDQ__N(qtile)(t, s, i, j, acc[0], pairs, rows, wide, full)
+    SDQ__N(qtile)(t, s, i, j, acc[0], kind, rows, wide, full)
     SDQ__PICK(SDQ__QTILE, SDQ__QTILE_ROWS);
 #undef SDQ__QTILE
     for (c = 0; c < 16 * SDQ__TILE_VECS && j + c < t->nr; c += 16) {
@@ -19241,7 +19357,7 @@ SDQ__WORD void SDQ__N(qtile_of)(const sdq__qtile *t, const SDQ__N(segment) *s, s
     }
 }
 
-SDQ__WORD void SDQ__N(qtiles)(const sdq__qtile *t, int pairs) {
+SDQ__WORD void SDQ__N(qtiles)(const sdq__qtile *t, sdq__group kind) {
     SDQ__ALIGNED float sum[SDQ__MR][SDQ__NR];
     size_t left = t->taps * t->quads, i, j;
     SDQ__N(segment) s;
@@ -19254,13 +19370,14 @@ SDQ__WORD void SDQ__N(qtiles)(const sdq__qtile *t, int pairs) {
         for (j = 0; j < t->nr; j += 16 * SDQ__TILE_VECS)
             for (i = 0; i < t->mr; i += SDQ__QTILE_ROWS)
                 SDQ__N(qtile_of)(t, &s, i, j, sum[i] + j, sdq__u_min(t->mr - i, SDQ__QTILE_ROWS),
-                                 pairs);
+                                 kind);
         s.b += t->seg * 4 * SDQ__NR;
         for (s.q += t->seg; s.q >= t->quads; s.q -= t->quads) s.a += t->mr;
     }
 }
-SDQ__KERNEL void SDQ__K(gemm_u8s8)(const sdq__qtile *t) { SDQ__N(qtiles)(t, 0); }
-SDQ__KERNEL void SDQ__K(gemm_s16)(const sdq__qtile *t) { SDQ__N(qtiles)(t, 1); }
+SDQ__KERNEL void SDQ__K(gemm_u8s8)(const sdq__qtile *t) { SDQ__N(qtiles)(t, SDQ__U8S8); }
+SDQ__KERNEL void SDQ__K(gemm_s8u8)(const sdq__qtile *t) { SDQ__N(qtiles)(t, SDQ__S8U8); }
+SDQ__KERNEL void SDQ__K(gemm_s16)(const sdq__qtile *t) { SDQ__N(qtiles)(t, SDQ__S16); }
 
 /* The VNNI tier is the AVX-512 tier with other integer products: it ends here. */
 #if SDQ__TIER < 4
@@ -19925,46 +20042,56 @@ SDQ__KERNEL void SDQ__K(win_output)(float *const *y, const float *m, size_t ldm,
 
 /* ---- softmax ---- */
 
-/* Milakov and Gimelshein 2018 (arXiv 1805.02867). NaN scores are skipped by the maximum and
- * come out as NaN. m may be -inf (no tile yet) if a score of the row is finite. */
-SDQ__KERNEL void SDQ__K(softmax_tile)(float *s, size_t lds, size_t rows, size_t n, float scale,
-                                      float *m, float *l, float *alpha) {
-    const SDQ__V vs = SDQ__N(set1)(scale), none = SDQ__N(set1)(0.0f);
-    const size_t whole = n / 16 * 16;
-    size_t r, i;
-    for (r = 0; r < rows; r++) {        /* alpha: the new maximum, for now */
-        const float *row = s + r * lds;
-        SDQ__V top = SDQ__N(set1)(m[r]), v;
-        for (i = 0; i < whole; i += 16)
-            top = SDQ__N(max)(SDQ__N(mul)(SDQ__N(load)(row + i, 16), vs), top);
-        if (i < n) {
-            v = SDQ__N(mul)(SDQ__N(load)(row + i, n - i), vs);
-            top = SDQ__N(max)(SDQ__N(first_n)(v, n - i, top), top);
-        }
-        alpha[r] = SDQ__N(highest)(top);
+/* NaN scores are skipped by the maximum and come out as NaN. */
+SDQ__KERNEL float SDQ__K(softmax)(float *s, size_t n) {
+    SDQ__V top = SDQ__N(set1)(-INFINITY), sum = SDQ__N(set1)(0.0f), e;
+    const SDQ__V none = sum;
+    size_t i;
+    for (i = 0; i < n; i += 16)
+        top = SDQ__N(max)(SDQ__N(first_n)(SDQ__N(load)(s + i, n - i), n - i, top), top);
+    top = SDQ__N(set1)(SDQ__N(highest)(top));
+    for (i = 0; i < n; i += 16) {
+        e = SDQ__N(exp)(SDQ__N(sub)(SDQ__N(load)(s + i, n - i), top));
+        SDQ__N(store)(s + i, e, n - i);
+        sum = SDQ__N(add)(sum, SDQ__N(first_n)(e, n - i, none));
     }
-    for (r = 0; r < rows; r += 16) {
-        const SDQ__V old = SDQ__N(load)(m + r, rows - r), peak = SDQ__N(load)(alpha + r, rows - r);
-        SDQ__N(store)(m + r, peak, rows - r);
-        SDQ__N(store)(alpha + r, SDQ__N(exp)(SDQ__N(sub)(old, peak)), rows - r);
+    return SDQ__N(sum)(sum);
+}
+
+/* The maxima of 16 columns of s[n][32], in four chains, as each waits for its last maximum. */
+SDQ__WORD SDQ__V SDQ__N(highest_rows)(const float *s, size_t n) {
+    SDQ__V a = SDQ__N(set1)(-INFINITY), b = a, c = a, d = a;
+    size_t i;
+    for (i = 0; i + 4 <= n; i += 4, s += 4 * SDQ__NR) {
+        a = SDQ__N(max)(SDQ__N(load)(s, 16), a);
+        b = SDQ__N(max)(SDQ__N(load)(s + SDQ__NR, 16), b);
+        c = SDQ__N(max)(SDQ__N(load)(s + 2 * SDQ__NR, 16), c);
+        d = SDQ__N(max)(SDQ__N(load)(s + 3 * SDQ__NR, 16), d);
     }
-    for (r = 0; r < rows; r++) {
-        const SDQ__V shift = SDQ__N(set1)(m[r]);
-        float *row = s + r * lds;
-        SDQ__V acc = none, e;
-        for (i = 0; i < whole; i += 16) {
-            e = SDQ__N(sub)(SDQ__N(mul)(SDQ__N(load)(row + i, 16), vs), shift);
-            e = SDQ__N(exp)(e);
-            SDQ__N(store)(row + i, e, 16);
-            acc = SDQ__N(add)(acc, e);
+    for (; i < n; i++, s += SDQ__NR) a = SDQ__N(max)(SDQ__N(load)(s, 16), a);
+    return SDQ__N(max)(SDQ__N(max)(a, b), SDQ__N(max)(c, d));
+}
+/* Milakov and Gimelshein 2018 (arXiv 1805.02867). m may be -inf (no tile yet) if a score of the
+ * column is finite. */
+SDQ__KERNEL void SDQ__K(softmax_cols)(float *s, size_t n, float scale, float *m, float *l,
+                                      float *alpha) {
+    const SDQ__V vs = SDQ__N(set1)(scale);
+    size_t c, i;
+    for (c = 0; c < SDQ__NR; c += 16) {
+        const SDQ__V old = SDQ__N(load)(m + c, 16), sums = SDQ__N(load)(l + c, 16);
+        const SDQ__V top = SDQ__N(max)(SDQ__N(mul)(SDQ__N(highest_rows)(s + c, n), vs), old);
+        const SDQ__V a = SDQ__N(exp)(SDQ__N(sub)(old, top));
+        SDQ__V sum = SDQ__N(set1)(0.0f);
+        for (i = 0; i < n; i++) {
+            float *at = s + i * SDQ__NR + c;
+            const SDQ__V v = SDQ__N(mul)(SDQ__N(load)(at, 16), vs);
+            const SDQ__V e = SDQ__N(exp)(SDQ__N(sub)(v, top));
+            SDQ__N(store)(at, e, 16);
+            sum = SDQ__N(add)(sum, e);
         }
-        if (i < n) {
-            e = SDQ__N(sub)(SDQ__N(mul)(SDQ__N(load)(row + i, n - i), vs), shift);
-            e = SDQ__N(exp)(e);
-            SDQ__N(store)(row + i, e, n - i);
-            acc = SDQ__N(add)(acc, SDQ__N(first_n)(e, n - i, none));
-        }
-        l[r] = fmaf(l[r], alpha[r], SDQ__N(sum)(acc));
+        SDQ__N(store)(m + c, top, 16);
+        SDQ__N(store)(alpha + c, a, 16);
+        SDQ__N(store)(l + c, SDQ__N(fma)(sums, a, sum), 16);
     }
 }
 /* top 2^x, x <= 0; NaN is as small as can be. To 1.1 in 10^4, which is enough for bytes, or, fine,
@@ -19979,67 +20106,56 @@ SDQ__WORD SDQ__V SDQ__N(weight)(SDQ__V x, float top, int fine) {
     q = SDQ__N(fma)(q, r, SDQ__N(set1)(1.0f));
     return SDQ__N(rint)(SDQ__N(mul)(SDQ__N(scale2)(q, n), SDQ__N(set1)(top)));
 }
-/* Row r of a tile: its weights, their sum and the maximum of its scores, before scaling. */
-SDQ__WORD float SDQ__N(weights)(void *p, const float *s, size_t n, float scale, float *highest,
-                                int fine) {
-    const SDQ__V none = SDQ__N(set1)(0.0f), vs = SDQ__N(set1)(scale * 1.44269504f);
-    SDQ__V top = SDQ__N(set1)(-INFINITY), acc = none, shift, q;
-    const size_t whole = n / 16 * 16;
-    const float most = fine ? 2048.0f : 255.0f;
-    uint8_t *bytes = (uint8_t *)p;
-    int16_t *words = (int16_t *)p;
+/* Weight i of 16 columns; those behind the last are 0. Adds it to *sum. */
+SDQ__WORD SDQ__V SDQ__N(weight_row)(const float *s, size_t i, size_t n, SDQ__V scale, SDQ__V shift,
+                                    SDQ__V *sum, int fine) {
+    SDQ__V w;
+    if (i >= n) return SDQ__N(set1)(0.0f);
+    w = SDQ__N(load)(s + i * SDQ__NR, 16);
+    w = SDQ__N(weight)(SDQ__N(fma)(w, scale, shift), fine ? 2048.0f : 255.0f, fine);
+    *sum = SDQ__N(add)(*sum, w);
+    return w;
+}
+/* 16 columns: the weights, in groups of 4 bytes; returns their sums. top: the maxima, scaled. */
+SDQ__WORD SDQ__V SDQ__N(weights)(char *p, const float *s, size_t n, float scale, SDQ__V top,
+                                 int fine) {
+    const SDQ__V vs = SDQ__N(set1)(scale * 1.44269504f);
+    const SDQ__V shift = SDQ__N(mul)(top, SDQ__N(set1)(-1.44269504f));
+    SDQ__V sum = SDQ__N(set1)(0.0f);
     size_t i;
-    for (i = 0; i < whole; i += 16) top = SDQ__N(max)(SDQ__N(load)(s + i, 16), top);
-    if (i < n) {
-        q = SDQ__N(load)(s + i, n - i);
-        top = SDQ__N(max)(SDQ__N(first_n)(q, n - i, top), top);
+    for (i = 0; i < n; i += fine ? 2 : 4, p += 4 * SDQ__NR) {
+        const SDQ__V a = SDQ__N(weight_row)(s, i, n, vs, shift, &sum, fine);
+        const SDQ__V b = SDQ__N(weight_row)(s, i + 1, n, vs, shift, &sum, fine);
+        SDQ__V c, d;
+        if (fine) { SDQ__N(store_pairs)(p, a, b); continue; }
+        c = SDQ__N(weight_row)(s, i + 2, n, vs, shift, &sum, fine);
+        d = SDQ__N(weight_row)(s, i + 3, n, vs, shift, &sum, fine);
+        SDQ__N(store_quads)(p, a, b, c, d);
     }
-    *highest = SDQ__N(highest)(top) * scale;
-    shift = SDQ__N(set1)(*highest * -1.44269504f);
-    for (i = 0; i < whole; i += 16) {
-        q = SDQ__N(weight)(SDQ__N(fma)(SDQ__N(load)(s + i, 16), vs, shift), most, fine);
-        if (fine) SDQ__N(store_s16)(words + i, q, 16);
-        else SDQ__N(store_u8)(bytes + i, q, 16);
-        acc = SDQ__N(add)(acc, q);
-    }
-    if (i < n) {
-        q = SDQ__N(weight)(SDQ__N(fma)(SDQ__N(load)(s + i, n - i), vs, shift), most, fine);
-        q = SDQ__N(first_n)(q, n - i, none);
-        if (fine) SDQ__N(store_s16)(words + i, q, n - i);
-        else SDQ__N(store_u8)(bytes + i, q, n - i);
-        acc = SDQ__N(add)(acc, q);
-    }
-    return SDQ__N(sum)(acc);
+    return sum;
 }
-/* alpha: the sums of the weights; beta: the maxima of the tile. */
-SDQ__WORD void SDQ__N(softmax_join)(size_t rows, float *m, float *l, float *alpha, float *beta) {
-    size_t r;
-    for (r = 0; r < rows; r += 16) {
-        const SDQ__V old = SDQ__N(load)(m + r, rows - r), t = SDQ__N(load)(beta + r, rows - r);
-        const SDQ__V peak = SDQ__N(max)(t, old), sum = SDQ__N(load)(alpha + r, rows - r);
-        const SDQ__V a = SDQ__N(exp)(SDQ__N(sub)(old, peak)), b = SDQ__N(exp)(SDQ__N(sub)(t, peak));
-        const SDQ__V vl = SDQ__N(load)(l + r, rows - r);
-        SDQ__N(store)(m + r, peak, rows - r);
-        SDQ__N(store)(alpha + r, a, rows - r);
-        SDQ__N(store)(beta + r, b, rows - r);
-        SDQ__N(store)(l + r, SDQ__N(fma)(vl, a, SDQ__N(mul)(b, sum)), rows - r);
+SDQ__WORD void SDQ__N(softmax_int)(char *p, const float *s, size_t n, float scale, float *m,
+                                   float *l, float *alpha, float *beta, int fine) {
+    size_t c;
+    for (c = 0; c < SDQ__NR; c += 16) {
+        const SDQ__V t = SDQ__N(mul)(SDQ__N(highest_rows)(s + c, n), SDQ__N(set1)(scale));
+        const SDQ__V sum = SDQ__N(weights)(p + 4 * c, s + c, n, scale, t, fine);
+        const SDQ__V old = SDQ__N(load)(m + c, 16), top = SDQ__N(max)(t, old);
+        const SDQ__V a = SDQ__N(exp)(SDQ__N(sub)(old, top)), b = SDQ__N(exp)(SDQ__N(sub)(t, top));
+        const SDQ__V sums = SDQ__N(fma)(SDQ__N(load)(l + c, 16), a, SDQ__N(mul)(b, sum));
+        SDQ__N(store)(m + c, top, 16);
+        SDQ__N(store)(alpha + c, a, 16);
+        SDQ__N(store)(beta + c, b, 16);
+        SDQ__N(store)(l + c, sums, 16);
     }
 }
-SDQ__KERNEL void SDQ__K(softmax_tile_u8)(uint8_t *p, size_t ldp, const float *s, size_t lds,
-                                         size_t rows, size_t n, float scale, float *m, float *l,
-                                         float *alpha, float *beta) {
-    size_t r;
-    for (r = 0; r < rows; r++)
-        alpha[r] = SDQ__N(weights)(p + r * ldp, s + r * lds, n, scale, beta + r, 0);
-    SDQ__N(softmax_join)(rows, m, l, alpha, beta);
+SDQ__KERNEL void SDQ__K(softmax_cols_u8)(uint8_t *p, const float *s, size_t n, float scale,
+                                         float *m, float *l, float *alpha, float *beta) {
+    SDQ__N(softmax_int)((char *)p, s, n, scale, m, l, alpha, beta, 0);
 }
-SDQ__KERNEL void SDQ__K(softmax_tile_s16)(int16_t *p, size_t ldp, const float *s, size_t lds,
-                                          size_t rows, size_t n, float scale, float *m, float *l,
-                                          float *alpha, float *beta) {
-    size_t r;
-    for (r = 0; r < rows; r++)
-        alpha[r] = SDQ__N(weights)(p + r * ldp, s + r * lds, n, scale, beta + r, 1);
-    SDQ__N(softmax_join)(rows, m, l, alpha, beta);
+SDQ__KERNEL void SDQ__K(softmax_cols_s16)(int16_t *p, const float *s, size_t n, float scale,
+                                          float *m, float *l, float *alpha, float *beta) {
+    SDQ__N(softmax_int)((char *)p, s, n, scale, m, l, alpha, beta, 1);
 }
 SDQ__KERNEL void SDQ__K(softmax_tile_bwd)(float *s, float *dp, size_t n, float scale, float lse,
                                           float delta) {
@@ -20157,11 +20273,13 @@ static const sdq__kernels SDQ__K(table) = { SDQ__KERNEL_LIST(SDQ__X) };
 #undef SDQ__X
 #else
 #define sdq__k_gemm_u8s8_avx512 SDQ__K(gemm_u8s8)
+#define sdq__k_gemm_s8u8_avx512 SDQ__K(gemm_s8u8)
 #define sdq__k_gemm_s16_avx512 SDQ__K(gemm_s16)
 #define SDQ__X(ret, name, args, cls) sdq__k_##name##_avx512,
 static const sdq__kernels SDQ__K(table) = { SDQ__KERNEL_LIST(SDQ__X) };
 #undef SDQ__X
 #undef sdq__k_gemm_u8s8_avx512
+#undef sdq__k_gemm_s8u8_avx512
 #undef sdq__k_gemm_s16_avx512
 #endif
 
