@@ -16,6 +16,8 @@ static const eval_row study_rows[] = {
 #define DATA "--range-conv static --bias-correction 0 --calibrate-on-data 1 --calib-batches 80 "
 #define FOUR "--range-conv position --weight-bits 4 "
 #define WEIGHTS "--train-set all --lr 3e-5 --schedule cosine --ema 0 --weight-decay 0 "
+#define LORA "--train-set lora --lora-rank 8 --lr 1e-4 --scale-lr 100 --schedule cosine " \
+             "--ema 0 --weight-decay 0 "
     {"fp32", NULL, 0, NULL, NULL, "fp32", NULL},
     /* the range of an input, and what training adds to each */
     ROW("static", NULL, STATIC)
@@ -23,14 +25,23 @@ static const eval_row study_rows[] = {
     ROW("position", "static", POSITION)
     ROW("position-300", "position", POSITION "--steps 300")
     ROW("all-static", "static", ALL_STATIC)
-    ROW("all-static-300", "all-static", ALL_STATIC "--steps 300")
     ROW("block", "position", BLOCK)
     /* weights of 4 bits */
     ROW("four", "position", FOUR)
-    ROW("four-300", "four", FOUR "--steps 300")
     ROW("four-weights-300", "four", FOUR WEIGHTS "--steps 300")
     ROW("four-weights-1000", "four", FOUR WEIGHTS "--calib-prompts 32 --steps 1000")
     ROW("four-16", "four", FOUR "--weight-group 16")
+    /* cheaper ways of training, and all weights, at 4 bits and with static ranges */
+    ROW("four-scales", "four", FOUR "--train-set scales --steps 300")
+    ROW("four-300", "four", FOUR "--steps 300")
+    ROW("four-last-8", "four", FOUR WEIGHTS "--last-blocks 8 --steps 300")
+    ROW("four-lora", "four", FOUR LORA "--steps 300")
+    ROW("four-moments8", "four", FOUR WEIGHTS "--moments8 --steps 300")
+    ROW("all-static-scales", "all-static", ALL_STATIC "--train-set scales --steps 300")
+    ROW("all-static-300", "all-static", ALL_STATIC "--steps 300")
+    ROW("all-static-last-8", "all-static", ALL_STATIC "--train-set all --last-blocks 8 --steps 300")
+    ROW("all-static-lora", "all-static", ALL_STATIC LORA "--steps 300")
+    ROW("all-static-weights", "all-static", ALL_STATIC "--train-set all --steps 300")
     /* calibration prompts, with and without training on them */
     ROW("prompts-1", "static", STATIC "--calib-prompts 1")
     ROW("prompts-1-300", "prompts-1", STATIC "--calib-prompts 1 --steps 300")
@@ -66,6 +77,13 @@ static const eval_row study_rows[] = {
     /* the chance in it: the same with other seeds of calibration and training */
     ROW("static-seed-2", "static", STATIC "--seed 2")
     ROW("static-300-seed-2", "static-seed-2", STATIC "--seed 2 --steps 300")
+    ROW("static-seed-3", "static", STATIC "--seed 3")
+    ROW("static-300-seed-3", "static-seed-3", STATIC "--seed 3 --steps 300")
+    ROW("all-static-seed-2", "all-static", ALL_STATIC "--seed 2")
+    ROW("all-static-scales-seed-2", "all-static-seed-2",
+        ALL_STATIC "--seed 2 --train-set scales --steps 300")
+    ROW("four-seed-2", "four", FOUR "--seed 2")
+    ROW("four-weights-300-seed-2", "four-seed-2", FOUR WEIGHTS "--seed 2 --steps 300")
     /* more of 4 bits */
     ROW("four-32", "four", FOUR "--weight-group 32")
     ROW("four-no-bias", "four", FOUR "--bias-correction 0")
@@ -81,8 +99,6 @@ static const eval_row study_rows[] = {
     ROW("prompts-64", "static", STATIC "--calib-prompts 64")
     ROW("position-prompts-1", "position", POSITION "--calib-prompts 1")
     ROW("block-300", "block", BLOCK "--steps 300")
-    ROW("static-seed-3", "static", STATIC "--seed 3")
-    ROW("static-300-seed-3", "static-seed-3", STATIC "--seed 3 --steps 300")
 #undef ROW
 };
 
@@ -92,6 +108,7 @@ static const flag study_flags[] = {
     {"row", "\"NAME:OVER:FLAGS\"", NULL,
      "a row of your own, compared with the row OVER: flags of sdq quantize, or,\n"
      "                                        with --steps, of sdq train --what qat; repeatable"},
+    {"over", "NAME", NULL, "compare all rows after this one with it, not each with its own"},
     {"out,o", "FOLDER", "build/study", "study.csv, study.md, networks, pictures: a stopped run goes on"},
     SAMPLER_FLAGS,
     {"seed,s", "N", "1000", "of the first picture; each has its own"},
@@ -144,6 +161,16 @@ static sdq_status study_choose(study *s) {
     for (i = 0; i < COUNT(study_rows); i++)
         if (take[i] || i == 0) TRY(eval_add(e, &study_rows[i]));
     for (i = 0; i < n; i++) TRY(eval_add(e, &mine[i]));
+    return SDQ_OK;
+}
+
+/* With --over: the row that the rows after it are compared with. */
+static sdq_status study_over(study *s) {
+    const char *over = arg_text(&s->e.j->a, "over");
+    eval_result *r = eval_find(&s->e, over);
+    if (!over) return SDQ_OK;
+    if (!r) return bad_value(s->e.j, "over", over, "one of the rows chosen");
+    while (++r < s->e.r + s->e.n) r->row.twin = over;
     return SDQ_OK;
 }
 
@@ -272,6 +299,7 @@ static sdq_status cmd_study(job *j) {
     TRY(arg_size(j, "seeds", &e->seeds));
     if (e->seeds == 0) return bad_value(j, "seeds", "0", "1 or more");
     TRY(study_choose(s));
+    TRY(study_over(s));
     TRY(eval_open(e));
     TRY(eval_held(e, 0));
     study_repeat(e);
