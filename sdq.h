@@ -44,6 +44,7 @@
  *
  *     >>manual        the book: load, draw, calibrate, train, convert; numerics, memory, errors
  *     >>api-config >>api-types >>api-context >>api-tensor >>api-ops >>api-layer >>api-quant
+ *     >>api-profile
  *     >>api-files (also pictures, datasets, tokenizers) >>api-random >>api-scheduler >>api-report
  *     >>api-model >>api-train >>api-tasks >>api-pipeline >>api-recipe
  *     >>impl          includes, compiler detection
@@ -181,6 +182,10 @@
  * Threads
  *     A context belongs to one thread at a time. Loaded models do not change in FLOAT and INT8 mode
  *     and may be shared by several contexts. FAKE mode changes a model's observers: one user.
+ *
+ * Speed
+ *     sdq_ctx_profile tells where the time of a context goes, by kind of work and by layer, with
+ *     a clock that the program gives. `sdq bench` prints both for a model.
  *
  * Errors
  *     Functions return sdq_status; ops return NULL. The first error stays in the context with one
@@ -503,6 +508,54 @@ SDQ_API int sdq_layer_input_range(const sdq_layer *layer, int part, float *scale
 /* Quantize and pack the weights as FAKE mode does at this moment; float weights are dropped. */
 SDQ_API sdq_status sdq_layer_convert(sdq_ctx *ctx, sdq_layer *layer);
 SDQ_API const char *sdq_layer_name(const sdq_layer *layer);
+
+/* ===========================================================================
+ * >>api-profile   where the time goes
+ * ======================================================================== */
+
+/* Kinds of work. Those of a backward pass are not told apart: OTHER, but for some products. */
+typedef enum sdq_work {
+    SDQ_WORK_OTHER = 0,     /* what has no kind of its own */
+    SDQ_WORK_INT8,          /* products of int8 layers, to their float results */
+    SDQ_WORK_FLOAT,         /* products of float layers */
+    SDQ_WORK_QUANTIZE,      /* inputs of int8 layers, from float to bytes */
+    SDQ_WORK_ATTENTION,     /* products of attention, packing and rounding for them */
+    SDQ_WORK_SOFTMAX,       /* of attention */
+    SDQ_WORK_NORM,
+    SDQ_WORK_GEGLU,         /* alone or at the end of the product that makes its input */
+    SDQ_WORK_ELEMENTS,      /* sums, activations */
+    SDQ_WORK_COPY,          /* concatenation, upsampling, results moved down in the arena */
+    SDQ_WORK_WAIT,          /* beginning and ending loops, waiting for the other threads */
+    SDQ_WORK_COUNT
+} sdq_work;
+/* "int8 products", ..; "?" when unknown. */
+SDQ_API const char *sdq_work_name(sdq_work work);
+
+/* One forward pass of a layer, as it was. */
+typedef struct sdq_layer_work {
+    sdq_layer_desc layer;           /* its name lives with the layer */
+    const sdq_tensor *x, *y;        /* input and result; y half as wide: with GEGLU */
+    int int8;                       /* 0: computed in float */
+    double seconds[SDQ_WORK_COUNT]; /* an input that several layers share was quantized before */
+} sdq_layer_work;
+
+/* Seconds of each kind of work. They are those of the thread that calls, which takes part in every
+ * loop, so that they add up to the time that passed. */
+typedef struct sdq_profile {
+    double (*now)(void *user);      /* a clock in seconds; called by the thread that calls only */
+    void (*layer)(void *user, const sdq_layer_work *work);      /* NULL, or called for each */
+    void *user;
+    double seconds[SDQ_WORK_COUNT]; /* added to */
+    sdq_work work;                  /* private: what is going on, and since when */
+    double since;
+} sdq_profile;
+
+/* Measure what the context does from here on.
+ *   profile   must live until the next call. NULL: measure no longer, which costs nothing; the
+ *             seconds are complete then.
+ * SDQ_ERR_ARGUMENT: a profile without a clock. */
+SDQ_API sdq_status sdq_ctx_profile(sdq_ctx *ctx, sdq_profile *profile);
+
 /* ===========================================================================
  * >>api-files   safetensors files, pictures, datasets, tokenizers
  *
@@ -1716,6 +1769,7 @@ struct sdq_ctx {
     struct sdq__taps *taps;         /* layers whose output is wanted, or NULL */
     struct sdq__notes *notes;       /* parts of the loss, while training */
     const char **watch;             /* receives the first layer whose output is not finite */
+    sdq_profile *profile;           /* NULL: nobody asks where the time goes */
     int recording, replay;          /* replay: a checkpoint runs a block again */
 };
 
@@ -1986,22 +2040,67 @@ SDQ_API size_t sdq_arena_peak(const sdq_ctx *ctx) { return ctx->arena_peak; }
 
 typedef void (*sdq__task_fn)(void *arg, size_t task, int thread);
 
+/* ---- where the time goes: only the thread that calls is asked, in loops, too ---- */
+
+/* From here on that thread does this; returns what it did. */
+static sdq_work sdq__par_work(sdq_profile *p, int thread, sdq_work work) {
+    sdq_work was;
+    double t;
+    if (!p || thread != 0) return SDQ_WORK_OTHER;
+    t = p->now(p->user);
+    p->seconds[p->work] += t - p->since;
+    p->since = t;
+    was = p->work;
+    p->work = work;
+    return was;
+}
+
+SDQ_API sdq_status sdq_ctx_profile(sdq_ctx *ctx, sdq_profile *profile) {
+    if (profile && !profile->now)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "sdq_ctx_profile: the profile has no clock");
+    if (ctx->profile) (void)sdq__par_work(ctx->profile, 0, SDQ_WORK_OTHER);
+    ctx->profile = profile;
+    if (profile) {
+        profile->work = SDQ_WORK_OTHER;
+        profile->since = profile->now(profile->user);
+    }
+    return SDQ_OK;
+}
+
+SDQ_API const char *sdq_work_name(sdq_work work) {
+    static const char *const name[SDQ_WORK_COUNT] = {
+        "other", "int8 products", "float products", "quantizing", "attention's products",
+        "softmax", "norms", "GEGLU", "sums, activations", "copies", "waiting"};
+    return (unsigned)work < SDQ_WORK_COUNT ? name[work] : "?";
+}
+
+/* ---- the loop ---- */
+
+static void sdq__par_task(sdq_profile *p, sdq_work work, sdq__task_fn fn, void *arg, size_t task,
+                          int thread) {
+    (void)sdq__par_work(p, thread, work);
+    fn(arg, task, thread);
+    (void)sdq__par_work(p, thread, SDQ_WORK_WAIT);
+}
+
 static void sdq__par_for(sdq_ctx *ctx, size_t tasks, sdq__task_fn fn, void *arg) {
+    sdq_profile *p = ctx->profile;
+    const sdq_work work = sdq__par_work(p, 0, SDQ_WORK_WAIT);
     if (ctx->dry) return;
 #ifdef _OPENMP
     if (ctx->threads > 1 && tasks > 1) {
         const ptrdiff_t n = (ptrdiff_t)tasks;
         ptrdiff_t i;
 #pragma omp parallel for schedule(dynamic) num_threads(ctx->threads)
-        for (i = 0; i < n; i++) fn(arg, (size_t)i, omp_get_thread_num());
-        return;
-    }
+        for (i = 0; i < n; i++)
+            sdq__par_task(p, work, fn, arg, (size_t)i, omp_get_thread_num());
+    } else
 #endif
     {
         size_t i;
-        (void)ctx;
-        for (i = 0; i < tasks; i++) fn(arg, i, 0);
+        for (i = 0; i < tasks; i++) sdq__par_task(p, work, fn, arg, i, 0);
     }
+    (void)sdq__par_work(p, 0, work);
 }
 
 /* ===========================================================================
@@ -2776,9 +2875,11 @@ static sdq_tensor *sdq__keep(sdq_ctx *ctx, sdq_mark mark, sdq_tensor *y) {
     head = SDQ__PUSH_N(ctx, sdq_tensor, 1);
     y = head;
     if (y) {
+        const sdq_work was = sdq__par_work(ctx->profile, 0, SDQ_WORK_COPY);
         void *data = sdq__push(ctx, bytes);
         if (!data) return NULL;
         if (!ctx->dry) memmove(data, old.data, bytes);
+        (void)sdq__par_work(ctx->profile, 0, was);
         old.data = data;
         *y = old;
         y->q = NULL;
@@ -2972,6 +3073,7 @@ typedef struct sdq__gemm {
     float *y, *piece;           /* piece: SDQ__GEMM_KB * 32 floats per thread, for bh, bq */
     size_t *rows;               /* source rows of a block, plan.rows * taps per thread */
     float *pair;                /* geglu: [plan.rows][64] per thread, else NULL */
+    sdq_profile *profile;
     size_t m, n, kc, ldx, ldr, ldy;
     sdq__plan plan;
     int more;
@@ -3088,11 +3190,13 @@ static void sdq__gemm_block(const sdq__gemm *w, const sdq__part *at, int thread,
 }
 
 /* h gelu(g) of rows of 64 products, h and g, to y. */
-static void sdq__gemm_geglu(const struct sdq__kernels *k, float *y, size_t ldy, const float *pair,
-                            size_t rows) {
+static void sdq__gemm_geglu(const struct sdq__kernels *k, sdq_profile *profile, int thread,
+                            float *y, size_t ldy, const float *pair, size_t rows) {
+    const sdq_work was = sdq__par_work(profile, thread, SDQ_WORK_GEGLU);
     size_t r;
     for (r = 0; r < rows; r++, pair += 2 * SDQ__NR)
         k->geglu(y + r * ldy, pair, pair + SDQ__NR, SDQ__NR);
+    (void)sdq__par_work(profile, thread, was);
 }
 
 static void sdq__gemm_task(void *arg, size_t task, int thread) {
@@ -3115,7 +3219,8 @@ static void sdq__gemm_task(void *arg, size_t task, int thread) {
             one.p1 = one.p0 + 1;
             sdq__gemm_block(w, &one, thread, src, pair + half * SDQ__NR, 2 * SDQ__NR);
         }
-        sdq__gemm_geglu(w->k, w->y + at.m0 * w->ldy + p * SDQ__NR, w->ldy, pair, at.m1 - at.m0);
+        sdq__gemm_geglu(w->k, w->profile, thread, w->y + at.m0 * w->ldy + p * SDQ__NR, w->ldy,
+                        pair, at.m1 - at.m0);
     }
 }
 
@@ -3127,7 +3232,9 @@ static float *sdq__gemm_pairs(sdq_ctx *ctx, size_t rows) {
 static void sdq__gemm_run(sdq_ctx *ctx, sdq__gemm *w, int geglu) {
     const sdq_mark mark = sdq_arena_mark(ctx);
     const size_t taps = w->g.kh * w->g.kw, row = w->kc * sizeof(float);
+    const sdq_work was = sdq__par_work(ctx->profile, 0, SDQ_WORK_FLOAT);
     w->k = ctx->k;
+    w->profile = ctx->profile;
     w->plan = sdq__gemm_plan(ctx, w->m, sdq__gemm_panels(w->n) / (geglu ? 2 : 1),
                              taps * row * SDQ__NR, w->g.n * w->g.h * w->g.w * row,
                              SDQ__GEMM_MB_MOST);
@@ -3138,6 +3245,7 @@ static void sdq__gemm_run(sdq_ctx *ctx, sdq__gemm *w, int geglu) {
     if (ctx->status == SDQ_OK)
         sdq__par_for(ctx, w->plan.blocks * w->plan.groups, sdq__gemm_task, w);
     sdq_arena_release(ctx, mark);
+    (void)sdq__par_work(ctx->profile, 0, was);
 }
 
 /* A product of small matrices inside a task: y[m][n] (+)= a[m][k] b, a strided, b one set of
@@ -3273,6 +3381,7 @@ static int sdq__win_fits(const sdq__geom *g, size_t c, size_t oc) {
 
 static void sdq__win_run(sdq_ctx *ctx, const sdq__gemm *f) {
     const sdq_mark mark = sdq_arena_mark(ctx);
+    const sdq_work was = sdq__par_work(ctx->profile, 0, SDQ_WORK_FLOAT);
     size_t tiles, most, tasks;
     sdq__win w;
     memset(&w, 0, sizeof w);
@@ -3298,6 +3407,7 @@ static void sdq__win_run(sdq_ctx *ctx, const sdq__gemm *f) {
         sdq__par_for(ctx, tasks * w.parts, sdq__win_product_task, &w);
     }
     sdq_arena_release(ctx, mark);
+    (void)sdq__par_work(ctx->profile, 0, was);
 }
 
 /* ---- weight gradient: dw[n][t][c] += sum over output pixels m of dy[m][n] x[src(m,t)][c] ----
@@ -3461,6 +3571,7 @@ typedef struct sdq__qgemm {
     void (*fill)(void *arg, size_t first, size_t rows);     /* NULL, or makes rows of x->q */
     void *fill_arg;
     float *pair;                /* as in sdq__gemm */
+    sdq_profile *profile;
     size_t m, ldy;
     sdq__plan plan;
     int more;
@@ -3559,7 +3670,11 @@ static void sdq__qgemm_task(void *arg, size_t task, int thread) {
     const sdq__qgemm *w = (const sdq__qgemm *)arg;
     const sdq__part at = sdq__gemm_part(&w->plan, task);
     size_t p, m, src[SDQ__MAX_TAPS * SDQ__MR];
-    if (w->fill) w->fill(w->fill_arg, at.m0, at.m1 - at.m0);
+    if (w->fill) {
+        const sdq_work was = sdq__par_work(w->profile, thread, SDQ_WORK_QUANTIZE);
+        w->fill(w->fill_arg, at.m0, at.m1 - at.m0);
+        (void)sdq__par_work(w->profile, thread, was);
+    }
     for (m = at.m0; m < at.m1; m += SDQ__MR) {
         const size_t mr = sdq__u_min(SDQ__MR, at.m1 - m);
         const sdq__qrows r = sdq__qgemm_tile_rows(w, thread, m - at.m0);
@@ -3576,7 +3691,7 @@ static void sdq__qgemm_task(void *arg, size_t task, int thread) {
         pair = w->pair + (size_t)thread * w->plan.rows * 2 * SDQ__NR;
         sdq__qgemm_panel(w, thread, at.m0, at.m1, p, pair, 2 * SDQ__NR);
         sdq__qgemm_panel(w, thread, at.m0, at.m1, p + w->plan.all, pair + SDQ__NR, 2 * SDQ__NR);
-        sdq__gemm_geglu(w->k, y, w->ldy, pair, at.m1 - at.m0);
+        sdq__gemm_geglu(w->k, w->profile, thread, y, w->ldy, pair, at.m1 - at.m0);
     }
 }
 
@@ -3589,14 +3704,18 @@ static void sdq__qgemm_fill_task(void *arg, size_t task, int thread) {
     w->fill(w->fill_arg, r, sdq__u_min(SDQ__FILL_ROWS, w->x->rows - r));
 }
 static void sdq__qgemm_fill(sdq_ctx *ctx, sdq__qgemm *w) {
+    const sdq_work was = sdq__par_work(ctx->profile, 0, SDQ_WORK_QUANTIZE);
     sdq__par_for(ctx, sdq__u_div_up(w->x->rows, SDQ__FILL_ROWS), sdq__qgemm_fill_task, w);
+    (void)sdq__par_work(ctx->profile, 0, was);
 }
 
 /* Rows that only one task reads are quantized there, just before they are used. */
 static void sdq__qgemm_run(sdq_ctx *ctx, sdq__qgemm *w, int geglu) {
     const sdq_mark mark = sdq_arena_mark(ctx);
     const size_t row = w->w->quads * 4;
+    const sdq_work was = sdq__par_work(ctx->profile, 0, SDQ_WORK_INT8);
     w->k = ctx->k;
+    w->profile = ctx->profile;
     w->plan = sdq__gemm_plan(ctx, w->m, sdq__gemm_panels(w->w->n) / (geglu ? 2 : 1),
                              w->w->taps * row * SDQ__NR, w->x->rows * row,
                              w->w->segs > w->w->taps ? SDQ__GEMM_MB : SDQ__GEMM_MB_MOST);
@@ -3609,6 +3728,7 @@ static void sdq__qgemm_run(sdq_ctx *ctx, sdq__qgemm *w, int geglu) {
     if (ctx->status == SDQ_OK)
         sdq__par_for(ctx, w->plan.blocks * w->plan.groups, sdq__qgemm_task, w);
     sdq_arena_release(ctx, mark);
+    (void)sdq__par_work(ctx->profile, 0, was);
 }
 
 /* Pack q[n][taps][ldq] channels c0..c0+c (int8, padded to quads*4 channels with zeros) into the
@@ -3682,6 +3802,7 @@ typedef struct sdq__att {
     float scale;
     int causal;
     const struct sdq__qatt *ints;       /* NULL, or integer products */
+    sdq_profile *profile;
     /* backward */
     const float *dy;
     float *dq, *dk, *dv, *delta;
@@ -3696,6 +3817,7 @@ typedef struct sdq__att_panel {
     float *q, *y;                       /* [d][32]: queries, weighted sums of values */
     float qs[SDQ__NR], beta[SDQ__NR];   /* integers: scales of queries, of the tile's weights */
     int32_t qz[SDQ__NR];                /* zero points of queries */
+    int thread;
 } sdq__att_panel;
 
 /* Of a thread: scores and weights of a tile, then q and y of the panels. */
@@ -3703,8 +3825,9 @@ static size_t sdq__att_scratch(const sdq__att *w) {
     return SDQ__NR * (2 * SDQ__ATT_K + SDQ__ATT_PANELS * 2 * sdq__u_round_up(w->d, 4));
 }
 
-static void sdq__att_begin(const sdq__att *w, sdq__att_panel *a, float *scratch) {
+static void sdq__att_begin(const sdq__att *w, sdq__att_panel *a, float *scratch, int thread) {
     size_t i;
+    a->thread = thread;
     for (i = 0; i < SDQ__NR; i++) { a->m[i] = -INFINITY; a->l[i] = 0.0f; }
     a->q = scratch;
     a->y = scratch + SDQ__NR * sdq__u_round_up(w->d, 4);
@@ -3731,9 +3854,12 @@ static void sdq__att_rescale(const sdq__att *w, const sdq__att_panel *a) {
 static void sdq__att_tile(const sdq__att *w, sdq__att_panel *a, const float *key, const float *v,
                           size_t i, size_t j, size_t nk, float *s) {
     const size_t c = w->heads * w->d;
+    sdq_work was;
     sdq__gemm_small(w->k, key + j * c, c, 1, a->q, w->d, s, SDQ__NR, nk, SDQ__NR, w->d, 0);
     if (w->causal) sdq__att_hide(s, i, j, nk);
+    was = sdq__par_work(w->profile, a->thread, SDQ_WORK_SOFTMAX);
     w->k->softmax_cols(s, nk, w->scale, a->m, a->l, a->alpha);
+    (void)sdq__par_work(w->profile, a->thread, was);
     if (j > 0) sdq__att_rescale(w, a);
     sdq__gemm_small(w->k, v + j * c, 1, c, s, nk, a->y, SDQ__NR, w->d, SDQ__NR, nk, j > 0);
 }
@@ -3923,6 +4049,7 @@ static void sdq__qatt_tile(const sdq__qatt *w, sdq__att_panel *a, size_t head, s
     const struct sdq__kernels *k = w->f->k;
     const size_t key = head * w->f->tk + j, d = w->f->d, row = SDQ__ATT_K * w->size;
     void *p = s + SDQ__ATT_K * SDQ__NR;
+    sdq_work was;
     sdq__qtile t;
     memset(&t, 0, sizeof t);
     t.b = (const int8_t *)a->q;
@@ -3932,9 +4059,11 @@ static void sdq__qatt_tile(const sdq__qatt *w, sdq__att_panel *a, size_t head, s
     t.y = s;
     sdq__qatt_product(w, t, w->kb + key * w->kgroups * 4, w->kgroups * 4, w->ks + key,
                       w->ksum ? w->ksum + key : NULL, nk);
+    was = sdq__par_work(w->f->profile, a->thread, SDQ_WORK_SOFTMAX);
     if (w->bits == 8)
         k->softmax_cols_u8((uint8_t *)p, s, nk, w->f->scale, a->m, a->l, a->alpha, a->beta);
     else k->softmax_cols_s16((int16_t *)p, s, nk, w->f->scale, a->m, a->l, a->alpha, a->beta);
+    (void)sdq__par_work(w->f->profile, a->thread, was);
     if (j > 0) sdq__att_rescale(w->f, a);
     t.b = (const int8_t *)p;
     t.quads = sdq__u_div_up(nk * w->size, 4);
@@ -3975,7 +4104,7 @@ static void sdq__att_task(void *arg, size_t task, int thread) {
     for (i = 0; i < n; i += SDQ__NR, more += 2 * SDQ__NR * sdq__u_round_up(w->d, 4)) {
         const float *q = w->q + at + i * c;
         const size_t nq = sdq__u_min(SDQ__NR, n - i);
-        sdq__att_begin(w, &a[i / SDQ__NR], more);
+        sdq__att_begin(w, &a[i / SDQ__NR], more, thread);
         if (w->ints) sdq__qatt_queries(w->ints, &a[i / SDQ__NR], q, nq, thread);
         else sdq__gemm_pack_t(a[i / SDQ__NR].q, q, c, nq, w->d);
     }
@@ -3998,6 +4127,8 @@ static void sdq__att_task(void *arg, size_t task, int thread) {
 
 static void sdq__att_forward(sdq_ctx *ctx, sdq__att *w) {
     const sdq_mark mark = sdq_arena_mark(ctx);
+    const sdq_work was = sdq__par_work(ctx->profile, 0, SDQ_WORK_ATTENTION);
+    w->profile = ctx->profile;
     w->k = ctx->k;
     w->scale = 1.0f / sqrtf((float)w->d);
     w->scratch_size = sdq__att_scratch(w);
@@ -4006,11 +4137,13 @@ static void sdq__att_forward(sdq_ctx *ctx, sdq__att *w) {
         sdq__par_for(ctx, w->n * w->heads * sdq__u_div_up(w->tq, SDQ__ATT_PANELS * SDQ__NR),
                      sdq__att_task, w);
     sdq_arena_release(ctx, mark);
+    (void)sdq__par_work(ctx->profile, 0, was);
 }
 
 static void sdq__qatt_forward(sdq_ctx *ctx, sdq__att *f, int bits) {
     const sdq_mark mark = sdq_arena_mark(ctx);
     const size_t heads = f->n * f->heads;
+    const sdq_work was = sdq__par_work(ctx->profile, 0, SDQ_WORK_ATTENTION);
     sdq__qatt w;
     memset(&w, 0, sizeof w);
     w.f = f;
@@ -4037,6 +4170,7 @@ static void sdq__qatt_forward(sdq_ctx *ctx, sdq__att *f, int bits) {
         f->ints = NULL;
     }
     sdq_arena_release(ctx, mark);
+    (void)sdq__par_work(ctx->profile, 0, was);
 }
 
 /* ---- backward ---- */
@@ -4337,7 +4471,9 @@ static void sdq__op_ew_task(void *arg, size_t task, int thread) {
     else w->scaled(w->y + i, w->a + i, n, w->s);
 }
 static void sdq__op_ew(sdq_ctx *ctx, sdq__ew *w) {
+    const sdq_work was = sdq__par_work(ctx->profile, 0, SDQ_WORK_ELEMENTS);
     sdq__par_for(ctx, sdq__u_div_up(w->n, SDQ__PIECE), sdq__op_ew_task, w);
+    (void)sdq__par_work(ctx->profile, 0, was);
 }
 static void sdq__op_unary(sdq_ctx *ctx, void (*f)(float *, const float *, size_t), float *y,
                           const float *x, size_t n) {
@@ -4405,6 +4541,7 @@ static void sdq__op_add_vector_back(sdq_ctx *ctx, sdq__node *n) {
 }
 SDQ_API sdq_tensor *sdq_add_vector(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *v) {
     sdq_tensor *y;
+    sdq_work was;
     size_t e, r, rows, c;
     if (!x || !v) return NULL;
     c = sdq__t_chan(x);
@@ -4416,11 +4553,13 @@ SDQ_API sdq_tensor *sdq_add_vector(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *v) {
     }
     y = sdq__t_like(ctx, x);
     if (!y) return NULL;
+    was = sdq__par_work(ctx->profile, 0, SDQ_WORK_ELEMENTS);
     rows = sdq__t_rows(x) / x->dim[0];
     for (e = 0; !ctx->dry && e < x->dim[0]; e++)
         for (r = 0; r < rows; r++)
             ctx->k->add(sdq_f32(y) + (e * rows + r) * c, sdq_f32(x) + (e * rows + r) * c,
                         sdq_f32(v) + e * c, c);
+    (void)sdq__par_work(ctx->profile, 0, was);
     (void)sdq__tape_push(ctx, sdq__op_add_vector_back, y, x, v, NULL, NULL);
     return y;
 }
@@ -4518,6 +4657,7 @@ static void sdq__op_geglu_task(void *arg, size_t task, int thread) {
 }
 SDQ_API sdq_tensor *sdq_geglu(sdq_ctx *ctx, sdq_tensor *x) {
     sdq_tensor *y;
+    sdq_work was;
     sdq__geglu w;
     if (!x) return NULL;
     if (sdq__t_chan(x) % 2) {
@@ -4527,7 +4667,9 @@ SDQ_API sdq_tensor *sdq_geglu(sdq_ctx *ctx, sdq_tensor *x) {
     y = sdq__t_chans(ctx, x, sdq__t_chan(x) / 2);
     if (!y) return NULL;
     w.k = ctx->k; w.y = sdq_f32(y); w.x = sdq_f32(x); w.d = sdq__t_chan(y); w.rows = sdq__t_rows(y);
+    was = sdq__par_work(ctx->profile, 0, SDQ_WORK_GEGLU);
     sdq__par_for(ctx, sdq__u_div_up(w.rows, 16), sdq__op_geglu_task, &w);
+    (void)sdq__par_work(ctx->profile, 0, was);
     (void)sdq__tape_push(ctx, sdq__op_geglu_back, y, x, NULL, NULL, NULL);
     return y;
 }
@@ -4693,6 +4835,7 @@ static void sdq__op_gn_stats(sdq_ctx *ctx, sdq__gn *w, size_t groups, float eps,
                              float *a, float *b, float *mc) {
     const size_t cg = w->c / groups;
     const double count = (double)(w->rows * cg);
+    const sdq_work was = sdq__par_work(ctx->profile, 0, SDQ_WORK_NORM);
     size_t e, g, j;
     if (ctx->dry) return;
     w->mean = mc;
@@ -4714,6 +4857,7 @@ static void sdq__op_gn_stats(sdq_ctx *ctx, sdq__gn *w, size_t groups, float eps,
                 b[e * w->c + j] = beta[j] - mean[e * groups + g] * a[e * w->c + j];
             }
         }
+    (void)sdq__par_work(ctx->profile, 0, was);
 }
 
 static void sdq__op_gn_begin(sdq_ctx *ctx, sdq__gn *w, const sdq_tensor *x, int silu) {
@@ -4730,10 +4874,12 @@ static void sdq__op_gn_begin(sdq_ctx *ctx, sdq__gn *w, const sdq_tensor *x, int 
 /* y = a x + b, through SiLU if asked for. */
 static void sdq__op_gn_apply(sdq_ctx *ctx, sdq__gn *w, const float *a, const float *b,
                              sdq_tensor *y) {
+    const sdq_work was = sdq__par_work(ctx->profile, 0, SDQ_WORK_NORM);
     w->a = a;
     w->b = b;
     w->y = sdq_f32(y);
     sdq__op_gn_run(ctx, w, SDQ__GN_APPLY);
+    (void)sdq__par_work(ctx->profile, 0, was);
 }
 
 SDQ_API sdq_tensor *sdq_group_norm(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *gamma, sdq_tensor *beta,
@@ -4836,6 +4982,7 @@ static void sdq__op_ln_back(sdq_ctx *ctx, sdq__node *n) {
 SDQ_API sdq_tensor *sdq_layer_norm(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *gamma, sdq_tensor *beta,
                                    float eps) {
     sdq_tensor *y;
+    sdq_work was;
     sdq__node *n;
     sdq__ln w;
     if (!x || !gamma || !beta) return NULL;
@@ -4856,7 +5003,9 @@ SDQ_API sdq_tensor *sdq_layer_norm(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *gamm
         if (!w.stat) return NULL;
         n->p[0] = w.stat;
     }
+    was = sdq__par_work(ctx->profile, 0, SDQ_WORK_NORM);
     sdq__par_for(ctx, sdq__u_div_up(w.rows, SDQ__GN_ROWS), sdq__op_ln_task, &w);
+    (void)sdq__par_work(ctx->profile, 0, was);
     return y;
 }
 
@@ -4942,6 +5091,7 @@ static void sdq__op_upsample_back(sdq_ctx *ctx, sdq__node *n) {
 SDQ_API sdq_tensor *sdq_upsample(sdq_ctx *ctx, sdq_tensor *x, size_t h, size_t w) {
     size_t dim[4], e, i, j, c;
     sdq_tensor *y;
+    sdq_work was;
     if (!x) return NULL;
     if (x->rank != 4 || h < x->dim[1] || w < x->dim[2]) {
         char s[96];
@@ -4954,12 +5104,14 @@ SDQ_API sdq_tensor *sdq_upsample(sdq_ctx *ctx, sdq_tensor *x, size_t h, size_t w
     c = dim[3];
     y = sdq__t_raw(ctx, SDQ_F32, 4, dim);
     if (!y) return NULL;
+    was = sdq__par_work(ctx->profile, 0, SDQ_WORK_COPY);
     for (e = 0; !ctx->dry && e < dim[0]; e++)
         for (i = 0; i < h; i++)
             for (j = 0; j < w; j++)
                 memcpy(sdq_f32(y) + ((e * h + i) * w + j) * c,
                        sdq_f32(x) + ((e * x->dim[1] + sdq__op_up_src(i, x->dim[1], h)) * x->dim[2]
                                      + sdq__op_up_src(j, x->dim[2], w)) * c, c * sizeof(float));
+    (void)sdq__par_work(ctx->profile, 0, was);
     (void)sdq__tape_push(ctx, sdq__op_upsample_back, y, x, NULL, NULL, NULL);
     return y;
 }
@@ -4978,6 +5130,7 @@ static void sdq__op_concat_back(sdq_ctx *ctx, sdq__node *n) {
 }
 SDQ_API sdq_tensor *sdq_concat(sdq_ctx *ctx, sdq_tensor *a, sdq_tensor *b) {
     sdq_tensor *y;
+    sdq_work was;
     size_t ca, cb, r, rows;
     int fits, i;
     if (!a || !b) return NULL;
@@ -4994,10 +5147,12 @@ SDQ_API sdq_tensor *sdq_concat(sdq_ctx *ctx, sdq_tensor *a, sdq_tensor *b) {
     }
     y = sdq__t_chans(ctx, a, ca + cb);
     if (!y) return NULL;
+    was = sdq__par_work(ctx->profile, 0, SDQ_WORK_COPY);
     for (r = 0; !ctx->dry && r < rows; r++) {
         memcpy(sdq_f32(y) + r * (ca + cb), sdq_f32(a) + r * ca, ca * sizeof(float));
         memcpy(sdq_f32(y) + r * (ca + cb) + ca, sdq_f32(b) + r * cb, cb * sizeof(float));
     }
+    (void)sdq__par_work(ctx->profile, 0, was);
     (void)sdq__tape_push(ctx, sdq__op_concat_back, y, a, b, NULL, NULL);
     return y;
 }
@@ -6144,6 +6299,7 @@ static sdq_status sdq__ly_entry_scales(sdq_ctx *ctx, sdq__qrun *w) {
         }
     } else {
         const sdq_mark mark = sdq_arena_mark(ctx);
+        const sdq_work was = sdq__par_work(ctx->profile, 0, SDQ_WORK_QUANTIZE);
         w->chunks = sdq__u_div_up(o->rows / o->entries, SDQ__Q_ROWS);
         w->mn = SDQ__PUSH_N(ctx, float, o->entries * w->chunks);
         w->mx = SDQ__PUSH_N(ctx, float, o->entries * w->chunks);
@@ -6161,6 +6317,7 @@ static sdq_status sdq__ly_entry_scales(sdq_ctx *ctx, sdq__qrun *w) {
             o->z[e] = p.z;
         }
         sdq_arena_release(ctx, mark);
+        (void)sdq__par_work(ctx->profile, 0, was);
     }
     for (e = 0; e < o->entries; e++) memset(o->pad + e * o->ld, o->z[e], o->ld);
     return SDQ_OK;
@@ -6531,8 +6688,8 @@ static sdq_tensor *sdq__ly_forward_fake(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *
     return y;
 }
 
-static sdq_tensor *sdq__ly_forward(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *x, sdq_tensor *res,
-                                   sdq_mode mode, int geglu) {
+static sdq_tensor *sdq__ly_evaluate(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *x, sdq_tensor *res,
+                                    sdq_mode mode, int geglu) {
     sdq_tensor *y;
     sdq_mark mark;
     if (!x || ctx->status != SDQ_OK) return NULL;
@@ -6563,6 +6720,41 @@ static sdq_tensor *sdq__ly_forward(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *x, sd
     mark = sdq_arena_mark(ctx);
     if (sdq__ly_forward_quant(ctx, l, x, res, y, 0, NULL) != SDQ_OK) return NULL;
     sdq_arena_release(ctx, mark);
+    return y;
+}
+
+/* What was seen of a layer: its shape, and seconds from before to now. */
+static void sdq__ly_report(sdq_profile *p, const sdq_layer *l, sdq_mode mode, const sdq_tensor *x,
+                           const sdq_tensor *y, const double *before) {
+    sdq_layer_work w;
+    size_t i;
+    memset(&w, 0, sizeof w);
+    w.layer.name = l->name;
+    w.layer.in = l->in;
+    w.layer.out = l->out;
+    w.layer.kernel = (int)l->kh;
+    w.layer.stride = (int)l->stride;
+    for (i = 0; i < 4; i++) w.layer.pad[i] = (int)l->pad[i];
+    w.layer.no_bias = !l->b.data;
+    w.x = x;
+    w.y = y;
+    w.int8 = mode != SDQ_FLOAT && l->quant.enabled;
+    for (i = 0; i < SDQ_WORK_COUNT; i++) w.seconds[i] = p->seconds[i] - before[i];
+    p->layer(p->user, &w);
+}
+
+/* y = layer(x), half as wide through geglu; reported if somebody listens. */
+static sdq_tensor *sdq__ly_forward(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *x, sdq_tensor *res,
+                                   sdq_mode mode, int geglu) {
+    sdq_profile *p = ctx->profile && ctx->profile->layer ? ctx->profile : NULL;
+    double before[SDQ_WORK_COUNT];
+    sdq_tensor *y;
+    if (!p) return sdq__ly_evaluate(ctx, l, x, res, mode, geglu);
+    (void)sdq__par_work(p, 0, p->work);         /* bring the seconds up to now */
+    memcpy(before, p->seconds, sizeof before);
+    y = sdq__ly_evaluate(ctx, l, x, res, mode, geglu);
+    (void)sdq__par_work(p, 0, p->work);
+    if (y) sdq__ly_report(p, l, mode, x, y, before);
     return y;
 }
 

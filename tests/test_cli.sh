@@ -168,6 +168,11 @@ single8() { s quantize --model "$out/tiny2.st" --data $data --calib-prompts 1 --
 ok "int8 of a single file, used with both" single8
 four() { s quantize --model "$out/tiny2.st" --data $data --calib-prompts 1 --calib-steps 2 --weight-bits 4 --weight-group 4 --out "$out/q4" && one tiny2.st l1 "--unet $out/q4 -k 0" && ! cmp -s "$out/l1" "$out/l2" && told "$out/q4" "weight_bits=4 weight_group=4" "U8 "; }
 ok "weights of 4 bits" four
+# Every shape is listed, every layer counted, and so is all the time.
+tables() { s bench --model "$out/$1" --runs 1 --layers all --json "$out/b.json" >"$out/b" && awk '/^its layers/ { n = $3 } /^(linear|conv3x3)/ { r++; c += $5 }
+    /^all (int8|float) ones/ { c -= $4; kinds++ } / all of it/ { whole = $4 > 0 && $5 == "100.0%" } END { exit !(n > 10 && r == n && c == 0 && kinds == 2 && whole) }' "$out/b"; }
+ok "bench of a single file" tables tiny1.st
+ok "bench of a folder" tables tiny2
 study() { s study --model $model --data $data --held $data --rows static --row "mine:static:--steps 2 --batch 2" --prompts-limit 2 --steps 2 --trajectories 1 --calib-prompts 1 --out "$out/study" >"$out/table"; }
 rows() { [ "$(cut -d, -f1 "$out/study/study.csv" | tr '\n' ' ')" = "row static mine " ] && grep -q '^| mine | .* | static |' "$out/table"; }
 ok "a study" study

@@ -1398,6 +1398,99 @@ static void test_estimate_refuses(int tier) {
     sdq_ctx_free(ctx);
 }
 
+/* ---- where the time goes ---- */
+
+/* A clock that moves on by one second whenever it is asked. */
+typedef struct watch {
+    size_t calls, layers, int8, strangers;
+    double seconds;             /* of all layers */
+} watch;
+static double watch_now(void *user) {
+    watch *w = (watch *)user;
+#ifdef _OPENMP
+    w->strangers += omp_get_thread_num() != 0;
+#endif
+    return (double)++w->calls;
+}
+static void watch_layer(void *user, const sdq_layer_work *l) {
+    watch *w = (watch *)user;
+    int i;
+    w->layers++;
+    w->int8 += l->int8 != 0;
+    for (i = 0; i < SDQ_WORK_COUNT; i++) w->seconds += l->seconds[i];
+    SDQT_THAT(l->layer.name[0] && sdq__t_chan(l->x) == l->layer.in
+              && (sdq__t_chan(l->y) == l->layer.out || 2 * sdq__t_chan(l->y) == l->layer.out),
+              "%s: its shape", l->layer.name);
+    SDQT_THAT(l->seconds[l->int8 ? SDQ_WORK_INT8 : SDQ_WORK_FLOAT] > 0.0, "%s: no product",
+              l->layer.name);
+    SDQT_THAT(l->seconds[l->int8 ? SDQ_WORK_FLOAT : SDQ_WORK_INT8] == 0.0, "%s: both products",
+              l->layer.name);
+}
+
+/* An evaluation with and without a profile: the same bits; every tick is accounted for, every
+ * layer reported once; kinds of work that this mode has, and no others. */
+static void profiled(fixture *f, sdq_mode mode, int bits) {
+    const sdq_model *m = f->part[SDQ_PART_UNET];
+    sdq_profile p;
+    sdq_unet_input in;
+    sdq_tensor *y[2];
+    watch w;
+    double sum = 0.0;
+    size_t calls;
+    int i;
+    memset(&p, 0, sizeof p);
+    memset(&w, 0, sizeof w);
+    p.now = watch_now;
+    p.layer = watch_layer;
+    p.user = &w;
+    unet_input(f, "unet.", &in);
+    y[0] = sdq_unet_forward(f->ctx, m, &in, mode);
+    SDQT_CHECK(sdq_ctx_profile(f->ctx, &p) == SDQ_OK);
+    y[1] = sdq_unet_forward(f->ctx, m, &in, mode);
+    SDQT_CHECK(sdq_ctx_profile(f->ctx, NULL) == SDQ_OK);
+    calls = w.calls;
+    (void)sdq_unet_forward(f->ctx, m, &in, mode);
+    SDQT_CHECK(w.calls == calls && w.strangers == 0);
+    if (!SDQT_THAT(y[0] && y[1], "%s", sdq_error_text(f->ctx))) return;
+    SDQT_BYTES(y[0]->data, y[1]->data, sdq_tensor_count(y[0]) * 4);
+    for (i = 0; i < SDQ_WORK_COUNT; i++) {
+        const int none = mode == SDQ_FLOAT && (i == SDQ_WORK_INT8 || i == SDQ_WORK_QUANTIZE);
+        SDQT_THAT((p.seconds[i] > 0.0) == !none, "mode %d, %d bits: %g s of %s", (int)mode, bits,
+                  p.seconds[i], sdq_work_name((sdq_work)i));
+        sum += p.seconds[i];
+    }
+    SDQT_THAT(sum == (double)(calls - 1), "%g of %zu seconds", sum, calls - 1);
+    SDQT_THAT(w.seconds < sum, "%g of %g s in layers", w.seconds, sum);
+    SDQT_THAT(w.layers == sdq_model_layer_count(m), "%zu layers reported", w.layers);
+    SDQT_CHECK((w.int8 > 0) == (mode == SDQ_INT8) && w.int8 < w.layers);
+}
+
+static void test_profile(int tier) {
+    sdq_recipe r = sdq_recipe_default();
+    sdq_profile none;
+    sdq_unet_input in;
+    fixture f;
+    int bits;
+    for (bits = 32; bits >= 8; bits -= 24) {
+        if (open_fixture(&f, "sd1-a", tier, 2)) {
+            sdq_model *m = f.part[SDQ_PART_UNET];
+            profiled(&f, SDQ_FLOAT, bits);
+            r.attention_bits = bits;
+            unet_input(&f, "unet.", &in);
+            SDQT_CHECK(sdq_recipe_apply(f.ctx, m, &r, NULL) == SDQ_OK);
+            sdq_model_observe(m, 1);
+            SDQT_CHECK(sdq_unet_forward(f.ctx, m, &in, SDQ_FLOAT) != NULL);
+            sdq_model_observe(m, 0);
+            SDQT_CHECK(sdq_model_convert(f.ctx, m) == SDQ_OK);
+            profiled(&f, SDQ_INT8, bits);
+            memset(&none, 0, sizeof none);
+            SDQT_CHECK(sdq_ctx_profile(f.ctx, &none) == SDQ_ERR_ARGUMENT);
+        }
+        close_fixture(&f);
+    }
+    SDQT_CHECK(!strcmp(sdq_work_name(SDQ_WORK_COUNT), "?"));
+}
+
 static const sdqt_case cases[] = {
     {"golden", test_golden, 1},
     {"bits", test_bits, 1},
@@ -1423,5 +1516,6 @@ static const sdqt_case cases[] = {
     {"vae_bands_refused", test_vae_bands_refused, 0},
     {"demand", test_demand, 0},
     {"estimate_refuses", test_estimate_refuses, 0},
+    {"profile", test_profile, 0},
 };
 int main(int argc, char **argv) { return SDQT_MAIN(argc, argv, cases); }

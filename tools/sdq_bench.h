@@ -183,18 +183,20 @@ static sdq_status cmd_selftest(job *j) {
 /* ===========================================================================
  * bench: shares of the machine's own peak; int8 against float
  *
- * The peak is a loop of multiply-adds that touches registers only. Everything is the median of
- * alternating runs, so that a slow moment of the machine hits both sides.
+ * The peak is the best run of a loop of multiply-adds that touches registers only, looked for again
+ * between all others. Everything else is the median of alternating runs, so that a slow moment of
+ * the machine hits both sides.
  * ======================================================================== */
 
 static const flag bench_flags[] = {
     {"model,m", "FOLDER|FILE", NULL,
-     "also time the UNet of this folder (weights may be missing) or single file"},
+     "time the UNet of this folder (weights may be missing) or single file, layer by layer"},
     {"unet", "FILE", NULL, "its int8 UNet, for --hash"},
     {"hash", NULL, NULL,
      "only the hash of an int8 evaluation on every instruction set up to --tier: are they equal?"},
-    {"batch", "N", "8", "samples of a UNet evaluation"},
+    {"batch", "N", NULL, "samples of a UNet evaluation [1, of less than 32 x 32 numbers 8]"},
     {"runs", "N", "21", "alternating runs; the median counts"},
+    {"layers", "N|all", "12", "shapes of layers to list, those that take most time"},
     {"json", "FILE", NULL, "write the numbers there, too"},
 };
 
@@ -234,9 +236,13 @@ PEAK_LOOP(peak_dot_avx512, "avx512f,avx512vnni", __m512i, LOAD_I512, DOT512)
 #define PEAK 0
 #endif
 
-/* One timed run of the loop on all threads of the context: operations per second; 0: not known.
+/* The most operations per second that were seen; 0: not known. */
+typedef struct peak { double fp32, int8; } peak;
+
+/* One run of the loop on all threads of the context, timed by each of them: operations per second.
  * An operation is a multiplication or an addition; int8 products widened to int16 count as such. */
 static double peak_run(sdq_tier tier, int threads, int int8) {
+    double rate = 0.0;
 #if PEAK
     static const size_t rounds = 1000000;
     void (*loop)(size_t, void *) = tier == SDQ_TIER_AVX2 ? (int8 ? peak_madd_avx2 : peak_fma_avx2)
@@ -245,24 +251,32 @@ static double peak_run(sdq_tier tier, int threads, int int8) {
                          : !int8                   ? 16
                          : tier == SDQ_TIER_AVX512 ? 32
                                                    : 64;
-    double t;
-    int i;
     if (tier == SDQ_TIER_SCALAR) return 0.0;
-    t = now();
 #ifdef _OPENMP
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
+#pragma omp parallel num_threads(threads) reduction(+ : rate)
 #endif
-    for (i = 0; i < threads; i++) {
+    {
         char out[64 * 14];
+        double t;
         memset(out, 0, sizeof out);
-        loop(rounds, out);
-    }
-    return 2.0 * lanes * 14.0 * (double)rounds * (double)threads / (now() - t);
-#else
-    (void)tier; (void)threads; (void)int8;
-    return 0.0;
+#ifdef _OPENMP
+#pragma omp barrier
 #endif
+        t = now();
+        loop(rounds, out);
+        rate += 2.0 * lanes * 14.0 * (double)rounds / (now() - t);
+    }
+#endif
+    (void)tier; (void)threads; (void)int8;
+    return rate;
 }
+static void peak_look(job *j, peak *p) {
+    const double f = peak_run(sdq_ctx_tier(j->ctx), sdq_ctx_threads(j->ctx), 0);
+    const double q = peak_run(sdq_ctx_tier(j->ctx), sdq_ctx_threads(j->ctx), 1);
+    if (f > p->fp32) p->fp32 = f;
+    if (q > p->int8) p->int8 = q;
+}
+static double percent(double part, double all) { return all > 0.0 ? 100.0 * part / all : 0.0; }
 
 static double median(job *j, const double *x, size_t n) {
     double m = 0.0;
@@ -318,14 +332,12 @@ static double bench_layer(job *j, sdq_layer *l, sdq_tensor *x, sdq_mode mode) {
     return now() - t;
 }
 
-/* Times of one shape in ms and shares of the peaks; the peaks are measured between the runs. */
-static sdq_status bench_shape_run(job *j, const bench_shape *s, size_t runs, FILE *json) {
+/* Times of one shape in ms and shares of the peaks; the peaks are looked for between the runs. */
+static sdq_status bench_shape_run(job *j, const bench_shape *s, size_t runs, peak *p, FILE *json) {
     const sdq_mark mark = sdq_arena_mark(j->ctx);
-    const sdq_tier tier = sdq_ctx_tier(j->ctx);
-    const int threads = sdq_ctx_threads(j->ctx);
     const double work =
         2.0 * (double)(s->h * s->w * s->in * s->out) * (double)(s->kernel * s->kernel);
-    double *t[5], m[5], quantize, product;
+    double *t[3], m[3], quantize, product;
     bench_layers b = {{NULL, NULL, NULL}};
     sdq_status st;
     sdq_rng rng;
@@ -334,33 +346,29 @@ static sdq_status bench_shape_run(job *j, const bench_shape *s, size_t runs, FIL
     sdq_rng_init(&rng, SDQ_RNG_PHILOX, 4);
     x = random_tensor(j->ctx, &rng, 1, s->h, s->w, s->in);
     st = x ? bench_make(j, s, x, &b) : sdq_last_error(j->ctx);
-    for (k = 0; k < 5; k++) t[k] = (double *)own(j, (runs + 1) * sizeof(double));
+    for (k = 0; k < 3; k++) t[k] = (double *)own(j, (runs + 1) * sizeof(double));
     for (i = 0; st == SDQ_OK && i <= runs; i++) {       /* the first run warms up */
         const size_t at = i ? i - 1 : 0;
         for (k = 0; k < 3; k++) t[k][at] = bench_layer(j, b.l[k], x, k ? SDQ_INT8 : SDQ_FLOAT);
-        t[3][at] = peak_run(tier, threads, 0);
-        t[4][at] = peak_run(tier, threads, 1);
+        peak_look(j, p);
     }
     for (k = 0; k < 3; k++)
         if (b.l[k]) sdq_layer_free(j->ctx, b.l[k]);
     sdq_arena_release(j->ctx, mark);
     if (st != SDQ_OK) return st;
-    for (k = 0; k < 5; k++) m[k] = median(j, t[k], runs);
+    for (k = 0; k < 3; k++) m[k] = median(j, t[k], runs);
     /* time = quantizing + outputs * c, from the two numbers of outputs */
     product = (m[1] - m[2]) / (double)(s->out - 32) * (double)s->out;
     quantize = m[1] - product;
     printf("%-43s %8.2f %6.0f %4.0f%% %8.2f %6.0f %4.0f%% %5.2fx %8.2f %7.2f %4.0f%%\n", s->name,
-           m[0] * 1e3, work / m[0] * 1e-9, m[3] > 0.0 ? 100.0 * work / m[0] / m[3] : 0.0,
-           m[1] * 1e3, work / m[1] * 1e-9, m[4] > 0.0 ? 100.0 * work / m[1] / m[4] : 0.0,
-           m[0] / m[1], quantize * 1e3, product * 1e3,
-           m[4] > 0.0 ? 100.0 * work / product / m[4] : 0.0);
+           m[0] * 1e3, work / m[0] * 1e-9, percent(work / m[0], p->fp32), m[1] * 1e3,
+           work / m[1] * 1e-9, percent(work / m[1], p->int8), m[0] / m[1], quantize * 1e3,
+           product * 1e3, percent(work / product, p->int8));
     if (json)
         fprintf(json,
                 "  {\"shape\": \"%s\", \"fp32_ms\": %.4f, \"int8_ms\": %.4f, \"quantize_ms\": "
-                "%.4f, \"product_ms\": %.4f, "
-                "\"fp32_peak_gflops\": %.1f, \"int8_peak_gops\": %.1f},\n",
-                s->name, m[0] * 1e3, m[1] * 1e3, quantize * 1e3, product * 1e3, m[3] * 1e-9,
-                m[4] * 1e-9);
+                "%.4f, \"product_ms\": %.4f},\n",
+                s->name, m[0] * 1e3, m[1] * 1e3, quantize * 1e3, product * 1e3);
     fflush(stdout);
     return SDQ_OK;
 }
@@ -386,18 +394,19 @@ typedef struct bench_net {
     sdq_time_table *times;
 } bench_net;
 
+/* The first two are those whose time is told apart; DEFAULT ranges are the recipe's. */
 static const bench_net bench_nets[] = {
     {"float", SDQ_FLOAT, SDQ_RANGE_DEFAULT, SDQ_RANGE_DEFAULT, 0, NULL, NULL, NULL},
+    {"int8, the recipe's ranges", SDQ_INT8, SDQ_RANGE_DEFAULT, SDQ_RANGE_DEFAULT, 0, NULL, NULL,
+     NULL},
     {"int8, static ranges for 3x3", SDQ_INT8, SDQ_RANGE_STATIC, SDQ_RANGE_POSITION, 0, NULL, NULL,
      NULL},
     {"int8, a range per picture", SDQ_INT8, SDQ_RANGE_PICTURE, SDQ_RANGE_POSITION, 0, NULL, NULL,
      NULL},
-    {"int8, a range per position", SDQ_INT8, SDQ_RANGE_POSITION, SDQ_RANGE_POSITION, 0, NULL, NULL,
-     NULL},
     {"int8, a range per block", SDQ_INT8, SDQ_RANGE_BLOCK, SDQ_RANGE_BLOCK, 0, NULL, NULL, NULL},
     {"static ranges, attention int8", SDQ_INT8, SDQ_RANGE_STATIC, SDQ_RANGE_POSITION, 8, NULL,
      NULL, NULL},
-    {"per position, attention int8", SDQ_INT8, SDQ_RANGE_POSITION, SDQ_RANGE_POSITION, 8, NULL,
+    {"recipe's ranges, attention int8", SDQ_INT8, SDQ_RANGE_DEFAULT, SDQ_RANGE_DEFAULT, 8, NULL,
      NULL, NULL},
 };
 
@@ -407,8 +416,8 @@ static sdq_status bench_net_make(job *j, bench_net *b, const char *folder, sdq_u
     TRY(bench_load(j, folder, &b->m));
     if (b->mode == SDQ_INT8) {
         TRY(recipe_from_args(j, &r));
-        r.range_conv = b->conv;
-        r.range_linear = b->linear;
+        if (b->conv != SDQ_RANGE_DEFAULT) r.range_conv = b->conv;
+        if (b->linear != SDQ_RANGE_DEFAULT) r.range_linear = b->linear;
         if (b->attention) r.attention_bits = b->attention;
         TRY(sdq_recipe_apply(j->ctx, b->m, &r, keep_float(j)));
         sdq_model_observe(b->m, 1);
@@ -432,9 +441,9 @@ static double bench_net_run(job *j, const bench_net *b, const sdq_unet_input *in
     return now() - t;
 }
 
-/* Random latents and context for a UNet of the folder. */
-static sdq_status bench_input(job *j, const char *folder, size_t batch, sdq_unet_input *in) {
-    float *times = (float *)own(j, batch * sizeof *times);
+/* Random latents and context for a UNet of the folder; *batch 0: chosen here. */
+static sdq_status bench_input(job *j, const char *folder, size_t *batch, sdq_unet_input *in) {
+    float *times;
     sdq_model_info info;
     size_t i, side, tokens = 77;
     sdq_rng rng;
@@ -443,48 +452,300 @@ static sdq_status bench_input(job *j, const char *folder, size_t batch, sdq_unet
     sdq_model_free(j->ctx, j->unet);
     j->unet = NULL;
     side = info.sample_size ? info.sample_size : 64;
+    if (*batch == 0) *batch = side < 32 ? 8 : 1;
+    times = (float *)own(j, *batch * sizeof *times);
     sdq_rng_init(&rng, SDQ_RNG_PHILOX, 5);
     memset(in, 0, sizeof *in);
-    in->sample = random_tensor(j->ctx, &rng, batch, side, side, info.in);
+    in->sample = random_tensor(j->ctx, &rng, *batch, side, info.sample_width ? info.sample_width
+                                                                            : side, info.in);
     if (load_tokenizer(j, folder) == SDQ_OK) tokens = sdq_tokenizer_length(j->tokenizer);
     sdq_clear_error(j->ctx);
-    in->context = sdq_tensor_3d(j->ctx, batch, tokens, info.context);
+    in->context = sdq_tensor_3d(j->ctx, *batch, tokens, info.context);
     if (!in->sample || !in->context) return sdq_last_error(j->ctx);
     sdq_rng_normal(&rng, sdq_f32(in->context), sdq_tensor_count(in->context));
-    for (i = 0; i < batch; i++) times[i] = 981.0f - 20.0f * (float)(i % 50);
+    for (i = 0; i < *batch; i++) times[i] = 981.0f - 20.0f * (float)(i % 50);
     in->timesteps = times;
     return SDQ_OK;
 }
 
-static sdq_status bench_unet(job *j, const char *folder, size_t batch, size_t runs, FILE *json) {
+/* ---- where the time of an evaluation goes: by layer and by kind of work ---- */
+
+/* All layers of one shape. */
+typedef struct bench_row {
+    int kernel, stride, int8;
+    size_t rows, in, out, count;
+    double *all[2], *product[2];        /* seconds of a run; float, int8 */
+    double all_s[2], product_s[2];      /* their medians */
+} bench_row;
+
+typedef struct bench_profile {
+    bench_row *row;
+    size_t n, *call, calls, at;         /* call i of an evaluation is of shape call[i] */
+    double *kind[2][SDQ_WORK_COUNT], *prompt[2], *times[2];     /* seconds of a run */
+    size_t run, runs;
+    int net;                            /* 0: float, 1: int8; -1: an int8 run to find the shapes */
+} bench_profile;
+
+static double bench_now(void *user) {
+    (void)user;
+    return now();
+}
+
+static double bench_row_work(const bench_row *r) {
+    return 2.0 * (double)(r->count * r->rows * r->in * r->out) * (double)(r->kernel * r->kernel);
+}
+
+/* The row of a layer's shape; a new one if there is none. Rows are as many as layers at most. */
+static size_t bench_find(bench_profile *p, const sdq_layer_work *w) {
+    const sdq_layer_desc *l = &w->layer;
+    const size_t rows = sdq_tensor_count(w->y) / w->y->dim[w->y->rank - 1];
+    bench_row *r;
+    size_t i;
+    for (i = 0; i < p->n; i++) {
+        r = &p->row[i];
+        if (r->kernel == l->kernel && r->stride == l->stride && r->rows == rows && r->in == l->in
+            && r->out == l->out && r->int8 == w->int8) return i;
+    }
+    r = &p->row[p->n++];
+    r->kernel = l->kernel;
+    r->stride = l->stride;
+    r->rows = rows;
+    r->in = l->in;
+    r->out = l->out;
+    r->int8 = w->int8;
+    return i;
+}
+
+static void bench_on_layer(void *user, const sdq_layer_work *w) {
+    bench_profile *p = (bench_profile *)user;
+    bench_row *r;
+    size_t i;
+    if (p->net < 0) {
+        i = bench_find(p, w);
+        p->row[i].count++;
+        p->call[p->calls++] = i;
+        return;
+    }
+    r = &p->row[p->call[p->at++]];
+    for (i = 0; i < SDQ_WORK_COUNT; i++) r->all[p->net][p->run] += w->seconds[i];
+    r->product[p->net][p->run] += w->seconds[w->int8 ? SDQ_WORK_INT8 : SDQ_WORK_FLOAT];
+}
+
+/* One profiled evaluation, and what is made once for many: the prompt's keys and values, the time
+ * path. */
+static sdq_status bench_profile_run(job *j, bench_profile *p, const bench_net *b,
+                                    const sdq_unet_input *in, size_t batch) {
+    sdq_prompt_cache *prompt = NULL;
+    sdq_time_table *times = NULL;
+    sdq_profile profile;
+    double t;
+    size_t i;
+    memset(&profile, 0, sizeof profile);
+    profile.now = bench_now;
+    profile.layer = bench_on_layer;
+    profile.user = p;
+    p->at = 0;
+    TRY(sdq_ctx_profile(j->ctx, &profile));
+    (void)bench_net_run(j, b, in);
+    TRY(sdq_ctx_profile(j->ctx, NULL));
+    if (p->net < 0) return sdq_last_error(j->ctx);
+    for (i = 0; i < SDQ_WORK_COUNT; i++) p->kind[p->net][i][p->run] = profile.seconds[i];
+    t = now();
+    TRY(sdq_unet_prompt(j->ctx, b->m, in->context, b->mode, &prompt));
+    p->prompt[p->net][p->run] = now() - t;
+    sdq_prompt_cache_free(j->ctx, prompt);
+    t = now();
+    TRY(sdq_unet_times(j->ctx, b->m, in->timesteps, NULL, batch, b->mode, &times));
+    p->times[p->net][p->run] = now() - t;
+    sdq_time_table_free(j->ctx, times);
+    return SDQ_OK;
+}
+
+static int by_int8_time(const void *a, const void *b) {
+    const double x = ((const bench_row *)a)->all_s[1], y = ((const bench_row *)b)->all_s[1];
+    return x < y ? 1 : x > y ? -1 : 0;
+}
+
+/* Alternating runs of the first two networks. */
+static sdq_status bench_profile_all(job *j, bench_profile *p, const bench_net *net,
+                                    const sdq_unet_input *in, size_t batch, peak *top) {
+    const size_t most = sdq_model_layer_count(net[1].m), bytes = p->runs * sizeof(double);
+    size_t i;
+    int k;
+    p->row = (bench_row *)own(j, most * sizeof *p->row);
+    p->call = (size_t *)own(j, most * sizeof *p->call);
+    p->net = -1;
+    TRY(bench_profile_run(j, p, &net[1], in, batch));
+    for (k = 0; k < 2; k++) {
+        for (i = 0; i < p->n; i++) {
+            p->row[i].all[k] = (double *)own(j, bytes);
+            p->row[i].product[k] = (double *)own(j, bytes);
+        }
+        for (i = 0; i < SDQ_WORK_COUNT; i++) p->kind[k][i] = (double *)own(j, bytes);
+        p->prompt[k] = (double *)own(j, bytes);
+        p->times[k] = (double *)own(j, bytes);
+    }
+    for (p->run = 0; p->run < p->runs; p->run++)
+        for (p->net = 0; p->net < 2; p->net++) {
+            TRY(bench_profile_run(j, p, &net[p->net], in, batch));
+            peak_look(j, top);
+        }
+    for (i = 0; i < p->n; i++)
+        for (k = 0; k < 2; k++) {
+            p->row[i].all_s[k] = median(j, p->row[i].all[k], p->runs);
+            p->row[i].product_s[k] = median(j, p->row[i].product[k], p->runs);
+        }
+    return SDQ_OK;
+}
+
+static void bench_print_row(const char *name, const bench_row *r, double work, const peak *top,
+                            const double *whole, FILE *json) {
+    const double most = r->int8 ? top->int8 : top->fp32;
+    printf("%-36s %5zu %8.2f %6.0f %4.0f%% %5.1f%%", name, r->count, r->all_s[0] * 1e3,
+           work / r->all_s[0] * 1e-9, percent(work / r->all_s[0], top->fp32),
+           percent(r->all_s[0], whole[0]));
+    printf(" %8.2f %6.0f %4.0f%% %7.0f%% %5.1f%%%s\n", r->all_s[1] * 1e3,
+           work / r->all_s[1] * 1e-9, percent(work / r->all_s[1], most),
+           percent(work / r->product_s[1], most), percent(r->all_s[1], whole[1]),
+           r->int8 ? "" : " float");
+    if (json)
+        fprintf(json,
+                "  {\"layers\": \"%s\", \"count\": %zu, \"gop\": %.6f, \"fp32_ms\": %.4f, "
+                "\"int8_ms\": %.4f, \"product_ms\": %.4f, \"int8\": %d},\n",
+                name, r->count, work * 1e-9, r->all_s[0] * 1e3, r->all_s[1] * 1e3,
+                r->product_s[1] * 1e3, r->int8);
+}
+
+/* Rows first..last as one. */
+static void bench_print_sum(const char *name, const bench_profile *p, size_t first, size_t last,
+                            int int8, const peak *top, const double *whole, FILE *json) {
+    bench_row sum;
+    double work = 0.0;
+    size_t i;
+    int k;
+    memset(&sum, 0, sizeof sum);
+    sum.int8 = int8;
+    for (i = first; i < last; i++) {
+        const bench_row *r = &p->row[i];
+        if (r->int8 != int8) continue;
+        sum.count += r->count;
+        work += bench_row_work(r);
+        for (k = 0; k < 2; k++) {
+            sum.all_s[k] += r->all_s[k];
+            sum.product_s[k] += r->product_s[k];
+        }
+    }
+    if (sum.count) bench_print_row(name, &sum, work, top, whole, json);
+}
+
+static void bench_print_layers(bench_profile *p, size_t most, const peak *top, const double *whole,
+                               FILE *json) {
+    char name[64];
+    size_t i;
+    qsort(p->row, p->n, sizeof *p->row, by_int8_time);
+    if (most > p->n) most = p->n;
+    printf("\nits layers, %zu shapes, time of all layers of a shape; peak: fp32 %.0f GFLOP/s, int8 "
+           "%.0f GOP/s\n%-36s %5s %8s %6s %5s %6s %8s %6s %5s %8s %6s\n",
+           p->n, top->fp32 * 1e-9, top->int8 * 1e-9, "a product counts as direct, Winograd's, too",
+           "", "fp32", "GFLOP", "of", "of", "int8", "GOP", "of", "product", "of");
+    printf("%-36s %5s %8s %6s %5s %6s %8s %6s %5s %8s %6s\n", "", "count", "ms", "/s", "peak",
+           "time", "ms", "/s", "peak", "of peak", "time");
+    for (i = 0; i < most; i++) {
+        const bench_row *r = &p->row[i];
+        (void)snprintf(name, sizeof name, "%s%s M=%zu N=%zu K=%zu",
+                       r->kernel > 1 ? "conv3x3" : "linear", r->stride > 1 ? "/2" : "", r->rows,
+                       r->out, r->in * (size_t)(r->kernel * r->kernel));
+        bench_print_row(name, r, bench_row_work(r), top, whole, json);
+    }
+    if (most < p->n) {
+        bench_print_sum("the other int8 ones", p, most, p->n, 1, top, whole, json);
+        bench_print_sum("the other float ones", p, most, p->n, 0, top, whole, json);
+    }
+    bench_print_sum("all int8 ones", p, 0, p->n, 1, top, whole, json);
+    bench_print_sum("all float ones", p, 0, p->n, 0, top, whole, json);
+}
+
+static void bench_print_kind(const char *name, const double *s, const double *whole, FILE *json) {
+    printf("  %-36s %9.2f %5.1f%% %9.2f %5.1f%%\n", name, s[0] * 1e3, percent(s[0], whole[0]),
+           s[1] * 1e3, percent(s[1], whole[1]));
+    if (json)
+        fprintf(json, "  {\"kind\": \"%s\", \"fp32_ms\": %.4f, \"int8_ms\": %.4f},\n", name,
+                s[0] * 1e3, s[1] * 1e3);
+}
+
+/* Both tables; whole: the medians of all kinds of work, added up. */
+static void bench_print_profile(job *j, bench_profile *p, size_t most, const peak *top,
+                                FILE *json) {
+    static const sdq_work order[] = {
+        SDQ_WORK_INT8, SDQ_WORK_FLOAT, SDQ_WORK_ATTENTION, SDQ_WORK_SOFTMAX, SDQ_WORK_QUANTIZE,
+        SDQ_WORK_NORM, SDQ_WORK_GEGLU, SDQ_WORK_ELEMENTS, SDQ_WORK_COPY, SDQ_WORK_OTHER,
+        SDQ_WORK_WAIT};
+    double kind[SDQ_WORK_COUNT][2], whole[2] = {0.0, 0.0}, once[2];
+    size_t i;
+    int k;
+    for (i = 0; i < SDQ_WORK_COUNT; i++)
+        for (k = 0; k < 2; k++) whole[k] += kind[i][k] = median(j, p->kind[k][i], p->runs);
+    printf("\nwhere its time goes %18s %9s %6s %9s %6s\n", "", "fp32 ms", "", "int8 ms", "");
+    for (i = 0; i < COUNT(order); i++)
+        bench_print_kind(sdq_work_name(order[i]), kind[order[i]], whole, json);
+    bench_print_kind("all of it", whole, whole, json);
+    for (k = 0; k < 2; k++) once[k] = median(j, p->prompt[k], p->runs);
+    bench_print_kind("before: keys, values of a prompt", once, whole, json);
+    for (k = 0; k < 2; k++) once[k] = median(j, p->times[k], p->runs);
+    bench_print_kind("before: time path", once, whole, json);
+    bench_print_layers(p, most, top, whole, json);
+}
+
+/* What bench was asked to do. */
+typedef struct bench_plan {
+    const char *model;
+    size_t batch, runs, layers;         /* layers: rows of the table */
+    peak top;
+    FILE *json;
+} bench_plan;
+
+static void bench_print_nets(const bench_plan *b, const sdq_unet_input *in, const bench_net *net,
+                             const double *m, size_t n) {
+    size_t k;
+    printf("\nUNet of %s, %zu sample%s of %zu x %zu, an evaluation:\n", b->model, b->batch,
+           b->batch > 1 ? "s" : "", in->sample->dim[1], in->sample->dim[2]);
+    for (k = 0; k < n; k++) {
+        printf("  %-31s %8.2f ms  %5.2fx\n", net[k].name, m[k] * 1e3, m[0] / m[k]);
+        if (b->json)
+            fprintf(b->json, "  {\"unet\": \"%s\", \"batch\": %zu, \"net\": \"%s\", \"ms\": "
+                    "%.4f},\n", b->model, b->batch, net[k].name, m[k] * 1e3);
+    }
+}
+
+static sdq_status bench_unet(job *j, bench_plan *b) {
     enum { NETS = COUNT(bench_nets) };
     bench_net net[NETS];
     double *t[NETS], m[NETS];
+    bench_profile p;
     sdq_unet_input in;
     sdq_status st;
     size_t i, k;
     memcpy(net, bench_nets, sizeof net);
-    st = bench_input(j, folder, batch, &in);
-    for (k = 0; k < NETS && st == SDQ_OK; k++) st = bench_net_make(j, &net[k], folder, &in, batch);
-    for (k = 0; k < NETS; k++) t[k] = (double *)own(j, (runs + 1) * sizeof(double));
-    for (i = 0; st == SDQ_OK && i <= runs; i++)         /* the first run warms up */
+    memset(&p, 0, sizeof p);
+    p.runs = b->runs;
+    st = bench_input(j, b->model, &b->batch, &in);
+    for (k = 0; k < NETS && st == SDQ_OK; k++)
+        st = bench_net_make(j, &net[k], b->model, &in, b->batch);
+    for (k = 0; k < NETS; k++) t[k] = (double *)own(j, (b->runs + 1) * sizeof(double));
+    for (i = 0; st == SDQ_OK && i <= b->runs; i++) {    /* the first run warms up */
         for (k = 0; k < NETS; k++) t[k][i ? i - 1 : 0] = bench_net_run(j, &net[k], &in);
+        st = sdq_last_error(j->ctx);
+    }
+    for (k = 0; k < NETS; k++) m[k] = median(j, t[k], b->runs);
+    if (st == SDQ_OK) bench_print_nets(b, &in, net, m, NETS);
+    if (st == SDQ_OK) st = bench_profile_all(j, &p, net, &in, b->batch, &b->top);
+    if (st == SDQ_OK) bench_print_profile(j, &p, b->layers, &b->top, b->json);
     for (k = 0; k < NETS; k++) {
-        m[k] = median(j, t[k], runs);
         sdq_prompt_cache_free(j->ctx, net[k].prompt);
         sdq_time_table_free(j->ctx, net[k].times);
         sdq_model_free(j->ctx, net[k].m);
     }
-    if (st != SDQ_OK) return st;
-    printf("\nUNet of %s, %zu samples of %zu x %zu, an evaluation:\n", folder, batch,
-           in.sample->dim[1], in.sample->dim[2]);
-    for (k = 0; k < NETS; k++) {
-        printf("  %-30s %8.2f ms  %5.2fx\n", net[k].name, m[k] * 1e3, m[0] / m[k]);
-        if (json)
-            fprintf(json, "  {\"unet\": \"%s\", \"batch\": %zu, \"net\": \"%s\", \"ms\": %.4f},\n",
-                    folder, batch, net[k].name, m[k] * 1e3);
-    }
-    return SDQ_OK;
+    return st;
 }
 
 /* ---- the same bits at full size ---- */
@@ -537,41 +798,54 @@ static sdq_status bench_hash(job *j, const char *model) {
     return same ? SDQ_OK : fail(j, "the instruction sets differ");
 }
 
-static sdq_status cmd_bench(job *j) {
-    const char *model = arg_text(&j->a, "model"), *path = arg_text(&j->a, "json");
-    const sdq_tier tier = sdq_ctx_tier(j->ctx);
-    const int threads = sdq_ctx_threads(j->ctx);
-    size_t batch = 8, runs = 21, i;
-    FILE *json = NULL;
-    sdq_status st = SDQ_OK;
-    double *f, *q;
-    TRY(arg_size(j, "batch", &batch));
-    TRY(arg_size(j, "runs", &runs));
-    if (batch == 0 || runs == 0) return bad_value(j, "batch, --runs", "0", "1 or more");
-    if (arg_on(&j->a, "hash")) return bench_hash(j, model);
-    if (path && !(json = fopen(path, "wb"))) return fail(j, "%s: %s", path, strerror(errno));
-    f = (double *)own(j, runs * sizeof *f);
-    q = (double *)own(j, runs * sizeof *q);
-    for (i = 0; i < runs; i++) {
-        f[i] = peak_run(tier, threads, 0);
-        q[i] = peak_run(tier, threads, 1);
-    }
-    printf("%s, %d threads, median of %zu alternating runs; peak: fp32 %.0f GFLOP/s, int8 %.0f "
-           "GOP/s\n",
-           sdq_tier_name(tier), threads, runs, median(j, f, runs) * 1e-9,
-           median(j, q, runs) * 1e-9);
-    if (json) fprintf(json, "[\n");
-    if (model) st = bench_unet(j, model, batch, runs, json);
+/* Without a model: a few shapes and kinds of ranges. */
+static sdq_status bench_few(job *j, bench_plan *b) {
+    size_t i;
     printf("\n%-43s %8s %6s %5s %8s %6s %5s %6s %8s %7s %5s\n%-43s %8s %6s %5s %8s %6s %5s %6s %8s "
            "%7s %5s\n",
            "int8 quantizes a float input, writes float", "fp32", "GFLOP", "of", "int8", "GOP", "of",
            "speed", "quantize", "product", "of", "and is split into its two parts", "ms", "/s",
            "peak", "ms", "/s", "peak", "-up", "ms", "ms", "peak");
-    for (i = 0; i < COUNT(bench_shapes) && st == SDQ_OK; i++)
-        st = bench_shape_run(j, &bench_shapes[i], runs, json);
-    if (json)
-        fprintf(json, "  {\"tier\": \"%s\", \"threads\": %d, \"runs\": %zu}\n]\n",
-                sdq_tier_name(tier), threads, runs);
-    if (json && fclose(json) != 0 && st == SDQ_OK) st = fail(j, "%s: could not be written", path);
+    for (i = 0; i < COUNT(bench_shapes); i++)
+        TRY(bench_shape_run(j, &bench_shapes[i], b->runs, &b->top, b->json));
+    return SDQ_OK;
+}
+
+static sdq_status bench_args(job *j, bench_plan *b) {
+    const char *batch = arg_text(&j->a, "batch"), *layers = arg_text(&j->a, "layers");
+    memset(b, 0, sizeof *b);
+    b->model = arg_text(&j->a, "model");
+    b->runs = 21;
+    b->layers = 12;
+    TRY(arg_size(j, "batch", &b->batch));
+    TRY(arg_size(j, "runs", &b->runs));
+    if ((batch && b->batch == 0) || b->runs == 0)
+        return bad_value(j, "batch, --runs", "0", "1 or more");
+    if (!layers || strcmp(layers, "all") != 0) return arg_size(j, "layers", &b->layers);
+    b->layers = SIZE_MAX;
+    return SDQ_OK;
+}
+
+static sdq_status cmd_bench(job *j) {
+    const char *path = arg_text(&j->a, "json");
+    const char *tier = sdq_tier_name(sdq_ctx_tier(j->ctx));
+    const int threads = sdq_ctx_threads(j->ctx);
+    bench_plan b;
+    sdq_status st;
+    size_t i;
+    TRY(bench_args(j, &b));
+    if (arg_on(&j->a, "hash")) return bench_hash(j, b.model);
+    if (path && !(b.json = fopen(path, "wb"))) return fail(j, "%s: %s", path, strerror(errno));
+    for (i = 0; i < b.runs + 4; i++) peak_look(j, &b.top);
+    printf("%s, %d threads, median of %zu alternating runs; peak: fp32 %.0f GFLOP/s, int8 %.0f "
+           "GOP/s\n", tier, threads, b.runs, b.top.fp32 * 1e-9, b.top.int8 * 1e-9);
+    if (b.json) fprintf(b.json, "[\n");
+    st = b.model ? bench_unet(j, &b) : bench_few(j, &b);
+    if (b.json)
+        fprintf(b.json, "  {\"tier\": \"%s\", \"threads\": %d, \"runs\": %zu, "
+                "\"fp32_peak_gflops\": %.1f, \"int8_peak_gops\": %.1f}\n]\n", tier, threads, b.runs,
+                b.top.fp32 * 1e-9, b.top.int8 * 1e-9);
+    if (b.json && fclose(b.json) != 0 && st == SDQ_OK)
+        st = fail(j, "%s: could not be written", path);
     return st;
 }
