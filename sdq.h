@@ -1069,9 +1069,9 @@ SDQ_API double sdq_optim_grad_norm(const sdq_optim *optim);
 SDQ_API double sdq_optim_rate(const sdq_optim *optim);
 /* Exchange weights and averages: evaluate or save the averages, exchange back to go on. */
 SDQ_API void sdq_optim_swap_ema(sdq_optim *optim);
-/* Everything that resuming needs: weights, moments, averages, step; of a student also the ranges and
- * biases that calibration made. Written atomically; equal states give equal bytes. Loading wants
- * the same leaves in the optimizer and, of a student, the same float weights and recipe:
+/* Everything that resuming needs: weights, moments, averages, step; of a student also the ranges
+ * and biases that calibration made. Written atomically; equal states give equal bytes. Loading
+ * wants the same leaves in the optimizer and, of a student, the same float weights and recipe:
  * SDQ_ERR_FORMAT, _SHAPE. */
 SDQ_API sdq_status sdq_optim_save(sdq_ctx *ctx, const sdq_optim *optim, const char *path);
 SDQ_API sdq_status sdq_optim_load(sdq_ctx *ctx, sdq_optim *optim, const char *path);
@@ -17674,7 +17674,7 @@ static sdq_status sdq__ds_add_calibrated(sdq_ctx *ctx, sdq_optim *o, sdq_model *
         if (!l->quant.enabled) continue;
         if (l->quant.weight_scale == SDQ_WEIGHT_MOVING && !l->w_mn)
             SDQ__TRY(sdq__ly_with_weights(ctx, l, sdq__ly_observe_weights));
-        if (l->quant.weight_scale == SDQ_WEIGHT_FIXED)      /* made of the weights as they are now */
+        if (l->quant.weight_scale == SDQ_WEIGHT_FIXED)      /* of the weights as they are now */
             SDQ__TRY(sdq__ly_with_weights(ctx, l, sdq__ly_weight_scales));
         (void)snprintf(name, sizeof name, "%s.observers", l->name);
         SDQ__TRY(sdq__opt_add_state(ctx, o, name, sdq__ly_state_count(l), sdq__ly_state, l,
