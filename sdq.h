@@ -99,7 +99,8 @@
  *     Any function that computes a loss with ops can be trained by sdq_fit: it must draw its
  *     randomness from the generator it is given. Ready-made losses: sdq_vae_task_loss,
  *     sdq_diffusion_task_loss, sdq_distill_task_loss. With a state file a run that was killed goes
- *     on from its last save and ends in the same bytes.
+ *     on from its last save and ends in the same bytes. The state has the ranges of calibration,
+ *     too, and is written before the first step: going on does not calibrate again.
  *
  * Long runs
  *     The state file is written to a temporary name, flushed and renamed, every save_every steps,
@@ -1121,8 +1122,10 @@ SDQ_API double sdq_optim_grad_norm(const sdq_optim *optim);
 SDQ_API double sdq_optim_rate(const sdq_optim *optim);
 /* Exchange weights and averages: evaluate or save the averages, exchange back to go on. */
 SDQ_API void sdq_optim_swap_ema(sdq_optim *optim);
-/* Everything that resuming needs: weights, moments, averages, step. Written atomically; equal
- * states give equal bytes. Loading wants the same leaves in the optimizer. */
+/* Everything that resuming needs: weights, moments, averages, step; of a student also the ranges
+ * and biases that calibration made. Written atomically; equal states give equal bytes. Loading
+ * wants the same leaves in the optimizer and, of a student, the same float weights and recipe:
+ * SDQ_ERR_FORMAT, _SHAPE. */
 SDQ_API sdq_status sdq_optim_save(sdq_ctx *ctx, const sdq_optim *optim, const char *path);
 SDQ_API sdq_status sdq_optim_load(sdq_ctx *ctx, sdq_optim *optim, const char *path);
 /* The weights alone (the averages, where there are any), and back into the weights. */
@@ -1181,7 +1184,7 @@ typedef struct sdq_fit_desc {
     size_t accumulate;          /* micro-batches per step in each process; 0: 1 */
     uint64_t seed;
     const char *state;          /* file of the optimizer's state; NULL: none is written or read */
-    size_t save_every;          /* steps; 0: only at the end */
+    size_t save_every;          /* steps; 0: only before the first step and at the end */
     sdq_progress_fn progress;   /* stage "train", i = steps done, n = steps, value = loss */
     int (*after)(void *user, const sdq_fit_info *info); /* returns sdq_fit_then; NULL: none */
     void *user;                 /* of both */
@@ -1531,7 +1534,9 @@ typedef struct sdq_distill_task {
 SDQ_API sdq_tensor *sdq_distill_task_loss(sdq_ctx *ctx, void *task, sdq_rng *rng, size_t step);
 /* Put what a recipe trains (its train_set) into the optimizer.
  *   scale_lr   rate of static input ranges, times the optimizer's; weight scales get a twentieth.
- *              Both are relative: with lr 1e-5 and scale_lr 1000 a step is about one per cent. */
+ *              Both are relative: with lr 1e-5 and scale_lr 1000 a step is about one per cent.
+ * What calibration made is kept in the state, so that a student whose state will be loaded need not
+ * be calibrated: weights must be those of the float model, as they were when the run began. */
 SDQ_API sdq_status sdq_optim_add_student(sdq_ctx *ctx, sdq_optim *optim, sdq_model *unet,
                                          const sdq_recipe *recipe, float scale_lr);
 
@@ -6211,11 +6216,11 @@ static void sdq__ly_state(void *user, float *v, int load) {
         if (load) { *range[2 * i] = v[0]; *range[2 * i + 1] = v[1]; *seen[i] = v[2] != 0.0f; }
         else { v[0] = *range[2 * i]; v[1] = *range[2 * i + 1]; v[2] = *seen[i] ? 1.0f : 0.0f; }
     }
-    for (i = 0; load && i < 2; i++) {           /* the scales follow from the ranges */
+    for (i = 0; load && i < 2; i++) {           /* zero point and scale follow from the range */
         const sdq__qparam q = sdq__q_from_range(l->part[i].mn, l->part[i].mx);
-        if (!l->part[i].seen || l->part[i].s.needs_grad) continue;      /* learned: a leaf */
-        sdq_f32(&l->part[i].s)[0] = q.s;
+        if (!l->part[i].seen) continue;
         l->part[i].z = q.z;
+        if (!l->part[i].s.needs_grad) sdq_f32(&l->part[i].s)[0] = q.s;  /* learned: a leaf */
     }
     if (!l->w_mn) return;
     memcpy(load ? l->w_mn : v, load ? v : l->w_mn, l->out * sizeof(float));
@@ -10866,8 +10871,9 @@ typedef struct sdq__leaf {
     float *scale;               /*   with scales [block][2] */
     float lr_scale, floor;
     int decay;
-    sdq__state_fn state;        /* values that are only kept, such as observers: no moments */
+    sdq__state_fn state;        /* values that are only kept, such as ranges: no moments */
     void *user;
+    int moving;                 /* kept ones that change from step to step */
 } sdq__leaf;
 
 struct sdq_optim {
@@ -10877,6 +10883,7 @@ struct sdq_optim {
     double norm, rate;
     double mean, best;          /* running mean of the loss; lowest validation loss, its step */
     size_t best_step;
+    char *of;                   /* "key=value ..": what is trained, for the state; NULL: not told */
 };
 
 SDQ_API sdq_status sdq_optim_create(sdq_ctx *ctx, const sdq_optim_desc *desc, sdq_optim **out) {
@@ -10929,6 +10936,7 @@ SDQ_API void sdq_optim_free(sdq_ctx *ctx, sdq_optim *o) {
         sdq__opt_leaf_free(ctx, l);
     }
     sdq__free(ctx, o->leaf);
+    sdq__free(ctx, o->of);
     sdq__free(ctx, o);
 }
 
@@ -10967,11 +10975,13 @@ SDQ_API sdq_status sdq_optim_add(sdq_ctx *ctx, sdq_optim *o, sdq_tensor *t, cons
     return SDQ_OK;
 }
 
-/* n values that go into the state file and come back from it, untrained. */
+/* n values that go into the state file and come back from it, untrained.
+ *   moving   observers that go on: the processes of a group join them after every step */
 static sdq_status sdq__opt_add_state(sdq_ctx *ctx, sdq_optim *o, const char *name, size_t n,
-                                     sdq__state_fn fn, void *user) {
+                                     sdq__state_fn fn, void *user, int moving) {
     sdq__leaf l;
     memset(&l, 0, sizeof l);
+    l.moving = moving;
     if (!sdq__grow(ctx, (void **)(void *)&o->leaf, &o->cap, o->count + 1, sizeof l))
         return ctx->status;
     l.state = fn;
@@ -11153,8 +11163,8 @@ SDQ_API void sdq_optim_swap_ema(sdq_optim *o) {
     }
 }
 
-/* ---- state files: weight/NAME, its moments m/ and v/, or m8/, v8/ and their scales, ema/, and
- * the step ---- */
+/* ---- state files: weight/NAME, its moments m/ and v/, or m8/, v8/ and their scales, ema/, the
+ * step, and of what model and recipe ---- */
 
 typedef struct sdq__opt_slot { const char *kind; sdq_dtype dtype; void *data; } sdq__opt_slot;
 
@@ -11239,7 +11249,7 @@ SDQ_API sdq_status sdq_optim_save(sdq_ctx *ctx, const sdq_optim *o, const char *
     sdq_entry *e = SDQ__PUSH_N(ctx, sdq_entry, arrays + 1);
     char *names = SDQ__PUSH_N(ctx, char, (arrays + 1) * 256), step[32], fit[SDQ__OPT_FIT];
     sdq__opt_slot slot[7];
-    sdq_pair meta[2];
+    sdq_pair meta[3];
     sdq_status st = ctx->status;
     size_t i, k, n = 0;
     if (e && names) {
@@ -11256,7 +11266,8 @@ SDQ_API sdq_status sdq_optim_save(sdq_ctx *ctx, const sdq_optim *o, const char *
         sdq__opt_put_fit(o, fit);
         meta[0].key = "step"; meta[0].value = step;
         meta[1].key = "fit"; meta[1].value = fit;
-        st = sdq_file_write(ctx, path, e, n, meta, 2);
+        meta[2].key = "of"; meta[2].value = o->of;
+        st = sdq_file_write(ctx, path, e, n, meta, o->of ? 3 : 2);
     }
     sdq_arena_release(ctx, mark);
     return st;
@@ -11271,6 +11282,20 @@ static int sdq__opt_parse_step(const char *text, size_t *step) {
     return i > 0 && text[i] == 0;
 }
 
+/* Is the state that of this model and recipe? If not, the first word that differs tells why. */
+static sdq_status sdq__opt_check_of(sdq_ctx *ctx, const sdq_optim *o, const char *path,
+                                    const char *of) {
+    const char *here = o->of ? o->of : "nothing is said of it", *there = of ? of : "unknown";
+    size_t i, first = 0;
+    if (strcmp(here, there) == 0 || (!o->of && !of)) return SDQ_OK;
+    for (i = 0; here[i] && here[i] == there[i]; i++)
+        if (here[i] == ' ') first = i + 1;
+    return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: is the state of another model or recipe: %.*s there,"
+                     " %.*s here; use another state file or delete it", path,
+                     (int)strcspn(there + first, " "), there + first,
+                     (int)strcspn(here + first, " "), here + first);
+}
+
 SDQ_API sdq_status sdq_optim_load(sdq_ctx *ctx, sdq_optim *o, const char *path) {
     const size_t arrays = sdq__opt_arrays(o);
     sdq_file *f = NULL;
@@ -11282,8 +11307,14 @@ SDQ_API sdq_status sdq_optim_load(sdq_ctx *ctx, sdq_optim *o, const char *path) 
     char name[256];
     if (st != SDQ_OK) return st;
     text = sdq_file_meta(f, "step");
-    if (!text || !sdq__opt_parse_step(text, &step) || sdq_file_count(f) != arrays
+    if (!text || !sdq__opt_parse_step(text, &step)
         || !sdq__opt_get_fit(sdq_file_meta(f, "fit"), &fit)) {
+        st = sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: is not the state of a training; use another state"
+                       " file or delete it", path);
+        goto done;
+    }
+    SDQ__TRY_DONE(sdq__opt_check_of(ctx, o, path, sdq_file_meta(f, "of")));
+    if (sdq_file_count(f) != arrays) {
         st = sdq__fail(ctx, SDQ_ERR_FORMAT,
                        "%s: is not the state of this training (%zu arrays, expected %zu);"
                        " use another state file or delete it",
@@ -11468,7 +11499,7 @@ static sdq_status sdq__opt_reduce_gradients(sdq_ctx *ctx, const sdq_group *g, sd
     sdq_arena_release(ctx, mark);
     for (i = 0; i < o->count && ctx->status == SDQ_OK; i++) {
         sdq__leaf *l = &o->leaf[i];
-        if (!l->state) continue;
+        if (!l->moving) continue;
         l->state(l->user, sdq_f32(l->t), 0);
         SDQ__TRY(sdq__opt_reduce_range(ctx, g, l->name, sdq_f32(l->t), sdq_tensor_count(l->t)));
         l->state(l->user, sdq_f32(l->t), 1);
@@ -11694,13 +11725,22 @@ static sdq_status sdq__opt_stopped(sdq_ctx *ctx, const sdq_optim *o) {
     return sdq__fail(ctx, SDQ_ERR_CANCELLED, "training: cancelled after step %zu", o->step);
 }
 
+/* From the state file; or write it at once: a disk that is full or a folder that is not there shows
+ * before the work, and what was calibrated is kept. */
+static sdq_status sdq__opt_resume(sdq_ctx *ctx, sdq__opt_loop *r) {
+    const char *path = r->d->state;
+    const int there = path && sdq__io_exists(path);
+    if (there) SDQ__TRY(sdq_optim_load(ctx, r->o, path));
+    SDQ__TRY(sdq__opt_agree(ctx, r->d->group, r->o));
+    return there ? SDQ_OK : sdq__opt_checkpoint(ctx, r);
+}
+
 static sdq_status sdq__opt_begin(sdq_ctx *ctx, sdq__opt_loop *r) {
     const sdq_fit_desc *d = r->d;
     int then;
     if (ctx->status != SDQ_OK) return ctx->status;
-    if (d->state && sdq__io_exists(d->state)) SDQ__TRY(sdq_optim_load(ctx, r->o, d->state));
+    SDQ__TRY(sdq__opt_resume(ctx, r));
     if (d->best && r->o->best < HUGE_VAL && !sdq__io_exists(d->best)) r->o->best = HUGE_VAL;
-    SDQ__TRY(sdq__opt_agree(ctx, d->group, r->o));
     sdq_optim_zero(r->o);
     if (r->o->step > 0 || !d->validate_every || !d->validate) return SDQ_OK;
     SDQ__TRY(sdq__opt_validate(ctx, r));
@@ -17823,29 +17863,67 @@ static sdq_status sdq__ds_add_deltas(sdq_ctx *ctx, sdq_optim *o, sdq_model *m, s
     return SDQ_OK;
 }
 
+static void sdq__ds_bias(void *user, float *v, int load) {
+    const sdq_layer *l = (const sdq_layer *)user;
+    float *b = sdq_f32(&l->b);
+    memcpy(load ? b : v, load ? v : b, l->out * sizeof(float));
+}
+/* What calibration made goes into the state as well, so that a run that goes on need not calibrate:
+ * ranges, and corrected biases that are not trained. */
+static sdq_status sdq__ds_add_calibrated(sdq_ctx *ctx, sdq_optim *o, sdq_model *m,
+                                         const sdq_recipe *r) {
+    char name[256];
+    size_t i;
+    for (i = 0; i < m->layers; i++) {
+        sdq_layer *l = m->layer[i];
+        if (!l->quant.enabled) continue;
+        if (l->quant.weight_scale == SDQ_WEIGHT_MOVING && !l->w_mn)
+            SDQ__TRY(sdq__ly_with_weights(ctx, l, sdq__ly_observe_weights));
+        if (l->quant.weight_scale == SDQ_WEIGHT_FIXED)      /* of the weights as they are now */
+            SDQ__TRY(sdq__ly_with_weights(ctx, l, sdq__ly_weight_scales));
+        (void)snprintf(name, sizeof name, "%s.observers", l->name);
+        SDQ__TRY(sdq__opt_add_state(ctx, o, name, sdq__ly_state_count(l), sdq__ly_state, l,
+                                    r->moving > 0.0f));
+        if (!l->b.data || l->b.needs_grad) continue;
+        (void)snprintf(name, sizeof name, "%s.bias", l->name);
+        SDQ__TRY(sdq__opt_add_state(ctx, o, name, l->out, sdq__ds_bias, l, 0));
+    }
+    return SDQ_OK;
+}
+
+/* Say in the state what is trained: the float weights, the layers that stay float, the recipe. */
+static sdq_status sdq__ds_tell(sdq_ctx *ctx, sdq_optim *o, const sdq_model *m,
+                               const sdq_recipe *r) {
+    uint64_t kept = 0;
+    char text[1024], recipe[900];
+    size_t i;
+    for (i = 0; i < m->layers; i++)
+        kept = sdq__u_mix(kept, (uint64_t)(m->layer[i]->quant.enabled != 0));
+    sdq_recipe_to_str(r, recipe, sizeof recipe);
+    (void)snprintf(text, sizeof text, "model=%08lx%08lx layers=%08lx%08lx %s",
+                   (unsigned long)(m->source >> 32), (unsigned long)(m->source & 0xffffffffu),
+                   (unsigned long)(kept >> 32), (unsigned long)(kept & 0xffffffffu), recipe);
+    sdq__free(ctx, o->of);
+    o->of = sdq__strdup(ctx, text);
+    return ctx->status;
+}
+
 SDQ_API sdq_status sdq_optim_add_student(sdq_ctx *ctx, sdq_optim *o, sdq_model *m,
                                          const sdq_recipe *r, float scale_lr) {
     const size_t first = sdq__ds_first(m, r->last_blocks);
     char name[256];
     size_t i, p, first_layer = 0;
+    SDQ__TRY(sdq__ds_tell(ctx, o, m, r));
     for (i = 0; i < first; i++) first_layer += m->param[i].layer && m->param[i].rank > 1;
     if (r->train_set <= SDQ_TRAIN_SMALL)
         SDQ__TRY(sdq__task_add_params(ctx, o, m, "", r->train_set == SDQ_TRAIN_ALL, first));
     if (r->train_set == SDQ_TRAIN_LORA)
         SDQ__TRY(sdq__ds_add_deltas(ctx, o, m, sdq__rc_rank(r), first_layer));
-    for (i = 0; r->moving > 0.0f && i < m->layers; i++) {       /* observers that go on moving */
-        sdq_layer *l = m->layer[i];
-        if (!l->quant.enabled) continue;
-        if (l->quant.weight_scale == SDQ_WEIGHT_MOVING && !l->w_mn)
-            SDQ__TRY(sdq__ly_with_weights(ctx, l, sdq__ly_observe_weights));
-        (void)snprintf(name, sizeof name, "%s.observers", l->name);
-        SDQ__TRY(sdq__opt_add_state(ctx, o, name, sdq__ly_state_count(l), sdq__ly_state, l));
-    }
+    SDQ__TRY(sdq__ds_add_calibrated(ctx, o, m, r));
     for (i = first_layer; r->learn_scales && i < m->layers; i++) {
         sdq_layer *l = m->layer[i];
         if (!l->quant.enabled) continue;
         if (l->quant.weight_scale == SDQ_WEIGHT_FIXED && r->train_set != SDQ_TRAIN_RANGES) {
-            SDQ__TRY(sdq__ly_with_weights(ctx, l, sdq__ly_weight_scales));
             (void)snprintf(name, sizeof name, "%s.weight_scale", l->name);
             SDQ__TRY(sdq_optim_add(ctx, o, &l->sw, name, scale_lr / 20.0f, 1e-7f, 0));
         }
