@@ -37,6 +37,8 @@ static const eval_row eval_rows[] = {
     {"block-qat", "--range-conv block --range-linear block", 1, NULL, "block-ptq", "int8", NULL},
     {"attention-ptq", "--range-conv position --attention-bits 8", 0, NULL, "position-ptq", "int8",
      NULL},
+    {"attention16-ptq", "--range-conv position --attention-bits 16", 0, NULL, "position-ptq",
+     "int8", NULL},
     {"fine-ptq", "--range-conv block --range-linear block --quantize-last-self 0", 0, NULL,
      "block-ptq", "int8", NULL},
     {"best-k3", NULL, 0, "best", "best", "k=3", NULL},
@@ -87,7 +89,8 @@ static const flag eval_flags[] = {
     MEASURE_FLAGS,
     {"rows", "NAME,..", NULL,
      "fp32, reference-ptq, -qat, -qat-k3, -qat-k5; static-, picture-, position-,\n"
-     "                                        block- with ptq, qat; attention-ptq, fine-ptq; best-k3, best-schedule [all]"},
+     "                                        block- with ptq, qat; attention-ptq,\n"
+     "                                        attention16-ptq, fine-ptq; best-k3, best-schedule [all]"},
     {"net", "NAME:MODE:FILE", NULL,
      "a row for an int8 file of yours; MODE is int8, k=N or schedule; repeatable"},
     {"out,o", "FOLDER", "build/eval", "results, also of every picture: a stopped run goes on"},
