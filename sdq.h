@@ -99,7 +99,8 @@
  *     Any function that computes a loss with ops can be trained by sdq_fit: it must draw its
  *     randomness from the generator it is given. Ready-made losses: sdq_vae_task_loss,
  *     sdq_diffusion_task_loss, sdq_distill_task_loss. With a state file a run that was killed goes
- *     on from its last save and ends in the same bytes.
+ *     on from its last save and ends in the same bytes. The state has the ranges of calibration,
+ *     too, and is written before the first step: going on does not calibrate again.
  *
  * Long runs
  *     The state file is written to a temporary name, flushed and renamed, every save_every steps,
@@ -1121,8 +1122,10 @@ SDQ_API double sdq_optim_grad_norm(const sdq_optim *optim);
 SDQ_API double sdq_optim_rate(const sdq_optim *optim);
 /* Exchange weights and averages: evaluate or save the averages, exchange back to go on. */
 SDQ_API void sdq_optim_swap_ema(sdq_optim *optim);
-/* Everything that resuming needs: weights, moments, averages, step. Written atomically; equal
- * states give equal bytes. Loading wants the same leaves in the optimizer. */
+/* Everything that resuming needs: weights, moments, averages, step; of a student also the ranges
+ * and biases that calibration made. Written atomically; equal states give equal bytes. Loading
+ * wants the same leaves in the optimizer and, of a student, the same float weights and recipe:
+ * SDQ_ERR_FORMAT, _SHAPE. */
 SDQ_API sdq_status sdq_optim_save(sdq_ctx *ctx, const sdq_optim *optim, const char *path);
 SDQ_API sdq_status sdq_optim_load(sdq_ctx *ctx, sdq_optim *optim, const char *path);
 /* The weights alone (the averages, where there are any), and back into the weights. */
@@ -1181,7 +1184,7 @@ typedef struct sdq_fit_desc {
     size_t accumulate;          /* micro-batches per step in each process; 0: 1 */
     uint64_t seed;
     const char *state;          /* file of the optimizer's state; NULL: none is written or read */
-    size_t save_every;          /* steps; 0: only at the end */
+    size_t save_every;          /* steps; 0: only before the first step and at the end */
     sdq_progress_fn progress;   /* stage "train", i = steps done, n = steps, value = loss */
     int (*after)(void *user, const sdq_fit_info *info); /* returns sdq_fit_then; NULL: none */
     void *user;                 /* of both */
@@ -1531,7 +1534,9 @@ typedef struct sdq_distill_task {
 SDQ_API sdq_tensor *sdq_distill_task_loss(sdq_ctx *ctx, void *task, sdq_rng *rng, size_t step);
 /* Put what a recipe trains (its train_set) into the optimizer.
  *   scale_lr   rate of static input ranges, times the optimizer's; weight scales get a twentieth.
- *              Both are relative: with lr 1e-5 and scale_lr 1000 a step is about one per cent. */
+ *              Both are relative: with lr 1e-5 and scale_lr 1000 a step is about one per cent.
+ * What calibration made is kept in the state, so that a student whose state will be loaded need not
+ * be calibrated: weights must be those of the float model, as they were when the run began. */
 SDQ_API sdq_status sdq_optim_add_student(sdq_ctx *ctx, sdq_optim *optim, sdq_model *unet,
                                          const sdq_recipe *recipe, float scale_lr);
 
@@ -2273,7 +2278,9 @@ typedef struct sdq__ftile {
  *   y = fmaf(f, sw[j], bias[j])  (bias NULL: f * sw[j]),  then + res[i][j] where given
  * taps*quads is a multiple of seg. If `more`, + y[i][j] (old) comes last. wsum NULL: there are no
  * zero points.
- * For gemm_s16 rows and weights are groups of two s16 instead; no sum of a segment leaves int32. */
+ * gemm_s8u8: rows are s8, "weights" u8. gemm_s16: groups of two s16 instead, and no sum of a
+ * segment leaves int32. */
+typedef enum sdq__group { SDQ__U8S8, SDQ__S8U8, SDQ__S16 } sdq__group;
 typedef struct sdq__qtile {
     const uint8_t *const *a;    /* [taps][mr] row pointers */
     const int8_t *b;
@@ -2301,6 +2308,7 @@ typedef struct sdq__adamw_step {
     /* GEMM tiles */ \
     X(void, gemm_f32, (const sdq__ftile *t), EXACT) \
     X(void, gemm_u8s8, (const sdq__qtile *t), EXACT) \
+    X(void, gemm_s8u8, (const sdq__qtile *t), EXACT) \
     X(void, gemm_s16, (const sdq__qtile *t), EXACT) \
     /* Winograd's transforms, see >>gemm; element by element of n: 36 numbers B^T d B of the 6x6 \
        pixels at d; 36 numbers G g G^T of the 9 at g, ldg apart; 16 numbers A^T m A of the 36 at \
@@ -2404,22 +2412,24 @@ typedef struct sdq__adamw_step {
     X(void, layernorm_bwd, \
       (float *dx, float *dgamma, float *dbeta, const float *dy, const float *x, \
        const float *g, size_t n, float mean, float rstd), EXACT) \
-    /* an online softmax over a tile of n scores (n > 0) of rows lds apart, row by row: \
+    /* s = exp(s - m) with m = max s, whose sum is returned; n > 0 */ \
+    X(float, softmax, (float *s, size_t n), EXACT) \
+    /* an online softmax down the 32 columns of s[n][32], n > 0: \
        v = s*scale; m' = max(m, max v); s = exp(v - m'); alpha = exp(m - m'); \
        l = fma(l, alpha, sum s); m = m' */ \
-    X(void, softmax_tile, \
-      (float *s, size_t lds, size_t rows, size_t n, float scale, float *m, float *l, \
-       float *alpha), EXACT) \
-    /* the same with bytes for the product that follows: t = (max s)*scale; \
-       p = rint(255 exp(s*scale - t)), exp to 1.1 in 10^4, NaN gives 0; m' = max(m, t); \
-       alpha = exp(m - m'); beta = exp(t - m'); l = fma(l, alpha, beta * sum p); m = m' */ \
-    X(void, softmax_tile_u8, \
-      (uint8_t *p, size_t ldp, const float *s, size_t lds, size_t rows, size_t n, float scale, \
-       float *m, float *l, float *alpha, float *beta), EXACT) \
-    /* the same with p = rint(2048 exp(s*scale - t)), exp to 3 in 10^6 */ \
-    X(void, softmax_tile_s16, \
-      (int16_t *p, size_t ldp, const float *s, size_t lds, size_t rows, size_t n, float scale, \
-       float *m, float *l, float *alpha, float *beta), EXACT) \
+    X(void, softmax_cols, \
+      (float *s, size_t n, float scale, float *m, float *l, float *alpha), EXACT) \
+    /* the same with bytes for the product that follows, p[n / 4][32][4], where the last group is \
+       filled up with zeros: t = (max s)*scale; p = rint(255 exp(s*scale - t)), exp to 1.1 in \
+       10^4, NaN gives 0; m' = max(m, t); alpha = exp(m - m'); beta = exp(t - m'); \
+       l = fma(l, alpha, beta * sum p); m = m' */ \
+    X(void, softmax_cols_u8, \
+      (uint8_t *p, const float *s, size_t n, float scale, float *m, float *l, float *alpha, \
+       float *beta), EXACT) \
+    /* the same with p[n / 2][32][2] = rint(2048 exp(s*scale - t)), exp to 3 in 10^6 */ \
+    X(void, softmax_cols_s16, \
+      (int16_t *p, const float *s, size_t n, float scale, float *m, float *l, float *alpha, \
+       float *beta), EXACT) \
     /* backward of a tile row: p = exp(s*scale - lse); s = p; dp = (p*(dp - delta))*scale */ \
     X(void, softmax_tile_bwd, \
       (float *s, float *dp, size_t n, float scale, float lse, float delta), EXACT) \
@@ -3774,127 +3784,100 @@ static void sdq__qgemm_pack(sdq_ctx *ctx, sdq__qweight *w, const int8_t *q, size
 /* ===========================================================================
  * >>attention   softmax(q k^T / sqrt(d)) v without a score matrix
  *
- * Tiles of 48 queries and 256 keys with a running maximum and sum per query (Dao et al.,
- * "FlashAttention", arXiv 2205.14135; Milakov and Gimelshein, arXiv 1805.02867). The tile sizes
- * are part of the definition: they fix where the running maximum is taken. Backward computes
- * the scores again from the stored log-sum-exp.
+ * Tiles of 256 keys and 32 queries with a running maximum and sum per query (Dao et al.,
+ * "FlashAttention", arXiv 2205.14135; Milakov and Gimelshein, arXiv 1805.02867). What belongs to
+ * a query is a column of panels [..][32]: its channels, its scores, the sum of its values. So
+ * softmax needs no sums across lanes, keys and values are read where they are (a row of the
+ * product is a key, then a channel of the values), and heads of 40 channels leave no lane empty.
+ * The tile of 256 keys is part of the definition: it fixes where the running maximum is taken.
+ * Backward computes the scores again from the stored log-sum-exp.
  * ======================================================================== */
 
-#define SDQ__ATT_Q 48
-#define SDQ__ATT_K 256
-#define SDQ__ATT_GROUP 4        /* tiles of queries of a task: all read a tile of keys and values */
-#define SDQ__ATT_BK 64          /* keys of a tile of the backward pass */
+#define SDQ__ATT_K 256          /* keys of a tile */
+#define SDQ__ATT_PANELS 4       /* panels of a task: all read a tile of keys and values */
+#define SDQ__ATT_BQ 48          /* queries */
+#define SDQ__ATT_BK 64          /* and keys of a tile of the backward pass */
 
 typedef struct sdq__att {
     const struct sdq__kernels *k;
     const float *q, *key, *v;           /* [n][t][heads*d] */
     float *y, *lse;                     /* lse: [n][heads][tq] */
-    float *kp, *vp;                     /* packed: per (n, head) */
     float *scratch;
-    size_t n, tq, tk, heads, d, kp_size, vp_size, scratch_size;
+    size_t n, tq, tk, heads, d, scratch_size;
     float scale;
     int causal;
+    const struct sdq__qatt *ints;       /* NULL, or integer products */
     sdq_profile *profile;
     /* backward */
     const float *dy;
     float *dq, *dk, *dv, *delta;
+    float *kp;                          /* packed keys: per (n, head) */
+    size_t kp_size;
 } sdq__att;
 
-static void sdq__att_pack_task(void *arg, size_t task, int thread) {
-    const sdq__att *w = (const sdq__att *)arg;
-    const size_t c = w->heads * w->d, at = task / w->heads * w->tk * c + task % w->heads * w->d;
-    (void)thread;
-    sdq__gemm_pack_t(w->kp + task * w->kp_size, w->key + at, c, w->tk, w->d);
-    sdq__gemm_pack(w->vp + task * w->vp_size, w->v + at, c, w->d, w->tk);
+/* 32 queries of a task. */
+typedef struct sdq__att_panel {
+    float m[SDQ__NR], l[SDQ__NR];       /* largest score so far; sum of weights relative to it */
+    float alpha[SDQ__NR];               /* what the last tile made of sums before it */
+    float *q, *y;                       /* [d][32]: queries, weighted sums of values */
+    float qs[SDQ__NR], beta[SDQ__NR];   /* integers: scales of queries, of the tile's weights */
+    int32_t qz[SDQ__NR];                /* zero points of queries */
+    int thread;
+} sdq__att_panel;
+
+/* Of a thread: scores and weights of a tile, then q and y of the panels. */
+static size_t sdq__att_scratch(const sdq__att *w) {
+    return SDQ__NR * (2 * SDQ__ATT_K + SDQ__ATT_PANELS * 2 * sdq__u_round_up(w->d, 4));
 }
 
-/* Scores of queries i0.. against keys j0..: s[i*lds + 0..nk), -inf where causality hides a key. */
-static void sdq__att_scores(const sdq__att *w, const float *q, const float *kp, size_t i0,
-                            size_t nq, size_t j0, size_t nk, float *s, size_t lds) {
-    const size_t c = w->heads * w->d;
-    size_t i, j;
-    sdq__gemm_small(w->k, q + i0 * c, c, 1, kp + j0 * w->d, w->d, s, lds, nq, nk, w->d, 0);
-    if (!w->causal || j0 + nk <= i0 + 1) return;
-    for (i = 0; i < nq; i++)
-        for (j = 0; j < nk; j++)
-            if (j0 + j > i0 + i) s[i * lds + j] = -INFINITY;
-}
-
-/* Of a query: the largest score so far, and the sum of the weights relative to it. */
-typedef struct sdq__att_state {
-    float m[SDQ__ATT_GROUP * SDQ__ATT_Q], l[SDQ__ATT_GROUP * SDQ__ATT_Q];
-} sdq__att_state;
-
-static void sdq__att_state_init(sdq__att_state *a) {
+static void sdq__att_begin(const sdq__att *w, sdq__att_panel *a, float *scratch, int thread) {
     size_t i;
-    for (i = 0; i < SDQ__ATT_GROUP * SDQ__ATT_Q; i++) { a->m[i] = -INFINITY; a->l[i] = 0.0f; }
+    a->thread = thread;
+    for (i = 0; i < SDQ__NR; i++) { a->m[i] = -INFINITY; a->l[i] = 0.0f; }
+    a->q = scratch;
+    a->y = scratch + SDQ__NR * sdq__u_round_up(w->d, 4);
 }
 
-/* nq queries from i0 on against nk keys from j on; s: room for their scores. */
-static void sdq__att_tile(const sdq__att *w, int thread, size_t head, size_t i0, size_t nq,
-                          size_t j, size_t nk, float *m, float *l, float *s) {
+/* Causality hides keys j.. of a tile from earlier queries i... */
+static void sdq__att_hide(float *s, size_t i, size_t j, size_t nk) {
+    size_t k, l;
+    for (k = 0; k < nk; k++)
+        for (l = 0; l < SDQ__NR; l++)
+            if (j + k > i + l) s[k * SDQ__NR + l] = -INFINITY;
+}
+
+/* The sums of values, relative to a new maximum. */
+static void sdq__att_rescale(const sdq__att *w, const sdq__att_panel *a) {
+    size_t i;
+    for (i = 0; i < SDQ__NR && a->alpha[i] == 1.0f; i++) {}
+    if (i == SDQ__NR) return;
+    for (i = 0; i < w->d; i++)
+        w->k->mul(a->y + i * SDQ__NR, a->y + i * SDQ__NR, a->alpha, SDQ__NR);
+}
+
+/* Queries i.. of a panel against nk keys from j on; key and v: of the head. */
+static void sdq__att_tile(const sdq__att *w, sdq__att_panel *a, const float *key, const float *v,
+                          size_t i, size_t j, size_t nk, float *s) {
     const size_t c = w->heads * w->d;
-    const size_t at = head / w->heads * w->tq * c + head % w->heads * w->d;
-    float *y = w->y + at + i0 * c, alpha[SDQ__ATT_Q];
     sdq_work was;
-    size_t i;
-    sdq__att_scores(w, w->q + at, w->kp + head * w->kp_size, i0, nq, j, nk, s, SDQ__ATT_K);
-    was = sdq__par_work(w->profile, thread, SDQ_WORK_SOFTMAX);
-    w->k->softmax_tile(s, SDQ__ATT_K, nq, nk, w->scale, m, l, alpha);
-    (void)sdq__par_work(w->profile, thread, was);
-    for (i = 0; j > 0 && i < nq; i++)
-        if (alpha[i] != 1.0f) w->k->scale(y + i * c, y + i * c, w->d, alpha[i]);
-    sdq__gemm_small(w->k, s, SDQ__ATT_K, 1, w->vp + head * w->vp_size + j * SDQ__NR, w->tk, y, c,
-                    nq, w->d, nk, j > 0);
+    sdq__gemm_small(w->k, key + j * c, c, 1, a->q, w->d, s, SDQ__NR, nk, SDQ__NR, w->d, 0);
+    if (w->causal) sdq__att_hide(s, i, j, nk);
+    was = sdq__par_work(w->profile, a->thread, SDQ_WORK_SOFTMAX);
+    w->k->softmax_cols(s, nk, w->scale, a->m, a->l, a->alpha);
+    (void)sdq__par_work(w->profile, a->thread, was);
+    if (j > 0) sdq__att_rescale(w, a);
+    sdq__gemm_small(w->k, v + j * c, 1, c, s, nk, a->y, SDQ__NR, w->d, SDQ__NR, nk, j > 0);
 }
 
-static void sdq__att_task(void *arg, size_t task, int thread) {
-    const sdq__att *w = (const sdq__att *)arg;
-    const size_t rows = SDQ__ATT_GROUP * SDQ__ATT_Q, groups = sdq__u_div_up(w->tq, rows);
-    const size_t c = w->heads * w->d, head = task / groups, i0 = task % groups * rows;
-    const size_t n = sdq__u_min(rows, w->tq - i0);
-    const size_t at = (head / w->heads * w->tq + i0) * c + head % w->heads * w->d;
-    float *s = w->scratch + (size_t)thread * w->scratch_size, *y = w->y + at;
-    sdq__att_state a;
+/* n queries of a panel: y[i][c] = the sums over their weights. */
+static void sdq__att_end(const sdq__att *w, const sdq__att_panel *a, float *y, float *lse,
+                         size_t n) {
     size_t i, j;
-    sdq__att_state_init(&a);
-    for (j = 0; j < w->tk; j += SDQ__ATT_K)
-        for (i = 0; i < n; i += SDQ__ATT_Q) {
-            const size_t nq = sdq__u_min(SDQ__ATT_Q, n - i);
-            const size_t tk = w->causal ? sdq__u_min(w->tk, i0 + i + nq) : w->tk;
-            if (j < tk)
-                sdq__att_tile(w, thread, head, i0 + i, nq, j, sdq__u_min(SDQ__ATT_K, tk - j),
-                              a.m + i, a.l + i, s);
-        }
     for (i = 0; i < n; i++) {
-        w->k->scale(y + i * c, y + i * c, w->d, 1.0f / a.l[i]);
-        if (w->lse) w->lse[head * w->tq + i0 + i] = a.m[i] + (float)log((double)a.l[i]);
+        const float inv = 1.0f / a->l[i];
+        for (j = 0; j < w->d; j++) y[i * w->heads * w->d + j] = a->y[j * SDQ__NR + i] * inv;
+        if (lse) lse[i] = a->m[i] + (float)log((double)a->l[i]);
     }
-}
-
-static int sdq__att_sizes(sdq_ctx *ctx, sdq__att *w) {
-    w->k = ctx->k;
-    w->kp_size = sdq__gemm_packed_count(w->tk, w->d);
-    w->vp_size = sdq__gemm_packed_count(w->d, w->tk);
-    w->scale = 1.0f / sqrtf((float)w->d);
-    w->kp = SDQ__PUSH_N(ctx, float, w->n * w->heads * w->kp_size);
-    w->vp = SDQ__PUSH_N(ctx, float, w->n * w->heads * w->vp_size);
-    w->scratch = SDQ__PUSH_N(ctx, float, (size_t)ctx->threads * w->scratch_size);
-    return w->kp && w->vp && w->scratch;
-}
-
-static void sdq__att_forward(sdq_ctx *ctx, sdq__att *w) {
-    const sdq_mark mark = sdq_arena_mark(ctx);
-    const sdq_work was = sdq__par_work(ctx->profile, 0, SDQ_WORK_ATTENTION);
-    w->profile = ctx->profile;
-    w->scratch_size = SDQ__ATT_Q * SDQ__ATT_K;
-    if (sdq__att_sizes(ctx, w)) {
-        sdq__par_for(ctx, w->n * w->heads, sdq__att_pack_task, w);
-        sdq__par_for(ctx, w->n * w->heads * sdq__u_div_up(w->tq, SDQ__ATT_GROUP * SDQ__ATT_Q),
-                     sdq__att_task, w);
-    }
-    sdq_arena_release(ctx, mark);
-    (void)sdq__par_work(ctx->profile, 0, was);
 }
 
 /* ---- the same with integer products -----------------------------------------------------------
@@ -3916,24 +3899,19 @@ typedef struct sdq__qatt {
     int bits;
     size_t size;                /* bytes of a number; a group of the product has 4 bytes */
     float key_most, value_most, weight_most;
-    char *kb, *vb;              /* [head][panel][group][32][4] */
-    float *ks, *vs;             /* scales of keys [head][panel][32] and of values' channels */
+    char *kb, *vb;              /* [head][token][group][4], [head][tile][channel][256] */
+    float *ks, *vs;             /* scales of keys [head][token], of values [head][channel] */
     float *kmid, *vmid;         /* [head][channel] */
     int32_t *ksum;              /* 8 bits: sums of keys; else NULL */
     struct sdq__qatt_block *block;
-    size_t kgroups, vgroups, kpanels, vpanels;
+    size_t kgroups, tiles;
 } sdq__qatt;
 
 #define SDQ__QATT_D 640         /* largest head */
 
-/* Scratch of a thread: packing a block of tokens, or the queries of a task. */
+/* Scratch of a thread: packing a group of tokens, or the queries of a panel. */
 typedef struct sdq__qatt_block {
-    float s[SDQ__ATT_Q * SDQ__ATT_K];
-    int16_t p[SDQ__ATT_Q * SDQ__ATT_K];                                 /* or bytes */
-    int16_t q[SDQ__ATT_GROUP * SDQ__ATT_Q * SDQ__QATT_D];
-    float qs[SDQ__ATT_GROUP * SDQ__ATT_Q], alpha[SDQ__ATT_Q], beta[SDQ__ATT_Q];
-    int32_t qz[SDQ__ATT_GROUP * SDQ__ATT_Q];
-    sdq__att_state a;
+    int16_t q[SDQ__NR * SDQ__QATT_D];                                   /* or bytes */
     float by[2][SDQ__QATT_D], plus[2][SDQ__QATT_D];     /* centering keys, values */
     float x[4 * SDQ__QATT_D];
     int16_t xq[4 * SDQ__QATT_D];                                        /* or bytes */
@@ -3978,33 +3956,33 @@ static void sdq__qatt_center(const sdq__att *f, const float *x, float *a, float 
     }
 }
 
-/* Key j of a head, centered: its column of the panels. */
-static void sdq__qatt_key(const sdq__qatt *w, size_t head, size_t j, const float *x, char *q) {
-    const size_t at = head * w->kpanels * SDQ__NR + j;
-    char *to = w->kb + (at / SDQ__NR * w->kgroups * SDQ__NR + j % SDQ__NR) * 4;
+/* Key j of a head, centered. */
+static void sdq__qatt_key(const sdq__qatt *w, size_t head, size_t j, const float *x) {
+    const size_t at = head * w->f->tk + j;
+    char *q = w->kb + at * w->kgroups * 4;
     size_t i;
     w->ks[at] = sdq__qatt_token(w, q, x);
-    for (i = 0; w->ksum && i < w->f->d; i++) w->ksum[at] += ((const int8_t *)q)[i];
-    for (i = 0; i < w->kgroups; i++) memcpy(to + i * SDQ__NR * 4, q + 4 * i, 4);
+    if (!w->ksum) return;
+    w->ksum[at] = 0;
+    for (i = 0; i < w->f->d; i++) w->ksum[at] += ((const int8_t *)q)[i];
 }
 
-/* n values of a head from j on, centered and scaled: a group of every panel. */
+/* n values of a head from j on, centered and scaled: a group of every channel. */
 static void sdq__qatt_value(const sdq__qatt *w, size_t head, size_t j, size_t n, const float *x,
                             char *q) {
-    const size_t d = w->f->d, size = w->size, per = 4 / size;
-    char *to = w->vb + (head * w->vpanels * w->vgroups + j / per) * SDQ__NR * 4;
-    size_t p, c, l;
+    const size_t d = w->f->d, size = w->size, per = 4 / size, row = SDQ__ATT_K * size;
+    char *to = w->vb + (head * w->tiles + j / SDQ__ATT_K) * d * row + j % SDQ__ATT_K * size;
+    size_t c, l;
     for (l = 0; l < per; l++) {
         if (l < n) sdq__qatt_round(w, q + l * d * size, x + l * d, 1.0f, w->value_most);
         else memset(q + l * d * size, 0, d * size);
     }
-    for (p = 0; p < d; p += SDQ__NR, to += w->vgroups * SDQ__NR * 4)
-        for (c = 0; c < SDQ__NR && p + c < d; c++)
-            for (l = 0; l < per; l++) {
-                const char *from = q + (l * d + p + c) * size;
-                if (size == 1) to[4 * c + l] = *from;
-                else memcpy(to + 4 * c + 2 * l, from, 2);
-            }
+    for (c = 0; c < d; c++, to += row)
+        for (l = 0; l < per; l++) {
+            const char *from = q + (l * d + c) * size;
+            if (size == 1) to[l] = *from;
+            else memcpy(to + 2 * l, from, 2);
+        }
 }
 
 static void sdq__qatt_pack_task(void *arg, size_t head, int thread) {
@@ -4015,13 +3993,13 @@ static void sdq__qatt_pack_task(void *arg, size_t head, int thread) {
     sdq__qatt_block *s = w->block + thread;
     size_t j, i;
     sdq__qatt_center(f, f->key + at, s->by[0], s->plus[0], NULL, w->key_most, w->kmid + head * d);
-    sdq__qatt_center(f, f->v + at, s->by[1], s->plus[1], w->vs + head * w->vpanels * SDQ__NR,
-                     w->value_most, w->vmid + head * d);
+    sdq__qatt_center(f, f->v + at, s->by[1], s->plus[1], w->vs + head * d, w->value_most,
+                     w->vmid + head * d);
     for (j = 0; j < f->tk; j += per) {
         const size_t n = sdq__u_min(per, f->tk - j);
         for (i = 0; i < n; i++) {
             f->k->affine(s->x, f->key + at + (j + i) * c, s->by[0], s->plus[0], d);
-            sdq__qatt_key(w, head, j + i, s->x, (char *)s->xq);
+            sdq__qatt_key(w, head, j + i, s->x);
         }
         for (i = 0; i < n; i++)
             f->k->affine(s->x + i * d, f->v + at + (j + i) * c, s->by[1], s->plus[1], d);
@@ -4029,123 +4007,142 @@ static void sdq__qatt_pack_task(void *arg, size_t head, int thread) {
     }
 }
 
-/* y[m][n] (+)= (scale of row) (scale of column) a b. In t are b, quads, wsum, sw, y, ldy, more;
- * a has rows of lda bytes; panel: bytes from one panel of b to the next. */
-static void sdq__qatt_product(const sdq__qatt *w, sdq__qtile t, const void *a, size_t lda,
-                              size_t panel, const float *s, const int32_t *z, size_t m, size_t n) {
+/* y[m][32] (+)= (scale of row) (scale of column) a b: a has rows of lda bytes, scales s and, of
+ * 8-bit keys, sums z. In t is what belongs to the columns. */
+static void sdq__qatt_product(const sdq__qatt *w, sdq__qtile t, const char *a, size_t lda,
+                              const float *s, const int32_t *z, size_t m) {
     const uint8_t *row[SDQ__MR];
     float *y = t.y;
-    size_t p, i, r;
+    size_t i, r;
     t.taps = 1;
     t.seg = t.quads;
+    t.nr = t.ldy = SDQ__NR;
     t.a = row;
-    for (p = 0; p < n; p += SDQ__NR, t.b += panel, t.sw += SDQ__NR) {
-        t.nr = sdq__u_min(SDQ__NR, n - p);
-        for (i = 0; i < m; i += SDQ__MR) {
-            t.mr = sdq__u_min(SDQ__MR, m - i);
-            for (r = 0; r < t.mr; r++) row[r] = (const uint8_t *)a + (i + r) * lda;
-            t.s = s + i;
-            t.z = z + i;
-            t.y = y + i * t.ldy + p;
-            if (w->bits == 8) w->f->k->gemm_u8s8(&t);
-            else w->f->k->gemm_s16(&t);
-        }
-        if (t.wsum) t.wsum += SDQ__NR;
+    for (i = 0; i < m; i += SDQ__MR) {
+        t.mr = sdq__u_min(SDQ__MR, m - i);
+        for (r = 0; r < t.mr; r++) row[r] = (const uint8_t *)a + (i + r) * lda;
+        t.s = s + i;
+        t.z = z ? z + i : NULL;
+        t.y = y + i * SDQ__NR;
+        if (w->bits == 8) w->f->k->gemm_s8u8(&t);
+        else w->f->k->gemm_s16(&t);
     }
 }
 
-/* n queries of a task, in integers. */
-static void sdq__qatt_queries(const sdq__qatt *w, sdq__qatt_block *b, const float *q, size_t n) {
+/* n queries of a panel in integers: groups of 4 bytes, [group][32][4]. */
+static void sdq__qatt_queries(const sdq__qatt *w, sdq__att_panel *a, const float *q, size_t n,
+                              int thread) {
     const size_t c = w->f->heads * w->f->d, ld = 4 * w->kgroups;
-    size_t i;
+    char *from = (char *)w->block[thread].q, *to = (char *)a->q;
+    size_t i, g;
+    memset(to, 0, ld * SDQ__NR);
+    memset(a->qz, 0, sizeof a->qz);
+    for (i = 0; i < SDQ__NR; i++) a->qs[i] = 0.0f;
     if (w->bits == 8) {
-        memset(b->q, 0, n * ld);
-        w->f->k->quantize_rows((uint8_t *)b->q, ld, q, c, n, w->f->d, b->qs, b->qz, 1);
-    } else {
-        for (i = 0; i < n; i++) b->qs[i] = sdq__qatt_token(w, (char *)b->q + i * ld, q + i * c);
+        memset(from, 0, n * ld);
+        w->f->k->quantize_rows((uint8_t *)from, ld, q, c, n, w->f->d, a->qs, a->qz, 1);
+    }
+    for (i = 0; i < n; i++, from += ld) {
+        if (w->bits == 16) a->qs[i] = sdq__qatt_token(w, from, q + i * c);
+        for (g = 0; g < w->kgroups; g++) memcpy(to + (g * SDQ__NR + i) * 4, from + 4 * g, 4);
     }
 }
 
-/* Scores of nq queries of the task, from i on, against nk keys from j on, to b->s. */
-static void sdq__qatt_scores(const sdq__qatt *w, sdq__qatt_block *b, size_t head, size_t i,
-                             size_t nq, size_t j, size_t nk) {
-    const size_t at = head * w->kpanels * SDQ__NR + j, ld = 4 * w->kgroups;
-    sdq__qtile t;
-    memset(&t, 0, sizeof t);
-    t.quads = w->kgroups;
-    t.b = (const int8_t *)w->kb + at * w->kgroups * 4;
-    t.sw = w->ks + at;
-    t.wsum = w->ksum ? w->ksum + at : NULL;
-    t.y = b->s;
-    t.ldy = SDQ__ATT_K;
-    sdq__qatt_product(w, t, (const char *)b->q + i * ld, ld, ld * SDQ__NR, b->qs + i, b->qz + i, nq,
-                      nk);
-}
-
-/* The weights of these scores, to b->p; after the last of them zeros up to a whole group. */
-static void sdq__qatt_weights(const sdq__qatt *w, sdq__qatt_block *b, size_t i, size_t nq,
-                              size_t nk) {
+/* The queries of a panel against nk keys from j on; s: scores, then weights. */
+static void sdq__qatt_tile(const sdq__qatt *w, sdq__att_panel *a, size_t head, size_t j, size_t nk,
+                           float *s) {
     const struct sdq__kernels *k = w->f->k;
-    const size_t per = 4 / w->size, pad = sdq__u_round_up(nk, per) - nk;
-    float *m = b->a.m + i, *l = b->a.l + i;
-    if (w->bits == 8)
-        k->softmax_tile_u8((uint8_t *)b->p, SDQ__ATT_K, b->s, SDQ__ATT_K, nq, nk, w->f->scale, m, l,
-                           b->alpha, b->beta);
-    else k->softmax_tile_s16(b->p, SDQ__ATT_K, b->s, SDQ__ATT_K, nq, nk, w->f->scale, m, l,
-                             b->alpha, b->beta);
-    for (i = 0; pad && i < nq; i++)
-        memset((char *)b->p + (i * SDQ__ATT_K + nk) * w->size, 0, pad * w->size);
-}
-
-/* y += the weights of nk keys from j on, times b->beta, times their values. */
-static void sdq__qatt_sum(const sdq__qatt *w, sdq__qatt_block *b, size_t head, float *y, size_t nq,
-                          size_t j, size_t nk) {
+    const size_t key = head * w->f->tk + j, d = w->f->d, row = SDQ__ATT_K * w->size;
+    void *p = s + SDQ__ATT_K * SDQ__NR;
+    sdq_work was;
     sdq__qtile t;
     memset(&t, 0, sizeof t);
+    t.b = (const int8_t *)a->q;
+    t.quads = w->kgroups;
+    t.sw = a->qs;
+    t.wsum = w->ksum ? a->qz : NULL;
+    t.y = s;
+    sdq__qatt_product(w, t, w->kb + key * w->kgroups * 4, w->kgroups * 4, w->ks + key,
+                      w->ksum ? w->ksum + key : NULL, nk);
+    was = sdq__par_work(w->f->profile, a->thread, SDQ_WORK_SOFTMAX);
+    if (w->bits == 8)
+        k->softmax_cols_u8((uint8_t *)p, s, nk, w->f->scale, a->m, a->l, a->alpha, a->beta);
+    else k->softmax_cols_s16((int16_t *)p, s, nk, w->f->scale, a->m, a->l, a->alpha, a->beta);
+    (void)sdq__par_work(w->f->profile, a->thread, was);
+    if (j > 0) sdq__att_rescale(w->f, a);
+    t.b = (const int8_t *)p;
     t.quads = sdq__u_div_up(nk * w->size, 4);
-    t.b = (const int8_t *)w->vb + (head * w->vpanels * w->vgroups + j * w->size / 4) * SDQ__NR * 4;
-    t.sw = w->vs + head * w->vpanels * SDQ__NR;
-    t.y = y;
-    t.ldy = w->f->heads * w->f->d;
+    t.sw = a->beta;
+    t.wsum = NULL;
+    t.y = a->y;
     t.more = j > 0;
-    sdq__qatt_product(w, t, b->p, SDQ__ATT_K * w->size, w->vgroups * SDQ__NR * 4, b->beta, b->qz,
-                      nq, w->f->d);
+    sdq__qatt_product(w, t, w->vb + (head * w->tiles + j / SDQ__ATT_K) * d * row, row,
+                      w->vs + head * d, NULL, d);
 }
 
-static void sdq__qatt_task(void *arg, size_t task, int thread) {
-    const sdq__qatt *w = (const sdq__qatt *)arg;
-    const sdq__att *f = w->f;
-    const struct sdq__kernels *k = f->k;
-    const size_t rows = SDQ__ATT_GROUP * SDQ__ATT_Q, groups = sdq__u_div_up(f->tq, rows);
-    const size_t d = f->d, c = f->heads * d, head = task / groups, i0 = task % groups * rows;
-    const size_t n = sdq__u_min(rows, f->tq - i0);
-    const size_t at = (head / f->heads * f->tq + i0) * c + head % f->heads * d;
-    sdq__qatt_block *b = w->block + thread;
-    float *y = f->y + at;
-    sdq_work was;
-    size_t i, j, r;
-    sdq__att_state_init(&b->a);
-    sdq__qatt_queries(w, b, f->q + at, n);
-    for (j = 0; j < f->tk; j += SDQ__ATT_K)
-        for (i = 0; i < n; i += SDQ__ATT_Q) {
-            const size_t nk = sdq__u_min(SDQ__ATT_K, f->tk - j), nq = sdq__u_min(SDQ__ATT_Q, n - i);
-            sdq__qatt_scores(w, b, head, i, nq, j, nk);
-            was = sdq__par_work(f->profile, thread, SDQ_WORK_SOFTMAX);
-            sdq__qatt_weights(w, b, i, nq, nk);
-            (void)sdq__par_work(f->profile, thread, was);
-            for (r = 0; j > 0 && r < nq; r++)
-                if (b->alpha[r] != 1.0f)
-                    k->scale(y + (i + r) * c, y + (i + r) * c, d, b->alpha[r]);
-            sdq__qatt_sum(w, b, head, y + i * c, nq, j, nk);
-        }
+/* What centering took away: the middle of the values; lse is of the scores before. */
+static void sdq__qatt_end(const sdq__qatt *w, const sdq__att_panel *a, size_t head, const float *q,
+                          float *y, float *lse, size_t n) {
+    const size_t d = w->f->d, c = w->f->heads * d;
+    const float *kmid = w->kmid + head * d, *vmid = w->vmid + head * d;
+    size_t i;
     for (i = 0; i < n; i++) {
-        k->scale(y + i * c, y + i * c, d, 1.0f / b->a.l[i]);
-        k->add(y + i * c, y + i * c, w->vmid + head * d, d);
+        w->f->k->add(y + i * c, y + i * c, vmid, d);
+        if (lse)
+            lse[i] = fmaf(w->f->scale, w->f->k->dot(q + i * c, kmid, d), a->m[i])
+                   + (float)log((double)(a->l[i] / w->weight_most));
     }
-    for (i = 0; f->lse && i < n; i++)       /* of the scores before the keys were centered */
-        f->lse[head * f->tq + i0 + i] =
-            fmaf(f->scale, k->dot(f->q + at + i * c, w->kmid + head * d, d), b->a.m[i])
-            + (float)log((double)(b->a.l[i] / w->weight_most));
+}
+
+/* ---- forward ---- */
+
+static void sdq__att_task(void *arg, size_t task, int thread) {
+    const sdq__att *w = (const sdq__att *)arg;
+    const size_t rows = SDQ__ATT_PANELS * SDQ__NR, groups = sdq__u_div_up(w->tq, rows);
+    const size_t c = w->heads * w->d, head = task / groups, i0 = task % groups * rows;
+    const size_t n = sdq__u_min(rows, w->tq - i0), in_c = head % w->heads * w->d;
+    const size_t at = (head / w->heads * w->tq + i0) * c + in_c;
+    const size_t from = head / w->heads * w->tk * c + in_c;
+    float *s = w->scratch + (size_t)thread * w->scratch_size, *more = s + 2 * SDQ__ATT_K * SDQ__NR;
+    sdq__att_panel a[SDQ__ATT_PANELS];
+    size_t i, j;
+    for (i = 0; i < n; i += SDQ__NR, more += 2 * SDQ__NR * sdq__u_round_up(w->d, 4)) {
+        const float *q = w->q + at + i * c;
+        const size_t nq = sdq__u_min(SDQ__NR, n - i);
+        sdq__att_begin(w, &a[i / SDQ__NR], more, thread);
+        if (w->ints) sdq__qatt_queries(w->ints, &a[i / SDQ__NR], q, nq, thread);
+        else sdq__gemm_pack_t(a[i / SDQ__NR].q, q, c, nq, w->d);
+    }
+    for (j = 0; j < w->tk; j += SDQ__ATT_K)
+        for (i = 0; i < n; i += SDQ__NR) {
+            const size_t tk = w->causal ? sdq__u_min(w->tk, i0 + i + SDQ__NR) : w->tk;
+            const size_t nk = j < tk ? sdq__u_min(SDQ__ATT_K, tk - j) : 0;
+            if (nk > 0 && w->ints) sdq__qatt_tile(w->ints, &a[i / SDQ__NR], head, j, nk, s);
+            else if (nk > 0)
+                sdq__att_tile(w, &a[i / SDQ__NR], w->key + from, w->v + from, i0 + i, j, nk, s);
+        }
+    for (i = 0; i < n; i += SDQ__NR) {
+        float *y = w->y + at + i * c, *lse = w->lse ? w->lse + head * w->tq + i0 + i : NULL;
+        const size_t nq = sdq__u_min(SDQ__NR, n - i);
+        sdq__att_end(w, &a[i / SDQ__NR], y, lse, nq);
+        if (w->ints)
+            sdq__qatt_end(w->ints, &a[i / SDQ__NR], head, w->q + at + i * c, y, lse, nq);
+    }
+}
+
+static void sdq__att_forward(sdq_ctx *ctx, sdq__att *w) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    const sdq_work was = sdq__par_work(ctx->profile, 0, SDQ_WORK_ATTENTION);
+    w->profile = ctx->profile;
+    w->k = ctx->k;
+    w->scale = 1.0f / sqrtf((float)w->d);
+    w->scratch_size = sdq__att_scratch(w);
+    w->scratch = SDQ__PUSH_N(ctx, float, (size_t)ctx->threads * w->scratch_size);
+    if (w->scratch)
+        sdq__par_for(ctx, w->n * w->heads * sdq__u_div_up(w->tq, SDQ__ATT_PANELS * SDQ__NR),
+                     sdq__att_task, w);
+    sdq_arena_release(ctx, mark);
+    (void)sdq__par_work(ctx->profile, 0, was);
 }
 
 static void sdq__qatt_forward(sdq_ctx *ctx, sdq__att *f, int bits) {
@@ -4156,33 +4153,50 @@ static void sdq__qatt_forward(sdq_ctx *ctx, sdq__att *f, int bits) {
     memset(&w, 0, sizeof w);
     w.f = f;
     f->k = ctx->k;
-    f->profile = ctx->profile;
-    f->scale = 1.0f / sqrtf((float)f->d);
     w.bits = bits;
     w.size = (size_t)bits / 8;
     w.key_most = bits == 8 ? 127.0f : sdq__qatt_most(f->d);
     w.value_most = bits == 8 ? 127.0f : 4095.0f;
     w.weight_most = bits == 8 ? 255.0f : 2048.0f;
     w.kgroups = sdq__u_div_up(f->d * w.size, 4);
-    w.vgroups = sdq__u_div_up(f->tk * w.size, 4);
-    w.kpanels = sdq__gemm_panels(f->tk);
-    w.vpanels = sdq__gemm_panels(f->d);
-    w.kb = SDQ__PUSH_N(ctx, char, heads * w.kpanels * w.kgroups * SDQ__NR * 4);
-    w.vb = SDQ__PUSH_N(ctx, char, heads * w.vpanels * w.vgroups * SDQ__NR * 4);
-    w.ks = SDQ__PUSH_N(ctx, float, heads * w.kpanels * SDQ__NR);
-    w.vs = SDQ__PUSH_N(ctx, float, heads * w.vpanels * SDQ__NR);
+    w.tiles = sdq__u_div_up(f->tk, SDQ__ATT_K);
+    w.kb = SDQ__PUSH_N(ctx, char, heads * f->tk * w.kgroups * 4);
+    w.vb = SDQ__PUSH_N(ctx, char, heads * w.tiles * f->d * SDQ__ATT_K * w.size);
+    w.ks = SDQ__PUSH_N(ctx, float, heads * f->tk);
+    w.vs = SDQ__PUSH_N(ctx, float, heads * f->d);
     w.kmid = SDQ__PUSH_N(ctx, float, heads * f->d);
     w.vmid = SDQ__PUSH_N(ctx, float, heads * f->d);
-    if (bits == 8) w.ksum = SDQ__PUSH_N(ctx, int32_t, heads * w.kpanels * SDQ__NR);
+    if (bits == 8) w.ksum = SDQ__PUSH_N(ctx, int32_t, heads * f->tk);
     w.block = SDQ__PUSH_N(ctx, sdq__qatt_block, (size_t)ctx->threads);
     if (ctx->status == SDQ_OK) {
-        if (w.ksum) memset(w.ksum, 0, heads * w.kpanels * SDQ__NR * sizeof *w.ksum);
         sdq__par_for(ctx, heads, sdq__qatt_pack_task, &w);
-        sdq__par_for(ctx, heads * sdq__u_div_up(f->tq, SDQ__ATT_GROUP * SDQ__ATT_Q), sdq__qatt_task,
-                     &w);
+        f->ints = &w;
+        sdq__att_forward(ctx, f);
+        f->ints = NULL;
     }
     sdq_arena_release(ctx, mark);
     (void)sdq__par_work(ctx->profile, 0, was);
+}
+
+/* ---- backward ---- */
+
+static void sdq__att_pack_task(void *arg, size_t task, int thread) {
+    const sdq__att *w = (const sdq__att *)arg;
+    const size_t c = w->heads * w->d, at = task / w->heads * w->tk * c + task % w->heads * w->d;
+    (void)thread;
+    sdq__gemm_pack_t(w->kp + task * w->kp_size, w->key + at, c, w->tk, w->d);
+}
+
+/* Scores of queries i0.. against keys j0..: s[i*lds + 0..nk), -inf where causality hides a key. */
+static void sdq__att_scores(const sdq__att *w, const float *q, const float *kp, size_t i0,
+                            size_t nq, size_t j0, size_t nk, float *s, size_t lds) {
+    const size_t c = w->heads * w->d;
+    size_t i, j;
+    sdq__gemm_small(w->k, q + i0 * c, c, 1, kp + j0 * w->d, w->d, s, lds, nq, nk, w->d, 0);
+    if (!w->causal || j0 + nk <= i0 + 1) return;
+    for (i = 0; i < nq; i++)
+        for (j = 0; j < nk; j++)
+            if (j0 + j > i0 + i) s[i * lds + j] = -INFINITY;
 }
 
 /* Backward of one head, with P = exp(S scale - lse), D_i = sum(dy_i y_i), dP = dy V^T:
@@ -4195,7 +4209,8 @@ static void sdq__att_bwd_task(void *arg, size_t head, int thread) {
     const size_t ak = head / w->heads * w->tk * c + head % w->heads * d;
     const size_t qn = sdq__gemm_packed_count(d, w->tq);
     float *qp = w->scratch + (size_t)thread * w->scratch_size, *dyp = qp + qn, *kr = dyp + qn;
-    float *vt = kr + w->vp_size, *s = vt + w->kp_size, *dp = s + SDQ__ATT_Q * SDQ__ATT_BK;
+    float *vt = kr + sdq__gemm_packed_count(d, w->tk), *s = vt + w->kp_size;
+    float *dp = s + SDQ__ATT_BQ * SDQ__ATT_BK;
     const float *lse = w->lse + head * w->tq;
     const float *kp = w->kp + head * w->kp_size;
     size_t i0, j0, i;
@@ -4205,8 +4220,8 @@ static void sdq__att_bwd_task(void *arg, size_t head, int thread) {
     sdq__gemm_pack_t(vt, w->v + ak, c, w->tk, d);
     for (j0 = 0; j0 < w->tk; j0 += SDQ__ATT_BK) {
         const size_t nk = sdq__u_min(SDQ__ATT_BK, w->tk - j0);
-        for (i0 = 0; i0 < w->tq; i0 += SDQ__ATT_Q) {
-            const size_t nq = sdq__u_min(SDQ__ATT_Q, w->tq - i0);
+        for (i0 = 0; i0 < w->tq; i0 += SDQ__ATT_BQ) {
+            const size_t nq = sdq__u_min(SDQ__ATT_BQ, w->tq - i0);
             if (w->causal && j0 > i0 + nq - 1) continue;
             sdq__att_scores(w, w->q + aq, kp, i0, nq, j0, nk, s, SDQ__ATT_BK);
             sdq__gemm_small(w->k, w->dy + aq + i0 * c, c, 1, vt + j0 * d, d, dp, SDQ__ATT_BK,
@@ -4232,9 +4247,14 @@ static void sdq__att_backward(sdq_ctx *ctx, sdq__att *w) {
     const size_t c = w->heads * w->d;
     size_t e, h, i;
     w->scratch_size = 2 * sdq__gemm_packed_count(w->d, w->tq) + sdq__gemm_packed_count(w->d, w->tk)
-                    + sdq__gemm_packed_count(w->tk, w->d) + 2 * SDQ__ATT_Q * SDQ__ATT_BK;
+                    + sdq__gemm_packed_count(w->tk, w->d) + 2 * SDQ__ATT_BQ * SDQ__ATT_BK;
+    w->k = ctx->k;
+    w->scale = 1.0f / sqrtf((float)w->d);
+    w->kp_size = sdq__gemm_packed_count(w->tk, w->d);
+    w->kp = SDQ__PUSH_N(ctx, float, w->n * w->heads * w->kp_size);
+    w->scratch = SDQ__PUSH_N(ctx, float, (size_t)ctx->threads * w->scratch_size);
     w->delta = SDQ__PUSH_N(ctx, float, w->n * w->heads * w->tq);
-    if (w->delta && sdq__att_sizes(ctx, w)) {
+    if (w->kp && w->scratch && w->delta) {
         for (e = 0; e < w->n; e++)
             for (h = 0; h < w->heads; h++)
                 for (i = 0; i < w->tq; i++) {
@@ -4678,9 +4698,8 @@ SDQ_API sdq_tensor *sdq_softmax(sdq_ctx *ctx, sdq_tensor *x) {
     rows = sdq__t_rows(x);
     memcpy(y->data, x->data, rows * c * sizeof(float));
     for (r = 0; r < rows; r++) {
-        float m = -INFINITY, l = 0.0f, alpha, *row = sdq_f32(y) + r * c;
-        ctx->k->softmax_tile(row, c, 1, c, 1.0f, &m, &l, &alpha);
-        ctx->k->scale(row, row, c, 1.0f / l);
+        float *row = sdq_f32(y) + r * c;
+        ctx->k->scale(row, row, c, 1.0f / ctx->k->softmax(row, c));
     }
     (void)sdq__tape_push(ctx, sdq__op_softmax_back, y, x, NULL, NULL, NULL);
     return y;
@@ -6197,11 +6216,11 @@ static void sdq__ly_state(void *user, float *v, int load) {
         if (load) { *range[2 * i] = v[0]; *range[2 * i + 1] = v[1]; *seen[i] = v[2] != 0.0f; }
         else { v[0] = *range[2 * i]; v[1] = *range[2 * i + 1]; v[2] = *seen[i] ? 1.0f : 0.0f; }
     }
-    for (i = 0; load && i < 2; i++) {           /* the scales follow from the ranges */
+    for (i = 0; load && i < 2; i++) {           /* zero point and scale follow from the range */
         const sdq__qparam q = sdq__q_from_range(l->part[i].mn, l->part[i].mx);
-        if (!l->part[i].seen || l->part[i].s.needs_grad) continue;      /* learned: a leaf */
-        sdq_f32(&l->part[i].s)[0] = q.s;
+        if (!l->part[i].seen) continue;
         l->part[i].z = q.z;
+        if (!l->part[i].s.needs_grad) sdq_f32(&l->part[i].s)[0] = q.s;  /* learned: a leaf */
     }
     if (!l->w_mn) return;
     memcpy(load ? l->w_mn : v, load ? v : l->w_mn, l->out * sizeof(float));
@@ -10852,8 +10871,9 @@ typedef struct sdq__leaf {
     float *scale;               /*   with scales [block][2] */
     float lr_scale, floor;
     int decay;
-    sdq__state_fn state;        /* values that are only kept, such as observers: no moments */
+    sdq__state_fn state;        /* values that are only kept, such as ranges: no moments */
     void *user;
+    int moving;                 /* kept ones that change from step to step */
 } sdq__leaf;
 
 struct sdq_optim {
@@ -10863,6 +10883,7 @@ struct sdq_optim {
     double norm, rate;
     double mean, best;          /* running mean of the loss; lowest validation loss, its step */
     size_t best_step;
+    char *of;                   /* "key=value ..": what is trained, for the state; NULL: not told */
 };
 
 SDQ_API sdq_status sdq_optim_create(sdq_ctx *ctx, const sdq_optim_desc *desc, sdq_optim **out) {
@@ -10915,6 +10936,7 @@ SDQ_API void sdq_optim_free(sdq_ctx *ctx, sdq_optim *o) {
         sdq__opt_leaf_free(ctx, l);
     }
     sdq__free(ctx, o->leaf);
+    sdq__free(ctx, o->of);
     sdq__free(ctx, o);
 }
 
@@ -10953,11 +10975,13 @@ SDQ_API sdq_status sdq_optim_add(sdq_ctx *ctx, sdq_optim *o, sdq_tensor *t, cons
     return SDQ_OK;
 }
 
-/* n values that go into the state file and come back from it, untrained. */
+/* n values that go into the state file and come back from it, untrained.
+ *   moving   observers that go on: the processes of a group join them after every step */
 static sdq_status sdq__opt_add_state(sdq_ctx *ctx, sdq_optim *o, const char *name, size_t n,
-                                     sdq__state_fn fn, void *user) {
+                                     sdq__state_fn fn, void *user, int moving) {
     sdq__leaf l;
     memset(&l, 0, sizeof l);
+    l.moving = moving;
     if (!sdq__grow(ctx, (void **)(void *)&o->leaf, &o->cap, o->count + 1, sizeof l))
         return ctx->status;
     l.state = fn;
@@ -11139,8 +11163,8 @@ SDQ_API void sdq_optim_swap_ema(sdq_optim *o) {
     }
 }
 
-/* ---- state files: weight/NAME, its moments m/ and v/, or m8/, v8/ and their scales, ema/, and
- * the step ---- */
+/* ---- state files: weight/NAME, its moments m/ and v/, or m8/, v8/ and their scales, ema/, the
+ * step, and of what model and recipe ---- */
 
 typedef struct sdq__opt_slot { const char *kind; sdq_dtype dtype; void *data; } sdq__opt_slot;
 
@@ -11225,7 +11249,7 @@ SDQ_API sdq_status sdq_optim_save(sdq_ctx *ctx, const sdq_optim *o, const char *
     sdq_entry *e = SDQ__PUSH_N(ctx, sdq_entry, arrays + 1);
     char *names = SDQ__PUSH_N(ctx, char, (arrays + 1) * 256), step[32], fit[SDQ__OPT_FIT];
     sdq__opt_slot slot[7];
-    sdq_pair meta[2];
+    sdq_pair meta[3];
     sdq_status st = ctx->status;
     size_t i, k, n = 0;
     if (e && names) {
@@ -11242,7 +11266,8 @@ SDQ_API sdq_status sdq_optim_save(sdq_ctx *ctx, const sdq_optim *o, const char *
         sdq__opt_put_fit(o, fit);
         meta[0].key = "step"; meta[0].value = step;
         meta[1].key = "fit"; meta[1].value = fit;
-        st = sdq_file_write(ctx, path, e, n, meta, 2);
+        meta[2].key = "of"; meta[2].value = o->of;
+        st = sdq_file_write(ctx, path, e, n, meta, o->of ? 3 : 2);
     }
     sdq_arena_release(ctx, mark);
     return st;
@@ -11257,6 +11282,20 @@ static int sdq__opt_parse_step(const char *text, size_t *step) {
     return i > 0 && text[i] == 0;
 }
 
+/* Is the state that of this model and recipe? If not, the first word that differs tells why. */
+static sdq_status sdq__opt_check_of(sdq_ctx *ctx, const sdq_optim *o, const char *path,
+                                    const char *of) {
+    const char *here = o->of ? o->of : "nothing is said of it", *there = of ? of : "unknown";
+    size_t i, first = 0;
+    if (strcmp(here, there) == 0 || (!o->of && !of)) return SDQ_OK;
+    for (i = 0; here[i] && here[i] == there[i]; i++)
+        if (here[i] == ' ') first = i + 1;
+    return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: is the state of another model or recipe: %.*s there,"
+                     " %.*s here; use another state file or delete it", path,
+                     (int)strcspn(there + first, " "), there + first,
+                     (int)strcspn(here + first, " "), here + first);
+}
+
 SDQ_API sdq_status sdq_optim_load(sdq_ctx *ctx, sdq_optim *o, const char *path) {
     const size_t arrays = sdq__opt_arrays(o);
     sdq_file *f = NULL;
@@ -11268,8 +11307,14 @@ SDQ_API sdq_status sdq_optim_load(sdq_ctx *ctx, sdq_optim *o, const char *path) 
     char name[256];
     if (st != SDQ_OK) return st;
     text = sdq_file_meta(f, "step");
-    if (!text || !sdq__opt_parse_step(text, &step) || sdq_file_count(f) != arrays
+    if (!text || !sdq__opt_parse_step(text, &step)
         || !sdq__opt_get_fit(sdq_file_meta(f, "fit"), &fit)) {
+        st = sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: is not the state of a training; use another state"
+                       " file or delete it", path);
+        goto done;
+    }
+    SDQ__TRY_DONE(sdq__opt_check_of(ctx, o, path, sdq_file_meta(f, "of")));
+    if (sdq_file_count(f) != arrays) {
         st = sdq__fail(ctx, SDQ_ERR_FORMAT,
                        "%s: is not the state of this training (%zu arrays, expected %zu);"
                        " use another state file or delete it",
@@ -11454,7 +11499,7 @@ static sdq_status sdq__opt_reduce_gradients(sdq_ctx *ctx, const sdq_group *g, sd
     sdq_arena_release(ctx, mark);
     for (i = 0; i < o->count && ctx->status == SDQ_OK; i++) {
         sdq__leaf *l = &o->leaf[i];
-        if (!l->state) continue;
+        if (!l->moving) continue;
         l->state(l->user, sdq_f32(l->t), 0);
         SDQ__TRY(sdq__opt_reduce_range(ctx, g, l->name, sdq_f32(l->t), sdq_tensor_count(l->t)));
         l->state(l->user, sdq_f32(l->t), 1);
@@ -11680,13 +11725,22 @@ static sdq_status sdq__opt_stopped(sdq_ctx *ctx, const sdq_optim *o) {
     return sdq__fail(ctx, SDQ_ERR_CANCELLED, "training: cancelled after step %zu", o->step);
 }
 
+/* From the state file; or write it at once: a disk that is full or a folder that is not there shows
+ * before the work, and what was calibrated is kept. */
+static sdq_status sdq__opt_resume(sdq_ctx *ctx, sdq__opt_loop *r) {
+    const char *path = r->d->state;
+    const int there = path && sdq__io_exists(path);
+    if (there) SDQ__TRY(sdq_optim_load(ctx, r->o, path));
+    SDQ__TRY(sdq__opt_agree(ctx, r->d->group, r->o));
+    return there ? SDQ_OK : sdq__opt_checkpoint(ctx, r);
+}
+
 static sdq_status sdq__opt_begin(sdq_ctx *ctx, sdq__opt_loop *r) {
     const sdq_fit_desc *d = r->d;
     int then;
     if (ctx->status != SDQ_OK) return ctx->status;
-    if (d->state && sdq__io_exists(d->state)) SDQ__TRY(sdq_optim_load(ctx, r->o, d->state));
+    SDQ__TRY(sdq__opt_resume(ctx, r));
     if (d->best && r->o->best < HUGE_VAL && !sdq__io_exists(d->best)) r->o->best = HUGE_VAL;
-    SDQ__TRY(sdq__opt_agree(ctx, d->group, r->o));
     sdq_optim_zero(r->o);
     if (r->o->step > 0 || !d->validate_every || !d->validate) return SDQ_OK;
     SDQ__TRY(sdq__opt_validate(ctx, r));
@@ -17809,29 +17863,67 @@ static sdq_status sdq__ds_add_deltas(sdq_ctx *ctx, sdq_optim *o, sdq_model *m, s
     return SDQ_OK;
 }
 
+static void sdq__ds_bias(void *user, float *v, int load) {
+    const sdq_layer *l = (const sdq_layer *)user;
+    float *b = sdq_f32(&l->b);
+    memcpy(load ? b : v, load ? v : b, l->out * sizeof(float));
+}
+/* What calibration made goes into the state as well, so that a run that goes on need not calibrate:
+ * ranges, and corrected biases that are not trained. */
+static sdq_status sdq__ds_add_calibrated(sdq_ctx *ctx, sdq_optim *o, sdq_model *m,
+                                         const sdq_recipe *r) {
+    char name[256];
+    size_t i;
+    for (i = 0; i < m->layers; i++) {
+        sdq_layer *l = m->layer[i];
+        if (!l->quant.enabled) continue;
+        if (l->quant.weight_scale == SDQ_WEIGHT_MOVING && !l->w_mn)
+            SDQ__TRY(sdq__ly_with_weights(ctx, l, sdq__ly_observe_weights));
+        if (l->quant.weight_scale == SDQ_WEIGHT_FIXED)      /* of the weights as they are now */
+            SDQ__TRY(sdq__ly_with_weights(ctx, l, sdq__ly_weight_scales));
+        (void)snprintf(name, sizeof name, "%s.observers", l->name);
+        SDQ__TRY(sdq__opt_add_state(ctx, o, name, sdq__ly_state_count(l), sdq__ly_state, l,
+                                    r->moving > 0.0f));
+        if (!l->b.data || l->b.needs_grad) continue;
+        (void)snprintf(name, sizeof name, "%s.bias", l->name);
+        SDQ__TRY(sdq__opt_add_state(ctx, o, name, l->out, sdq__ds_bias, l, 0));
+    }
+    return SDQ_OK;
+}
+
+/* Say in the state what is trained: the float weights, the layers that stay float, the recipe. */
+static sdq_status sdq__ds_tell(sdq_ctx *ctx, sdq_optim *o, const sdq_model *m,
+                               const sdq_recipe *r) {
+    uint64_t kept = 0;
+    char text[1024], recipe[900];
+    size_t i;
+    for (i = 0; i < m->layers; i++)
+        kept = sdq__u_mix(kept, (uint64_t)(m->layer[i]->quant.enabled != 0));
+    sdq_recipe_to_str(r, recipe, sizeof recipe);
+    (void)snprintf(text, sizeof text, "model=%08lx%08lx layers=%08lx%08lx %s",
+                   (unsigned long)(m->source >> 32), (unsigned long)(m->source & 0xffffffffu),
+                   (unsigned long)(kept >> 32), (unsigned long)(kept & 0xffffffffu), recipe);
+    sdq__free(ctx, o->of);
+    o->of = sdq__strdup(ctx, text);
+    return ctx->status;
+}
+
 SDQ_API sdq_status sdq_optim_add_student(sdq_ctx *ctx, sdq_optim *o, sdq_model *m,
                                          const sdq_recipe *r, float scale_lr) {
     const size_t first = sdq__ds_first(m, r->last_blocks);
     char name[256];
     size_t i, p, first_layer = 0;
+    SDQ__TRY(sdq__ds_tell(ctx, o, m, r));
     for (i = 0; i < first; i++) first_layer += m->param[i].layer && m->param[i].rank > 1;
     if (r->train_set <= SDQ_TRAIN_SMALL)
         SDQ__TRY(sdq__task_add_params(ctx, o, m, "", r->train_set == SDQ_TRAIN_ALL, first));
     if (r->train_set == SDQ_TRAIN_LORA)
         SDQ__TRY(sdq__ds_add_deltas(ctx, o, m, sdq__rc_rank(r), first_layer));
-    for (i = 0; r->moving > 0.0f && i < m->layers; i++) {       /* observers that go on moving */
-        sdq_layer *l = m->layer[i];
-        if (!l->quant.enabled) continue;
-        if (l->quant.weight_scale == SDQ_WEIGHT_MOVING && !l->w_mn)
-            SDQ__TRY(sdq__ly_with_weights(ctx, l, sdq__ly_observe_weights));
-        (void)snprintf(name, sizeof name, "%s.observers", l->name);
-        SDQ__TRY(sdq__opt_add_state(ctx, o, name, sdq__ly_state_count(l), sdq__ly_state, l));
-    }
+    SDQ__TRY(sdq__ds_add_calibrated(ctx, o, m, r));
     for (i = first_layer; r->learn_scales && i < m->layers; i++) {
         sdq_layer *l = m->layer[i];
         if (!l->quant.enabled) continue;
         if (l->quant.weight_scale == SDQ_WEIGHT_FIXED && r->train_set != SDQ_TRAIN_RANGES) {
-            SDQ__TRY(sdq__ly_with_weights(ctx, l, sdq__ly_weight_scales));
             (void)snprintf(name, sizeof name, "%s.weight_scale", l->name);
             SDQ__TRY(sdq_optim_add(ctx, o, &l->sw, name, scale_lr / 20.0f, 1e-7f, 0));
         }
@@ -18818,6 +18910,22 @@ SDQ__WORD void SDQ__N(store_s16)(int16_t *p, SDQ__V v, size_t n) {
     size_t l;
     for (l = 0; l < 16 && l < n; l++) p[l] = (int16_t)v.f[l];
 }
+/* p[16][2] int16, p[16][4] bytes; no lane is negative. */
+SDQ__WORD void SDQ__N(store_pairs)(char *p, SDQ__V a, SDQ__V b) {
+    size_t l;
+    for (l = 0; l < 16; l++) {
+        const uint32_t u = (uint32_t)a.f[l] | (uint32_t)b.f[l] << 16;
+        memcpy(p + 4 * l, &u, 4);
+    }
+}
+SDQ__WORD void SDQ__N(store_quads)(char *p, SDQ__V a, SDQ__V b, SDQ__V c, SDQ__V d) {
+    size_t l;
+    for (l = 0; l < 16; l++) {
+        const uint32_t u = (uint32_t)a.f[l] | (uint32_t)b.f[l] << 8 | (uint32_t)c.f[l] << 16
+                         | (uint32_t)d.f[l] << 24;
+        memcpy(p + 4 * l, &u, 4);
+    }
+}
 /* A signaling NaN becomes quiet, as in the conversion instruction. */
 SDQ__WORD float SDQ__N(quiet_f16)(uint16_t h) {
     const uint32_t u = sdq__u_bits(sdq__u_from_f16(h));
@@ -18965,6 +19073,24 @@ SDQ__WORD void SDQ__N(store_s16)(int16_t *p, SDQ__V v, size_t n) {
     if (n >= 16) _mm256_storeu_si256((__m256i *)(void *)p, x);
     else memcpy(p, &x, 2 * n);
 }
+/* a | b << shift, as integers */
+SDQ__WORD __m256i SDQ__N(beside)(__m256i a, __m256 b, int shift) {
+    return _mm256_or_si256(a, _mm256_slli_epi32(_mm256_cvtps_epi32(b), shift));
+}
+SDQ__WORD void SDQ__N(store_pairs)(char *p, SDQ__V a, SDQ__V b) {
+    const __m256i lo = SDQ__N(beside)(_mm256_cvtps_epi32(a.a), b.a, 16);
+    const __m256i hi = SDQ__N(beside)(_mm256_cvtps_epi32(a.b), b.b, 16);
+    _mm256_storeu_si256((__m256i *)(void *)p, lo);
+    _mm256_storeu_si256((__m256i *)(void *)(p + 32), hi);
+}
+SDQ__WORD void SDQ__N(store_quads)(char *p, SDQ__V a, SDQ__V b, SDQ__V c, SDQ__V d) {
+    __m256i lo = SDQ__N(beside)(_mm256_cvtps_epi32(a.a), b.a, 8);
+    __m256i hi = SDQ__N(beside)(_mm256_cvtps_epi32(a.b), b.b, 8);
+    lo = SDQ__N(beside)(SDQ__N(beside)(lo, c.a, 16), d.a, 24);
+    hi = SDQ__N(beside)(SDQ__N(beside)(hi, c.b, 16), d.b, 24);
+    _mm256_storeu_si256((__m256i *)(void *)p, lo);
+    _mm256_storeu_si256((__m256i *)(void *)(p + 32), hi);
+}
 /* Exponent and mantissa, moved 13 bits up, are the number times 2^-112 (normal), too small by
  * the implicit one (subnormal: made from the integer instead) or inf/NaN (exponent all ones). */
 SDQ__WORD __m256 SDQ__N(from_f16)(__m128i h) {
@@ -19036,6 +19162,30 @@ SDQ__WORD SDQ__I SDQ__N(quad_dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b) {
     acc.a = _mm256_add_epi32(acc.a, _mm256_madd_epi16(a.odd, b.odd_a));
     acc.b = _mm256_add_epi32(acc.b, _mm256_madd_epi16(a.odd, b.odd_b));
     return acc;
+}
+/* The same with a signed and b not. */
+SDQ__WORD SDQ__QA SDQ__N(signed_a_load)(const uint8_t *p) {
+    SDQ__QA r;
+    int32_t q;
+    __m256i x;
+    memcpy(&q, p, 4);
+    x = _mm256_set1_epi32(q);
+    r.even = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8);
+    r.odd = _mm256_srai_epi16(x, 8);
+    return r;
+}
+SDQ__WORD SDQ__QB SDQ__N(unsigned_b_load)(const int8_t *p) {
+    const __m256i x = _mm256_loadu_si256((const __m256i *)(const void *)p);
+    const __m256i y = _mm256_loadu_si256((const __m256i *)(const void *)(p + 32));
+    SDQ__QB r;
+    r.even_a = _mm256_and_si256(x, _mm256_set1_epi32(0x00ff00ff));
+    r.odd_a = _mm256_srli_epi16(x, 8);
+    r.even_b = _mm256_and_si256(y, _mm256_set1_epi32(0x00ff00ff));
+    r.odd_b = _mm256_srli_epi16(y, 8);
+    return r;
+}
+SDQ__WORD SDQ__I SDQ__N(signed_dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b) {
+    return SDQ__N(quad_dot)(acc, a, b);
 }
 /* Pairs of int16, instead: a[0] b[2l] + a[1] b[2l + 1]. */
 SDQ__WORD SDQ__QA SDQ__N(pair_a_load)(const uint8_t *p) {
@@ -19155,6 +19305,18 @@ SDQ__WORD void SDQ__N(store_s16)(int16_t *p, SDQ__V v, size_t n) {
     if (n >= 16) _mm256_storeu_si256((__m256i *)(void *)p, q);
     else _mm256_mask_storeu_epi16(p, SDQ__N(mask)(n), q);
 }
+/* a | b << shift, as integers */
+SDQ__WORD __m512i SDQ__N(beside)(__m512i a, SDQ__V b, unsigned shift) {
+    return _mm512_or_si512(a, _mm512_slli_epi32(_mm512_cvtps_epi32(b), shift));
+}
+SDQ__WORD void SDQ__N(store_pairs)(char *p, SDQ__V a, SDQ__V b) {
+    _mm512_storeu_si512(p, SDQ__N(beside)(_mm512_cvtps_epi32(a), b, 16));
+}
+SDQ__WORD void SDQ__N(store_quads)(char *p, SDQ__V a, SDQ__V b, SDQ__V c, SDQ__V d) {
+    __m512i q = SDQ__N(beside)(_mm512_cvtps_epi32(a), b, 8);
+    q = SDQ__N(beside)(SDQ__N(beside)(q, c, 16), d, 24);
+    _mm512_storeu_si512(p, q);
+}
 SDQ__WORD SDQ__V SDQ__N(load_f16)(const uint16_t *p, size_t n) {
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(SDQ__N(mask)(n), p));
 }
@@ -19176,6 +19338,11 @@ SDQ__WORD SDQ__QA SDQ__N(quad_a_load)(const uint8_t *p) { return SDQ__N(quad_set
 SDQ__WORD SDQ__QB SDQ__N(quad_b_load)(const int8_t *p) { return _mm512_loadu_si512(p); }
 SDQ__WORD SDQ__I SDQ__N(quad_dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b) {
     return _mm512_dpbusd_epi32(acc, a, b);
+}
+SDQ__WORD SDQ__QA SDQ__N(signed_a_load)(const uint8_t *p) { return SDQ__N(quad_set1)(p); }
+SDQ__WORD SDQ__QB SDQ__N(unsigned_b_load)(const int8_t *p) { return _mm512_loadu_si512(p); }
+SDQ__WORD SDQ__I SDQ__N(signed_dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b) {
+    return _mm512_dpbusd_epi32(acc, b, a);
 }
 SDQ__WORD SDQ__QA SDQ__N(pair_a_load)(const uint8_t *p) { return SDQ__N(quad_set1)(p); }
 SDQ__WORD SDQ__QB SDQ__N(pair_b_load)(const int8_t *p) { return _mm512_loadu_si512(p); }
@@ -19202,6 +19369,23 @@ SDQ__WORD SDQ__QB SDQ__N(quad_b_load)(const int8_t *p) {
 SDQ__WORD SDQ__I SDQ__N(quad_dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b) {
     acc = _mm512_add_epi32(acc, _mm512_madd_epi16(a.even, b.even));
     return _mm512_add_epi32(acc, _mm512_madd_epi16(a.odd, b.odd));
+}
+SDQ__WORD SDQ__QA SDQ__N(signed_a_load)(const uint8_t *p) {
+    const __m512i x = SDQ__N(quad_set1)(p);
+    SDQ__QA r;
+    r.even = _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8);
+    r.odd = _mm512_srai_epi16(x, 8);
+    return r;
+}
+SDQ__WORD SDQ__QB SDQ__N(unsigned_b_load)(const int8_t *p) {
+    const __m512i x = _mm512_loadu_si512(p);
+    SDQ__QB r;
+    r.even = _mm512_and_si512(x, _mm512_set1_epi32(0x00ff00ff));
+    r.odd = _mm512_srli_epi16(x, 8);
+    return r;
+}
+SDQ__WORD SDQ__I SDQ__N(signed_dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b) {
+    return SDQ__N(quad_dot)(acc, a, b);
 }
 SDQ__WORD SDQ__QA SDQ__N(pair_a_load)(const uint8_t *p) {
     SDQ__QA r;
@@ -19253,6 +19437,11 @@ static void SDQ__N(quads)(int32_t *acc, const uint8_t *a, const int8_t *b) {
     size_t j;
     for (j = 0; j < 4 * SDQ__NR; j++) acc[j / 4] += (int32_t)a[j % 4] * (int32_t)b[j];
 }
+static void SDQ__N(signed_quads)(int32_t *acc, const uint8_t *a, const int8_t *b) {
+    size_t j;
+    for (j = 0; j < 4 * SDQ__NR; j++)
+        acc[j / 4] += (int32_t)(int8_t)a[j % 4] * (int32_t)(uint8_t)b[j];
+}
 /* Columns that do not exist (nr..31) may hold anything: their sums wrap, as in the instructions. */
 static void SDQ__N(pairs)(int32_t *acc, const uint8_t *a, const int8_t *b) {
     int16_t x[2], y[2 * SDQ__NR];
@@ -19263,27 +19452,28 @@ static void SDQ__N(pairs)(int32_t *acc, const uint8_t *a, const int8_t *b) {
         acc[j / 2] = (int32_t)((uint32_t)acc[j / 2] + (uint32_t)((int32_t)x[j % 2] * y[j]));
 }
 /* f[j] += the scaled integer sum of row i over segment g. */
-static void SDQ__N(qrow)(const sdq__qtile *t, size_t g, size_t i, int pairs, float *f) {
+static void SDQ__N(qrow)(const sdq__qtile *t, size_t g, size_t i, sdq__group kind, float *f) {
     int32_t acc[SDQ__NR];
     size_t n, j;
     memset(acc, 0, sizeof acc);
     for (n = g * t->seg; n < (g + 1) * t->seg; n++) {
         const uint8_t *a = t->a[n / t->quads * t->mr + i] + n % t->quads * 4;
         const int8_t *b = t->b + n * 4 * SDQ__NR;
-        if (pairs) SDQ__N(pairs)(acc, a, b);
-        else SDQ__N(quads)(acc, a, b);
+        if (kind == SDQ__S16) SDQ__N(pairs)(acc, a, b);
+        else if (kind == SDQ__U8S8) SDQ__N(quads)(acc, a, b);
+        else SDQ__N(signed_quads)(acc, a, b);
     }
     for (j = 0; j < SDQ__NR; j++) {
         if (t->wsum) acc[j] -= t->z[g * t->mr + i] * t->wsum[g * SDQ__NR + j];
         f[j] = fmaf(t->s[g * t->mr + i], (float)acc[j], f[j]);
     }
 }
-static void SDQ__N(qtile)(const sdq__qtile *t, int pairs) {
+static void SDQ__N(qtile)(const sdq__qtile *t, sdq__group kind) {
     size_t g, i, j;
     for (i = 0; i < t->mr; i++) {
         float *y = t->y + i * t->ldy, f[SDQ__NR];
         memset(f, 0, sizeof f);
-        for (g = 0; g < t->taps * t->quads / t->seg; g++) SDQ__N(qrow)(t, g, i, pairs, f);
+        for (g = 0; g < t->taps * t->quads / t->seg; g++) SDQ__N(qrow)(t, g, i, kind, f);
         for (j = 0; j < t->nr; j++) {
             f[j] = t->bias ? fmaf(f[j], t->sw[j], t->bias[j]) : f[j] * t->sw[j];
             if (t->res) f[j] += t->res[i * t->ldr + j];
@@ -19291,18 +19481,19 @@ static void SDQ__N(qtile)(const sdq__qtile *t, int pairs) {
         }
     }
 }
-SDQ__KERNEL void SDQ__K(gemm_u8s8)(const sdq__qtile *t) { SDQ__N(qtile)(t, 0); }
-SDQ__KERNEL void SDQ__K(gemm_s16)(const sdq__qtile *t) { SDQ__N(qtile)(t, 1); }
+SDQ__KERNEL void SDQ__K(gemm_u8s8)(const sdq__qtile *t) { SDQ__N(qtile)(t, SDQ__U8S8); }
+SDQ__KERNEL void SDQ__K(gemm_s8u8)(const sdq__qtile *t) { SDQ__N(qtile)(t, SDQ__S8U8); }
+SDQ__KERNEL void SDQ__K(gemm_s16)(const sdq__qtile *t) { SDQ__N(qtile)(t, SDQ__S16); }
 
 #else
 /* ---- GEMM tiles: vectors ----
  * A tile keeps its accumulators in registers: l0..l11 for columns j..j+15 and h0..h11 for the
  * next 16, named and not an array, because gcc -O2 does not put arrays of vectors into
  * registers. SDQ__ROWS repeats a statement for the rows; `rows`, `wide` and `full` are constants
- * at every use, so the compiler drops what a smaller tile does not need. A full tile
- * (all rows, all columns) is finished in registers. Others leave their sums in a buffer, and a
- * loop finishes what exists; they have 2, 4, 8 or all rows, and a row that is not there is
- * replaced by the first and dropped. */
+ * at every use, so the compiler drops what a smaller tile does not need: tiles have 2, 4, 8 or
+ * all rows, and a row that is not there is replaced by the first. The sums go to a buffer, and a
+ * loop finishes what exists; only a full float tile (all rows, all columns), which has little to
+ * do, is finished in registers. */
 #define SDQ__ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
 
 /* The smallest tile that covers n rows. */
@@ -19318,15 +19509,27 @@ SDQ__KERNEL void SDQ__K(gemm_s16)(const sdq__qtile *t) { SDQ__N(qtile)(t, 1); }
     else if (limit > 8 && n <= 8) tile(8, pair, 0); \
     else tile(limit, pair, 0)
 
-/* A group of 4 bytes: a quad of u8 and s8, or a pair of s16. */
-SDQ__WORD SDQ__QA SDQ__N(group_a)(const uint8_t *p, int pairs) {
-    return pairs ? SDQ__N(pair_a_load)(p) : SDQ__N(quad_a_load)(p);
+/* Ask for the 128 bytes that are `ahead` bytes behind p; they need not exist. Panels come from
+ * memory or a far cache in one stream; SDQ__AHEAD is as far as was best. */
+#define SDQ__AHEAD 8192
+SDQ__WORD void SDQ__N(fetch)(const void *p, size_t ahead) {
+    const char *at = (const char *)((uintptr_t)p + ahead);
+    _mm_prefetch(at, _MM_HINT_T0);
+    _mm_prefetch((const char *)((uintptr_t)at + 64), _MM_HINT_T0);
 }
-SDQ__WORD SDQ__QB SDQ__N(group_b)(const int8_t *p, int pairs) {
-    return pairs ? SDQ__N(pair_b_load)(p) : SDQ__N(quad_b_load)(p);
+
+/* A group of 4 bytes of the kinds of sdq__group. */
+SDQ__WORD SDQ__QA SDQ__N(group_a)(const uint8_t *p, sdq__group kind) {
+    if (kind == SDQ__S16) return SDQ__N(pair_a_load)(p);
+    return kind == SDQ__U8S8 ? SDQ__N(quad_a_load)(p) : SDQ__N(signed_a_load)(p);
 }
-SDQ__WORD SDQ__I SDQ__N(group_dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b, int pairs) {
-    return pairs ? SDQ__N(pair_dot)(acc, a, b) : SDQ__N(quad_dot)(acc, a, b);
+SDQ__WORD SDQ__QB SDQ__N(group_b)(const int8_t *p, sdq__group kind) {
+    if (kind == SDQ__S16) return SDQ__N(pair_b_load)(p);
+    return kind == SDQ__U8S8 ? SDQ__N(quad_b_load)(p) : SDQ__N(unsigned_b_load)(p);
+}
+SDQ__WORD SDQ__I SDQ__N(group_dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b, sdq__group kind) {
+    if (kind == SDQ__S16) return SDQ__N(pair_dot)(acc, a, b);
+    return kind == SDQ__U8S8 ? SDQ__N(quad_dot)(acc, a, b) : SDQ__N(signed_dot)(acc, a, b);
 }
 
 /* Where a segment begins: segment g, quad q of the tap that a points to. */
@@ -19337,33 +19540,45 @@ typedef struct SDQ__N(segment) {
     int last;
 } SDQ__N(segment);
 
-/* Row i, columns j..j+15, of which n exist, after a segment: the float sum, kept in *sum until
- * the last one; then * sw, + bias, + res, + y. */
+/* f + the scaled integer sums acc. wsum: NULL, or the sums of the weights, which z, the zero point
+ * of the row, multiplies. */
+SDQ__WORD SDQ__V SDQ__N(qsum)(SDQ__V f, const int32_t *acc, float s, const int32_t *z,
+                              const int32_t *wsum) {
+    const SDQ__I a = SDQ__N(int_load)(acc);
+    const SDQ__V v = wsum ? SDQ__N(unbias)(a, *z, wsum) : SDQ__N(to_float)(a);
+    return SDQ__N(fma)(SDQ__N(set1)(s), v, f);
+}
+
+/* Rows i.., columns j..j+15, of which n exist, after a segment, whose integer sums are acc: the
+ * float sums are kept in sum until the last one; then * sw, + bias, + res, + y. */
 SDQ__WORD void SDQ__N(qtile_end)(const sdq__qtile *t, const SDQ__N(segment) *s, size_t i, size_t j,
-                                 SDQ__I acc, float *sum, size_t n) {
-    const size_t gi = s->g * t->mr + i;
-    const SDQ__V v = t->wsum ? SDQ__N(unbias)(acc, t->z[gi], t->wsum + s->g * SDQ__NR + j)
-                             : SDQ__N(to_float)(acc);
-    SDQ__V f = s->g > 0 ? SDQ__N(load)(sum, 16) : SDQ__N(set1)(0.0f), sw;
-    float *y = t->y + i * t->ldy + j;
-    f = SDQ__N(fma)(SDQ__N(set1)(t->s[gi]), v, f);
-    if (!s->last) { SDQ__N(store)(sum, f, 16); return; }
-    sw = SDQ__N(load)(t->sw + j, n);
-    if (t->bias) f = SDQ__N(fma)(f, sw, SDQ__N(load)(t->bias + j, n));
-    else f = SDQ__N(mul)(f, sw);
-    if (t->res) f = SDQ__N(add)(f, SDQ__N(load)(t->res + i * t->ldr + j, n));
-    if (t->more) f = SDQ__N(add)(f, SDQ__N(load)(y, n));
-    SDQ__N(store)(y, f, n);
+                                 size_t rows, const int32_t *acc, float *sum, size_t n) {
+    const size_t at = s->g * t->mr + i, ldy = t->ldy, ldr = t->ldr;
+    const SDQ__V none = SDQ__N(set1)(0.0f), sw = SDQ__N(load)(t->sw + j, n);
+    const SDQ__V bias = t->bias ? SDQ__N(load)(t->bias + j, n) : none;
+    const int32_t *wsum = t->wsum ? t->wsum + s->g * SDQ__NR + j : NULL;
+    const int32_t *z = wsum ? t->z + at : NULL;
+    const float *sx = t->s + at, *res = t->res ? t->res + i * ldr + j : NULL;
+    const int begun = s->g > 0, biased = t->bias != NULL, more = t->more;
+    float *y = t->y + i * ldy + j;
+    size_t r;
+    for (r = 0; r < rows; r++, acc += SDQ__NR, sum += SDQ__NR, z += wsum != NULL) {
+        SDQ__V f = begun ? SDQ__N(load)(sum, 16) : none;
+        f = SDQ__N(qsum)(f, acc, sx[r], z, wsum);
+        if (!s->last) { SDQ__N(store)(sum, f, 16); continue; }
+        f = biased ? SDQ__N(fma)(f, sw, bias) : SDQ__N(mul)(f, sw);
+        if (res) f = SDQ__N(add)(f, SDQ__N(load)(res + r * ldr, n));
+        if (more) f = SDQ__N(add)(f, SDQ__N(load)(y + r * ldy, n));
+        SDQ__N(store)(y + r * ldy, f, n);
+    }
 }
 
 /* The integer sums of one segment. Segments and taps are two cuts of one sequence of quads: a
- * run of quads ends where either does. pairs: of int16, instead of quads. */
+ * run of quads ends where either does. */
 SDQ__WORD void SDQ__N(qtile)(const sdq__qtile *t, const SDQ__N(segment) *s, size_t i, size_t j,
-                             int32_t *acc, float *sum, int pairs, size_t rows, int wide,
+                             int32_t *acc, sdq__group kind, size_t rows, int wide,
                              int full) {
     const size_t have = t->mr - i;
-    const sdq__qtile d = *t;
-    const SDQ__N(segment) e = *s;
     const int8_t *b = s->b + 4 * j;
     const uint8_t *const *a = s->a + i;
     size_t left, run, k, q = s->q;
@@ -19376,43 +19591,43 @@ SDQ__WORD void SDQ__N(qtile)(const sdq__qtile *t, const SDQ__N(segment) *s, size
 #undef SDQ__ROW
         run = sdq__u_min(left, t->quads - q);
         for (k = 0; k < run; k++, b += 4 * SDQ__NR) {
-            const SDQ__QB bl = SDQ__N(group_b)(b, pairs);
-            const SDQ__QB bh = wide ? SDQ__N(group_b)(b + 64, pairs) : bl;
+            const SDQ__QB bl = SDQ__N(group_b)(b, kind);
+            const SDQ__QB bh = wide ? SDQ__N(group_b)(b + 64, kind) : bl;
+            SDQ__N(fetch)(b, SDQ__AHEAD);
 #define SDQ__ROW(r) if (rows > r) { \
-                const SDQ__QA x = SDQ__N(group_a)(a##r + 4 * k, pairs); \
-                l##r = SDQ__N(group_dot)(l##r, x, bl, pairs); \
-                if (wide) h##r = SDQ__N(group_dot)(h##r, x, bh, pairs); \
+                const SDQ__QA x = SDQ__N(group_a)(a##r + 4 * k, kind); \
+                l##r = SDQ__N(group_dot)(l##r, x, bl, kind); \
+                if (wide) h##r = SDQ__N(group_dot)(h##r, x, bh, kind); \
             }
             SDQ__ROWS(SDQ__ROW)
 #undef SDQ__ROW
         }
     }
 #define SDQ__ROW(r) if (rows > r) { \
-        float *to = sum + r * SDQ__NR; \
-        if (full) SDQ__N(qtile_end)(&d, &e, i + r, j, l##r, to, 16); \
-        else SDQ__N(int_store)(acc + r * SDQ__NR, l##r); \
-        if (wide && full) SDQ__N(qtile_end)(&d, &e, i + r, j + 16, h##r, to + 16, 16); \
-        else if (wide) SDQ__N(int_store)(acc + r * SDQ__NR + 16, h##r); \
+        SDQ__N(int_store)(acc + r * SDQ__NR, l##r); \
+        if (wide) SDQ__N(int_store)(acc + r * SDQ__NR + 16, h##r); \
     }
     SDQ__ROWS(SDQ__ROW)
 #undef SDQ__ROW
 }
 
 SDQ__WORD void SDQ__N(qtile_of)(const sdq__qtile *t, const SDQ__N(segment) *s, size_t i, size_t j,
-                                float *sum, size_t n, int pairs) {
+                                float *sum, size_t n, sdq__group kind) {
     SDQ__ALIGNED int32_t acc[SDQ__MR][SDQ__NR];
     size_t r, c;
+    for (r = 0; r < n && s->last; r++) SDQ__N(fetch)(t->y + (i + r) * t->ldy + j, 0);
 #define SDQ__QTILE(rows, wide, full) \
-    SDQ__N(qtile)(t, s, i, j, acc[0], sum, pairs, rows, wide, full)
+    SDQ__N(qtile)(t, s, i, j, acc[0], kind, rows, wide, full)
     SDQ__PICK(SDQ__QTILE, SDQ__QTILE_ROWS);
 #undef SDQ__QTILE
-    for (r = 0; r < n && !full; r++)
-        for (c = 0; c < 16 * SDQ__TILE_VECS && j + c < t->nr; c += 16)
-            SDQ__N(qtile_end)(t, s, i + r, j + c, SDQ__N(int_load)(acc[r] + c),
-                              sum + r * SDQ__NR + c, t->nr - j - c);
+    for (c = 0; c < 16 * SDQ__TILE_VECS && j + c < t->nr; c += 16) {
+        const size_t cols = t->nr - j - c;
+        if (cols >= 16) SDQ__N(qtile_end)(t, s, i, j + c, n, acc[0] + c, sum + c, 16);
+        else SDQ__N(qtile_end)(t, s, i, j + c, n, acc[0] + c, sum + c, cols);
+    }
 }
 
-SDQ__WORD void SDQ__N(qtiles)(const sdq__qtile *t, int pairs) {
+SDQ__WORD void SDQ__N(qtiles)(const sdq__qtile *t, sdq__group kind) {
     SDQ__ALIGNED float sum[SDQ__MR][SDQ__NR];
     size_t left = t->taps * t->quads, i, j;
     SDQ__N(segment) s;
@@ -19425,13 +19640,14 @@ SDQ__WORD void SDQ__N(qtiles)(const sdq__qtile *t, int pairs) {
         for (j = 0; j < t->nr; j += 16 * SDQ__TILE_VECS)
             for (i = 0; i < t->mr; i += SDQ__QTILE_ROWS)
                 SDQ__N(qtile_of)(t, &s, i, j, sum[i] + j, sdq__u_min(t->mr - i, SDQ__QTILE_ROWS),
-                                 pairs);
+                                 kind);
         s.b += t->seg * 4 * SDQ__NR;
         for (s.q += t->seg; s.q >= t->quads; s.q -= t->quads) s.a += t->mr;
     }
 }
-SDQ__KERNEL void SDQ__K(gemm_u8s8)(const sdq__qtile *t) { SDQ__N(qtiles)(t, 0); }
-SDQ__KERNEL void SDQ__K(gemm_s16)(const sdq__qtile *t) { SDQ__N(qtiles)(t, 1); }
+SDQ__KERNEL void SDQ__K(gemm_u8s8)(const sdq__qtile *t) { SDQ__N(qtiles)(t, SDQ__U8S8); }
+SDQ__KERNEL void SDQ__K(gemm_s8u8)(const sdq__qtile *t) { SDQ__N(qtiles)(t, SDQ__S8U8); }
+SDQ__KERNEL void SDQ__K(gemm_s16)(const sdq__qtile *t) { SDQ__N(qtiles)(t, SDQ__S16); }
 
 /* The VNNI tier is the AVX-512 tier with other integer products: it ends here. */
 #if SDQ__TIER < 4
@@ -19467,6 +19683,7 @@ SDQ__WORD void SDQ__N(ftile)(const sdq__ftile *t, size_t i, size_t j, float *sum
 #undef SDQ__ROW
         for (k = t->kc, at = 0; k > 0; k--, at += step, b += SDQ__NR) {
             const SDQ__V bl = SDQ__N(load)(b, 16), bh = wide ? SDQ__N(load)(b + 16, 16) : bl;
+            SDQ__N(fetch)(b, SDQ__AHEAD);
 #define SDQ__ROW(r) if (rows > r) { \
                 const SDQ__V x = SDQ__N(set1)(a##r[at]); \
                 l##r = SDQ__N(fma)(x, bl, l##r); \
@@ -20095,46 +20312,56 @@ SDQ__KERNEL void SDQ__K(win_output)(float *const *y, const float *m, size_t ldm,
 
 /* ---- softmax ---- */
 
-/* Milakov and Gimelshein 2018 (arXiv 1805.02867). NaN scores are skipped by the maximum and
- * come out as NaN. m may be -inf (no tile yet) if a score of the row is finite. */
-SDQ__KERNEL void SDQ__K(softmax_tile)(float *s, size_t lds, size_t rows, size_t n, float scale,
-                                      float *m, float *l, float *alpha) {
-    const SDQ__V vs = SDQ__N(set1)(scale), none = SDQ__N(set1)(0.0f);
-    const size_t whole = n / 16 * 16;
-    size_t r, i;
-    for (r = 0; r < rows; r++) {        /* alpha: the new maximum, for now */
-        const float *row = s + r * lds;
-        SDQ__V top = SDQ__N(set1)(m[r]), v;
-        for (i = 0; i < whole; i += 16)
-            top = SDQ__N(max)(SDQ__N(mul)(SDQ__N(load)(row + i, 16), vs), top);
-        if (i < n) {
-            v = SDQ__N(mul)(SDQ__N(load)(row + i, n - i), vs);
-            top = SDQ__N(max)(SDQ__N(first_n)(v, n - i, top), top);
-        }
-        alpha[r] = SDQ__N(highest)(top);
+/* NaN scores are skipped by the maximum and come out as NaN. */
+SDQ__KERNEL float SDQ__K(softmax)(float *s, size_t n) {
+    SDQ__V top = SDQ__N(set1)(-INFINITY), sum = SDQ__N(set1)(0.0f), e;
+    const SDQ__V none = sum;
+    size_t i;
+    for (i = 0; i < n; i += 16)
+        top = SDQ__N(max)(SDQ__N(first_n)(SDQ__N(load)(s + i, n - i), n - i, top), top);
+    top = SDQ__N(set1)(SDQ__N(highest)(top));
+    for (i = 0; i < n; i += 16) {
+        e = SDQ__N(exp)(SDQ__N(sub)(SDQ__N(load)(s + i, n - i), top));
+        SDQ__N(store)(s + i, e, n - i);
+        sum = SDQ__N(add)(sum, SDQ__N(first_n)(e, n - i, none));
     }
-    for (r = 0; r < rows; r += 16) {
-        const SDQ__V old = SDQ__N(load)(m + r, rows - r), peak = SDQ__N(load)(alpha + r, rows - r);
-        SDQ__N(store)(m + r, peak, rows - r);
-        SDQ__N(store)(alpha + r, SDQ__N(exp)(SDQ__N(sub)(old, peak)), rows - r);
+    return SDQ__N(sum)(sum);
+}
+
+/* The maxima of 16 columns of s[n][32], in four chains, as each waits for its last maximum. */
+SDQ__WORD SDQ__V SDQ__N(highest_rows)(const float *s, size_t n) {
+    SDQ__V a = SDQ__N(set1)(-INFINITY), b = a, c = a, d = a;
+    size_t i;
+    for (i = 0; i + 4 <= n; i += 4, s += 4 * SDQ__NR) {
+        a = SDQ__N(max)(SDQ__N(load)(s, 16), a);
+        b = SDQ__N(max)(SDQ__N(load)(s + SDQ__NR, 16), b);
+        c = SDQ__N(max)(SDQ__N(load)(s + 2 * SDQ__NR, 16), c);
+        d = SDQ__N(max)(SDQ__N(load)(s + 3 * SDQ__NR, 16), d);
     }
-    for (r = 0; r < rows; r++) {
-        const SDQ__V shift = SDQ__N(set1)(m[r]);
-        float *row = s + r * lds;
-        SDQ__V acc = none, e;
-        for (i = 0; i < whole; i += 16) {
-            e = SDQ__N(sub)(SDQ__N(mul)(SDQ__N(load)(row + i, 16), vs), shift);
-            e = SDQ__N(exp)(e);
-            SDQ__N(store)(row + i, e, 16);
-            acc = SDQ__N(add)(acc, e);
+    for (; i < n; i++, s += SDQ__NR) a = SDQ__N(max)(SDQ__N(load)(s, 16), a);
+    return SDQ__N(max)(SDQ__N(max)(a, b), SDQ__N(max)(c, d));
+}
+/* Milakov and Gimelshein 2018 (arXiv 1805.02867). m may be -inf (no tile yet) if a score of the
+ * column is finite. */
+SDQ__KERNEL void SDQ__K(softmax_cols)(float *s, size_t n, float scale, float *m, float *l,
+                                      float *alpha) {
+    const SDQ__V vs = SDQ__N(set1)(scale);
+    size_t c, i;
+    for (c = 0; c < SDQ__NR; c += 16) {
+        const SDQ__V old = SDQ__N(load)(m + c, 16), sums = SDQ__N(load)(l + c, 16);
+        const SDQ__V top = SDQ__N(max)(SDQ__N(mul)(SDQ__N(highest_rows)(s + c, n), vs), old);
+        const SDQ__V a = SDQ__N(exp)(SDQ__N(sub)(old, top));
+        SDQ__V sum = SDQ__N(set1)(0.0f);
+        for (i = 0; i < n; i++) {
+            float *at = s + i * SDQ__NR + c;
+            const SDQ__V v = SDQ__N(mul)(SDQ__N(load)(at, 16), vs);
+            const SDQ__V e = SDQ__N(exp)(SDQ__N(sub)(v, top));
+            SDQ__N(store)(at, e, 16);
+            sum = SDQ__N(add)(sum, e);
         }
-        if (i < n) {
-            e = SDQ__N(sub)(SDQ__N(mul)(SDQ__N(load)(row + i, n - i), vs), shift);
-            e = SDQ__N(exp)(e);
-            SDQ__N(store)(row + i, e, n - i);
-            acc = SDQ__N(add)(acc, SDQ__N(first_n)(e, n - i, none));
-        }
-        l[r] = fmaf(l[r], alpha[r], SDQ__N(sum)(acc));
+        SDQ__N(store)(m + c, top, 16);
+        SDQ__N(store)(alpha + c, a, 16);
+        SDQ__N(store)(l + c, SDQ__N(fma)(sums, a, sum), 16);
     }
 }
 /* top 2^x, x <= 0; NaN is as small as can be. To 1.1 in 10^4, which is enough for bytes, or, fine,
@@ -20149,67 +20376,56 @@ SDQ__WORD SDQ__V SDQ__N(weight)(SDQ__V x, float top, int fine) {
     q = SDQ__N(fma)(q, r, SDQ__N(set1)(1.0f));
     return SDQ__N(rint)(SDQ__N(mul)(SDQ__N(scale2)(q, n), SDQ__N(set1)(top)));
 }
-/* Row r of a tile: its weights, their sum and the maximum of its scores, before scaling. */
-SDQ__WORD float SDQ__N(weights)(void *p, const float *s, size_t n, float scale, float *highest,
-                                int fine) {
-    const SDQ__V none = SDQ__N(set1)(0.0f), vs = SDQ__N(set1)(scale * 1.44269504f);
-    SDQ__V top = SDQ__N(set1)(-INFINITY), acc = none, shift, q;
-    const size_t whole = n / 16 * 16;
-    const float most = fine ? 2048.0f : 255.0f;
-    uint8_t *bytes = (uint8_t *)p;
-    int16_t *words = (int16_t *)p;
+/* Weight i of 16 columns; those behind the last are 0. Adds it to *sum. */
+SDQ__WORD SDQ__V SDQ__N(weight_row)(const float *s, size_t i, size_t n, SDQ__V scale, SDQ__V shift,
+                                    SDQ__V *sum, int fine) {
+    SDQ__V w;
+    if (i >= n) return SDQ__N(set1)(0.0f);
+    w = SDQ__N(load)(s + i * SDQ__NR, 16);
+    w = SDQ__N(weight)(SDQ__N(fma)(w, scale, shift), fine ? 2048.0f : 255.0f, fine);
+    *sum = SDQ__N(add)(*sum, w);
+    return w;
+}
+/* 16 columns: the weights, in groups of 4 bytes; returns their sums. top: the maxima, scaled. */
+SDQ__WORD SDQ__V SDQ__N(weights)(char *p, const float *s, size_t n, float scale, SDQ__V top,
+                                 int fine) {
+    const SDQ__V vs = SDQ__N(set1)(scale * 1.44269504f);
+    const SDQ__V shift = SDQ__N(mul)(top, SDQ__N(set1)(-1.44269504f));
+    SDQ__V sum = SDQ__N(set1)(0.0f);
     size_t i;
-    for (i = 0; i < whole; i += 16) top = SDQ__N(max)(SDQ__N(load)(s + i, 16), top);
-    if (i < n) {
-        q = SDQ__N(load)(s + i, n - i);
-        top = SDQ__N(max)(SDQ__N(first_n)(q, n - i, top), top);
+    for (i = 0; i < n; i += fine ? 2 : 4, p += 4 * SDQ__NR) {
+        const SDQ__V a = SDQ__N(weight_row)(s, i, n, vs, shift, &sum, fine);
+        const SDQ__V b = SDQ__N(weight_row)(s, i + 1, n, vs, shift, &sum, fine);
+        SDQ__V c, d;
+        if (fine) { SDQ__N(store_pairs)(p, a, b); continue; }
+        c = SDQ__N(weight_row)(s, i + 2, n, vs, shift, &sum, fine);
+        d = SDQ__N(weight_row)(s, i + 3, n, vs, shift, &sum, fine);
+        SDQ__N(store_quads)(p, a, b, c, d);
     }
-    *highest = SDQ__N(highest)(top) * scale;
-    shift = SDQ__N(set1)(*highest * -1.44269504f);
-    for (i = 0; i < whole; i += 16) {
-        q = SDQ__N(weight)(SDQ__N(fma)(SDQ__N(load)(s + i, 16), vs, shift), most, fine);
-        if (fine) SDQ__N(store_s16)(words + i, q, 16);
-        else SDQ__N(store_u8)(bytes + i, q, 16);
-        acc = SDQ__N(add)(acc, q);
-    }
-    if (i < n) {
-        q = SDQ__N(weight)(SDQ__N(fma)(SDQ__N(load)(s + i, n - i), vs, shift), most, fine);
-        q = SDQ__N(first_n)(q, n - i, none);
-        if (fine) SDQ__N(store_s16)(words + i, q, n - i);
-        else SDQ__N(store_u8)(bytes + i, q, n - i);
-        acc = SDQ__N(add)(acc, q);
-    }
-    return SDQ__N(sum)(acc);
+    return sum;
 }
-/* alpha: the sums of the weights; beta: the maxima of the tile. */
-SDQ__WORD void SDQ__N(softmax_join)(size_t rows, float *m, float *l, float *alpha, float *beta) {
-    size_t r;
-    for (r = 0; r < rows; r += 16) {
-        const SDQ__V old = SDQ__N(load)(m + r, rows - r), t = SDQ__N(load)(beta + r, rows - r);
-        const SDQ__V peak = SDQ__N(max)(t, old), sum = SDQ__N(load)(alpha + r, rows - r);
-        const SDQ__V a = SDQ__N(exp)(SDQ__N(sub)(old, peak)), b = SDQ__N(exp)(SDQ__N(sub)(t, peak));
-        const SDQ__V vl = SDQ__N(load)(l + r, rows - r);
-        SDQ__N(store)(m + r, peak, rows - r);
-        SDQ__N(store)(alpha + r, a, rows - r);
-        SDQ__N(store)(beta + r, b, rows - r);
-        SDQ__N(store)(l + r, SDQ__N(fma)(vl, a, SDQ__N(mul)(b, sum)), rows - r);
+SDQ__WORD void SDQ__N(softmax_int)(char *p, const float *s, size_t n, float scale, float *m,
+                                   float *l, float *alpha, float *beta, int fine) {
+    size_t c;
+    for (c = 0; c < SDQ__NR; c += 16) {
+        const SDQ__V t = SDQ__N(mul)(SDQ__N(highest_rows)(s + c, n), SDQ__N(set1)(scale));
+        const SDQ__V sum = SDQ__N(weights)(p + 4 * c, s + c, n, scale, t, fine);
+        const SDQ__V old = SDQ__N(load)(m + c, 16), top = SDQ__N(max)(t, old);
+        const SDQ__V a = SDQ__N(exp)(SDQ__N(sub)(old, top)), b = SDQ__N(exp)(SDQ__N(sub)(t, top));
+        const SDQ__V sums = SDQ__N(fma)(SDQ__N(load)(l + c, 16), a, SDQ__N(mul)(b, sum));
+        SDQ__N(store)(m + c, top, 16);
+        SDQ__N(store)(alpha + c, a, 16);
+        SDQ__N(store)(beta + c, b, 16);
+        SDQ__N(store)(l + c, sums, 16);
     }
 }
-SDQ__KERNEL void SDQ__K(softmax_tile_u8)(uint8_t *p, size_t ldp, const float *s, size_t lds,
-                                         size_t rows, size_t n, float scale, float *m, float *l,
-                                         float *alpha, float *beta) {
-    size_t r;
-    for (r = 0; r < rows; r++)
-        alpha[r] = SDQ__N(weights)(p + r * ldp, s + r * lds, n, scale, beta + r, 0);
-    SDQ__N(softmax_join)(rows, m, l, alpha, beta);
+SDQ__KERNEL void SDQ__K(softmax_cols_u8)(uint8_t *p, const float *s, size_t n, float scale,
+                                         float *m, float *l, float *alpha, float *beta) {
+    SDQ__N(softmax_int)((char *)p, s, n, scale, m, l, alpha, beta, 0);
 }
-SDQ__KERNEL void SDQ__K(softmax_tile_s16)(int16_t *p, size_t ldp, const float *s, size_t lds,
-                                          size_t rows, size_t n, float scale, float *m, float *l,
-                                          float *alpha, float *beta) {
-    size_t r;
-    for (r = 0; r < rows; r++)
-        alpha[r] = SDQ__N(weights)(p + r * ldp, s + r * lds, n, scale, beta + r, 1);
-    SDQ__N(softmax_join)(rows, m, l, alpha, beta);
+SDQ__KERNEL void SDQ__K(softmax_cols_s16)(int16_t *p, const float *s, size_t n, float scale,
+                                          float *m, float *l, float *alpha, float *beta) {
+    SDQ__N(softmax_int)((char *)p, s, n, scale, m, l, alpha, beta, 1);
 }
 SDQ__KERNEL void SDQ__K(softmax_tile_bwd)(float *s, float *dp, size_t n, float scale, float lse,
                                           float delta) {
@@ -20327,11 +20543,13 @@ static const sdq__kernels SDQ__K(table) = { SDQ__KERNEL_LIST(SDQ__X) };
 #undef SDQ__X
 #else
 #define sdq__k_gemm_u8s8_avx512 SDQ__K(gemm_u8s8)
+#define sdq__k_gemm_s8u8_avx512 SDQ__K(gemm_s8u8)
 #define sdq__k_gemm_s16_avx512 SDQ__K(gemm_s16)
 #define SDQ__X(ret, name, args, cls) sdq__k_##name##_avx512,
 static const sdq__kernels SDQ__K(table) = { SDQ__KERNEL_LIST(SDQ__X) };
 #undef SDQ__X
 #undef sdq__k_gemm_u8s8_avx512
+#undef sdq__k_gemm_s8u8_avx512
 #undef sdq__k_gemm_s16_avx512
 #endif
 

@@ -205,11 +205,12 @@ says "an array that is not there" 1 "has no array sample" s forward $model --par
 ok "diffusers' spellings" img --num_inference_steps 2 --guidance_scale 3 --verbose
 
 # Training: a run that is stopped and goes on ends in the same files.
+step_of() { head -c 2000 "$1" 2>/dev/null | sed -n 's/.*"step":"\([0-9]*\)".*/\1/p'; }
 twice() {       # NAME FLAGS..: 12 steps at once; 12 steps, killed on the way
     n=$1; shift
     s train "$@" --steps 12 --save-every 2 --state "$out/$n.s1" --log "$out/$n.1.csv" --out "$out/$n.1" || return 1
     "$sdq" train "$@" --steps 12 --save-every 2 --state "$out/$n.s2" --log "$out/$n.2.csv" --out "$out/$n.2" --threads 1 -q & pid=$!
-    while kill -0 $pid 2>/dev/null; do [ -f "$out/$n.s2" ] && kill -9 $pid 2>/dev/null; done
+    while kill -0 $pid 2>/dev/null; do case $(step_of "$out/$n.s2") in ''|0) ;; *) kill -9 $pid 2>/dev/null ;; esac; done
     wait $pid 2>/dev/null
     s train "$@" --steps 12 --save-every 2 --state "$out/$n.s2" --log "$out/$n.2.csv" --out "$out/$n.2" || return 1
     cmp "$out/$n.s1" "$out/$n.s2" && diff -r "$out/$n.1" "$out/$n.2" &&
@@ -221,6 +222,18 @@ ok "train qat" twice qat --what qat --model $model --data $data --batch 2 --cali
     --map mid_block.resnets.1.conv2:mse:0.1
 ok "train qat, reference" twice ref --what qat --recipe reference --model $model --data $data --size 16 --batch 2 --calib-batches 3
 
+# Calibrating again would take days.
+again() {
+    ref() { s train --recipe reference --model $model --data $data --size 16 --batch 2 --state "$out/again.state" --out "$out/again" "$@"; }
+    ref --steps 1 --calib-batches 3 || return 1
+    ref --steps 2 --calib-batches 1000000000 & pid=$!
+    (sleep 60; kill -9 $pid 2>/dev/null) >/dev/null 2>&1 & sleeper=$!
+    wait $pid && kill $sleeper
+}
+ok "going on does not calibrate again" again
+says "a state of another recipe" 1 "another model or recipe: range_conv=static there, range_conv=block here" \
+    s train --recipe reference --model $model --data $data --size 16 --batch 2 --range-conv block --calib-batches 3 --steps 3 --state "$out/again.state" --out "$out/again"
+
 # Long runs. In this order: files of one test serve the next.
 qat() { "$sdq" train --model $model --data $data --batch 2 --calib-prompts 2 --calib-steps 3 --range-conv static "$@" --threads 1; }
 long() { qat --steps 6 --validate-every 2 --best "$out/best" --cache "$out/cache" --log "$out/long.csv" --out "$out/long" -q; }
@@ -231,7 +244,7 @@ ok "rows of a log" rows
 ok "best weights are a file" sh -c "'$sdq' info '$out/best' | grep -q array"
 says "a stale cache" 1 "is stale" qat --steps 2 --cache "$out/cache" --seed 2 --out "$out/long2" -q
 says "a best without validation" 2 "--validate-every" qat --best "$out/best" --out "$out/x" -q
-says "a file that is no training's" 1 "not the state of this training" sh -c \
+says "a file that is no training's" 1 "not the state of a training" sh -c \
     "cp '$out/cache.states' '$out/none.state'; '$sdq' train --model $model --data $data --calib-prompts 1 --calib-steps 3 --state '$out/none.state' --out '$out/x' -q || { rm '$out/none.state'; exit 1; }"
 says "a log with other columns" 1 "is not a log" sh -c \
     "'$sdq' train --model $model --data $data --batch 2 --calib-prompts 1 --calib-steps 3 --steps 1 --state '$out/l.state' --out '$out/x' -q && echo step,loss >'$out/l.csv' &&
@@ -252,7 +265,7 @@ term() {
         --steps 100000 --save-every 0 --save-minutes 0.005 --state "$out/term.state" --out "$out/term" -q & pid=$!
     while kill -0 $pid 2>/dev/null && [ ! -f "$out/term.state" ]; do :; done
     kill -TERM $pid; wait $pid; [ $? = 1 ] && [ -f "$out/term.state" ] || return 1
-    n=$(head -c 1000 "$out/term.state" | sed -n 's/.*"step":"\([0-9]*\)".*/\1/p')
+    n=$(step_of "$out/term.state")
     [ "${n:-0}" -gt 0 ] && [ "$n" -lt 100000 ] || return 1
     m=$((n + 3))
     qat --steps $m --state "$out/term.state" --out "$out/term" -q && qat --steps $m --state "$out/whole.state" --out "$out/whole" -q &&

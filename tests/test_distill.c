@@ -60,6 +60,17 @@ static sdq_states *collect(fixture *f) {
     return s;
 }
 
+enum { MOST_BYTES = 1 << 24 };
+static unsigned char *file_bytes(const char *path, size_t *n) {
+    FILE *f = fopen(path, "rb");
+    unsigned char *p = (unsigned char *)malloc(MOST_BYTES);
+    if (!p || !f) exit(2);
+    *n = fread(p, 1, MOST_BYTES, f);
+    fclose(f);
+    if (*n == MOST_BYTES) exit(2);
+    return p;
+}
+
 /* ---- states: what a step callback sees, in the order [prompt][evaluation][branch] ---- */
 
 typedef struct seen {
@@ -338,10 +349,15 @@ static void test_coherent_gradient(int tier) {
 
 /* ---- what is trained ---- */
 
-static size_t find_leaf(const sdq_optim *o, const char *name) {
+static size_t find_leaf(const sdq_optim *o, const char *name) {     /* one that is trained */
     size_t i;
-    for (i = 0; i < o->count && strcmp(o->leaf[i].name, name) != 0; i++) {}
+    for (i = 0; i < o->count && (o->leaf[i].state || strcmp(o->leaf[i].name, name) != 0); i++) {}
     return i;
+}
+static size_t kept_leaves(const sdq_optim *o) {                     /* those that are only kept */
+    size_t i, n = 0;
+    for (i = 0; i < o->count; i++) n += o->leaf[i].state != NULL;
+    return n;
 }
 /* The leaf is there exactly when it should be; its rate and floor. Counts those that are. */
 static void leaf_is(const sdq_optim *o, int wanted, const char *name, float lr_scale, float floor,
@@ -363,7 +379,7 @@ static void train_set_of(fixture *f, sdq_recipe r, const char *const *keep) {
                    && r.weight_scale == SDQ_WEIGHT_FIXED;
     const int ranges = r.learn_scales && r.range_conv == SDQ_RANGE_STATIC;
     char name[256];
-    size_t i, p, count = 0, quantized = 0, parts2 = 0;
+    size_t i, p, count = 0, kept = 0, quantized = 0, parts2 = 0;
     sdq_optim *o = NULL;
     SDQT_CHECK(sdq_recipe_apply(f->ctx, f->student, &r, keep) == SDQ_OK);
     SDQT_CHECK(sdq_optim_create(f->ctx, NULL, &o) == SDQ_OK);
@@ -389,10 +405,12 @@ static void train_set_of(fixture *f, sdq_recipe r, const char *const *keep) {
             (void)snprintf(name, sizeof name, "%s.input_scale.%zu", l->name, p);
             leaf_is(o, on && ranges && p < l->parts, name, 500, 1e-7f, &count);
         }
+        kept += (size_t)on + (on && !small && l->b.data);   /* ranges, biases that are not trained */
         if (keep && strncmp(l->name, keep[0], strlen(keep[0])) == 0) SDQT_CHECK(!on);
         if (strcmp(l->name, "conv_in") == 0 || strcmp(l->name, "conv_out") == 0) SDQT_CHECK(!on);
     }
-    SDQT_THAT(o->count == count, "%zu leaves, of which %zu are known", o->count, count);
+    SDQT_THAT(kept_leaves(o) == kept && o->count == count + kept,
+              "%zu leaves, of which %zu are known, and %zu that are kept", o->count, count, kept);
     SDQT_CHECK(quantized > 10 && quantized < f->student->layers && parts2 > 0);
     sdq_optim_free(f->ctx, o);
 }
@@ -455,8 +473,8 @@ static void test_last_blocks(int tier) {
             if (f.student->param[i].layer && f.student->param[i].rank > 1)
                 scales += inside && f.student->param[i].layer->quant.enabled;
         }
-        SDQT_THAT(count > 0 && o->count == count + scales, "%zu blocks: %zu leaves, %zu + %zu",
-                  blocks, o->count, count, scales);
+        SDQT_THAT(count > 0 && o->count == count + scales + kept_leaves(o),
+                  "%zu blocks: %zu leaves, %zu + %zu", blocks, o->count, count, scales);
         sdq_optim_free(f.ctx, o);
     }
     r.last_blocks = 1000;       /* more than there are: all */
@@ -825,6 +843,101 @@ static void test_training(int tier) {
     r = sdq_recipe_default();
     r.attention_bits = 16;
     trains(tier, r, 0, 5e-3f, 0.6);
+}
+
+/* ---- going on without calibrating again ---- */
+
+/* A run of a process of its own, to `steps`; then the int8 file. */
+static sdq_status resume_run(int tier, const sdq_recipe *r, int calibrate, size_t steps,
+                             const char *state, const char *out) {
+    fixture f;
+    sdq_states *s;
+    sdq_optim_desc od;
+    sdq_optim *o = NULL;
+    sdq_fit_desc fd;
+    sdq_distill_task t;
+    sdq_status st;
+    open_fixture(&f, tier, r);
+    s = collect(&f);
+    memset(&od, 0, sizeof od);
+    memset(&fd, 0, sizeof fd);
+    memset(&t, 0, sizeof t);
+    if (r->train_set == SDQ_TRAIN_LORA) SDQT_CHECK(sdq_model_freeze(f.ctx, f.student) == SDQ_OK);
+    if (calibrate)
+        SDQT_CHECK(sdq_calibrate_states(f.ctx, f.student, s, 5, r->bias_correction, NULL, NULL)
+                   == SDQ_OK);
+    od.lr = 1e-3f;
+    od.ema = 0.9f;
+    t.student = f.student;
+    t.states = s;
+    t.teacher_loss = 1;
+    t.batch = 4;
+    fd.steps = steps;
+    fd.seed = 3;
+    fd.state = state;
+    SDQT_CHECK(sdq_optim_create(f.ctx, &od, &o) == SDQ_OK);
+    SDQT_CHECK(sdq_optim_add_student(f.ctx, o, f.student, r, 20) == SDQ_OK);
+    sdq_model_observe(f.student, r->moving > 0.0f);
+    st = sdq_fit(f.ctx, o, &fd, sdq_distill_task_loss, &t);
+    sdq_optim_free(f.ctx, o);
+    if (st != SDQ_OK)
+        SDQT_THAT(strstr(sdq_error_text(f.ctx), "another model or recipe: ")
+                  && strstr(sdq_error_text(f.ctx), "teacher_loss=1 there, teacher_loss=2 here"),
+                  "%s", sdq_error_text(f.ctx));
+    if (st == SDQ_OK && out)
+        SDQT_CHECK(sdq_model_convert(f.ctx, f.student) == SDQ_OK
+                   && sdq_model_save_int8(f.ctx, f.student, out, NULL, NULL) == SDQ_OK);
+    sdq_states_free(f.ctx, s);
+    close_fixture(&f);
+    return st;
+}
+static void same_files(const char *a, const char *b, const char *what) {
+    size_t n, m;
+    unsigned char *x = file_bytes(a, &n), *y = file_bytes(b, &m);
+    SDQT_THAT(n > 0 && n == m && memcmp(x, y, n) == 0, "%s: %zu and %zu bytes", what, n, m);
+    free(x);
+    free(y);
+}
+
+/* Stopped before the first step, and after two: the ranges and biases come from the state. */
+static void resumes(int tier, sdq_recipe r) {
+    static const char *const state[2] = {"test_distill.s.tmp", "test_distill.t.tmp"};
+    const char *const out[2] = {FILE_A, FILE_B};
+    SDQT_CHECK(resume_run(tier, &r, 1, 4, state[0], out[0]) == SDQ_OK);
+    SDQT_CHECK(resume_run(tier, &r, 1, 0, state[1], NULL) == SDQ_OK);
+    SDQT_CHECK(resume_run(tier, &r, 0, 2, state[1], NULL) == SDQ_OK);
+    SDQT_CHECK(resume_run(tier, &r, 0, 4, state[1], out[1]) == SDQ_OK);
+    same_files(state[0], state[1], "state");
+    same_files(out[0], out[1], "int8 file");
+    r.teacher_loss = 2;
+    SDQT_CHECK(resume_run(tier, &r, 1, 5, state[1], NULL) == SDQ_ERR_FORMAT);
+    (void)remove(state[0]);
+    (void)remove(state[1]);
+    (void)remove(out[0]);
+    (void)remove(out[1]);
+}
+static void test_resume(int tier) {
+    sdq_recipe r = sdq_recipe_default();
+    resumes(tier, r);
+    r = static_recipe();                /* learned scales, whose zero points are fixed */
+    resumes(tier, r);
+    r.train_set = SDQ_TRAIN_SCALES;     /* biases are corrected and not trained */
+    resumes(tier, r);
+    r.train_set = SDQ_TRAIN_ALL;        /* scales of 4 bits are made of the weights before training */
+    r.last_blocks = 3;
+    r.learn_scales = 0;
+    r.bias_correction = 0;
+    r.weight_bits = 4;
+    resumes(tier, r);
+    r = static_recipe();
+    r.train_set = SDQ_TRAIN_LORA;
+    r.lora_rank = 2;
+    resumes(tier, r);
+    r.train_set = SDQ_TRAIN_ALL;        /* ranges of inputs and weights go on moving */
+    r.moving = 0.1f;
+    r.weight_scale = SDQ_WEIGHT_MOVING;
+    r.learn_scales = 0;
+    resumes(tier, r);
 }
 
 /* ---- the schedule ---- */
@@ -1208,6 +1321,7 @@ static const sdqt_case cases[] = {
     {"range_gradient", test_range_gradient, 1},
     {"training", test_training, 0},
     {"training_four", test_training_four, 0},
+    {"resume", test_resume, 0},
     {"schedule", test_schedule, 0},
 };
 int main(int argc, char **argv) { return SDQT_MAIN(argc, argv, cases); }

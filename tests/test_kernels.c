@@ -319,30 +319,22 @@ static void oracle_layernorm_bwd(const row *r) {
 #undef T
 }
 
-/* out: s, m, l, alpha */
-static void run_softmax_tile(const sdq__kernels *k, const row *r) {
-    k->softmax_tile(r->out[0], N, 1, N, r->p[0], &r->out[1][0], &r->out[2][0], &r->out[2][1]);
+/* out: s, its sum */
+static void run_softmax(const sdq__kernels *k, const row *r) {
+    r->out[1][0] = k->softmax(r->out[0], N);
 }
-/* s * scale is rounded before exp: (|v| + |m'|) u. */
-static void oracle_softmax_tile(const row *r) {
-    const double m = (double)r->out[1][0], l = (double)r->out[2][0];
-    double top = m, sum = 0, mag = 0, alpha, w;
+static void oracle_softmax(const row *r) {
+    double top = -1e30, sum = 0, mag = 0;
     size_t i;
-    ALL if ((double)(r->out[0][i] * r->p[0]) > top) top = (double)(r->out[0][i] * r->p[0]);
+    ALL top = fmax(top, OLD(0));
     ALL {
-        const double v = OLD(0) * P(0), e = exp(v - top);
+        const double v = OLD(0), e = exp(v - top);
         WANT(0, e, e * (1 + fabs(v) + fabs(top)));
         sum += e;
         mag += r->mag[0][i];
     }
-    alpha = exp(m - top);
-    w = 1 + fabs(m) + fabs(top);
-    r->want[1][0] = top;
-    r->mag[1][0] = 0;
-    r->want[2][0] = l * alpha + sum;
-    r->mag[2][0] = fabs(l) * alpha * w + mag;
-    r->want[2][1] = alpha;
-    r->mag[2][1] = alpha * w;
+    r->want[1][0] = sum;
+    r->mag[1][0] = mag;
 }
 RUN(softmax_tile_bwd, O(0), O(1), N, r->p[0], r->p[1], r->p[2])
 static void oracle_softmax_tile_bwd(const row *r) {
@@ -412,14 +404,13 @@ static const row_kernel row_kernels[] = {
     ROW(norm_bwd, 5, 1, 0, 0, 6.0, SUBNORMAL)
     ROW(layernorm, 3, 1, 0, 0, 6.0, SUBNORMAL)
     ROW(layernorm_bwd, 3, 3, 0, 0, 10.0, SUBNORMAL)
-    ROW(softmax_tile, 0, 3, 0, 6, 5.0, NORMAL)
+    ROW(softmax, 0, 2, 0, 2, 5.0, NORMAL)
     ROW(softmax_tile_bwd, 0, 2, 0, 0, 6.0, NORMAL)
     ROW(adamw, 1, 3, 0, 0, 9.0, SUBNORMAL)
 };
 
-/* Two elements for a one-element output: softmax_tile returns a second one there. */
 static size_t out_len(const row_kernel *rk, const row *r, int o) {
-    return rk->scalars >> o & 1 ? (rk->run == run_softmax_tile && o == 2 ? 2 : 1) : r->n;
+    return rk->scalars >> o & 1 ? 1 : r->n;
 }
 static size_t in_len(const row_kernel *rk, const row *r, int a) {
     return rk->mats >> a & 1 ? (r->rows - 1) * r->ld + r->n : r->n;
@@ -873,112 +864,111 @@ static void test_winograd(int tier) {
     guard_free(&w.out);
 }
 
-/* softmax_tile_u8 and _s16 against their definition, and the same bits as on the scalar tier;
- * nothing is written between and behind the rows. top exp(x) may fall to either side of an edge. */
-enum { SM_LDS = 300, SM_LDP = 272, SM_MOST = 20 };
+/* softmax_cols, _u8 and _s16 against their definition, and the same bits as on the scalar tier;
+ * nothing is written behind the rows. top exp(x) may fall to either side of an edge. */
+typedef enum { COLS_F32, COLS_U8, COLS_S16 } cols_kind;
+typedef struct cols { float m[32], l[32], alpha[32], beta[32]; } cols;
 
-static void softmax_call(const sdq__kernels *k, int fine, void *p, const float *s, size_t rows,
-                         size_t n, float *m, float *l, float *alpha, float *beta) {
-    if (fine)
-        k->softmax_tile_s16((int16_t *)p, SM_LDP, s, SM_LDS, rows, n, 0.7f, m, l, alpha, beta);
-    else k->softmax_tile_u8((uint8_t *)p, SM_LDP, s, SM_LDS, rows, n, 0.7f, m, l, alpha, beta);
+static void cols_call(const sdq__kernels *k, cols_kind kind, void *p, float *s, size_t n, cols *c) {
+    if (kind == COLS_F32) k->softmax_cols(s, n, 0.7f, c->m, c->l, c->alpha);
+    else if (kind == COLS_U8)
+        k->softmax_cols_u8((uint8_t *)p, s, n, 0.7f, c->m, c->l, c->alpha, c->beta);
+    else k->softmax_cols_s16((int16_t *)p, s, n, 0.7f, c->m, c->l, c->alpha, c->beta);
 }
-static int softmax_weight(const void *p, int fine, size_t i) {
-    return fine ? ((const int16_t *)p)[i] : ((const uint8_t *)p)[i];
+/* Weight of row i, column j. */
+static int cols_weight(const void *p, cols_kind kind, size_t i, size_t j) {
+    if (kind == COLS_S16) return ((const int16_t *)p)[(i / 2 * 32 + j) * 2 + i % 2];
+    return ((const uint8_t *)p)[(i / 4 * 32 + j) * 4 + i % 4];
 }
-static void softmax_once(const sdq__kernels *k, int fine, guarded *gs, guarded *gp, size_t rows,
-                         size_t n) {
-    const size_t size = fine ? 2 : 1;
-    const double most = fine ? 2048 : 255, error = fine ? 6e-6 : 1.3e-4;
-    static int16_t want[SM_MOST * SM_LDP];
-    float *s = (float *)guard_place(gs, 4 * ((rows - 1) * SM_LDS + n), 1);
-    char *p = (char *)guard_place(gp, size * ((rows - 1) * SM_LDP + n), 1);
-    float m[2][SM_MOST], l[2][SM_MOST], alpha[2][SM_MOST], beta[2][SM_MOST];
-    size_t r, i;
-    for (r = 0; r < rows; r++) {
-        m[0][r] = m[1][r] = sdqt_below(3) ? sdqt_normal() : -INFINITY;
-        l[0][r] = l[1][r] = m[0][r] > -1e30f ? (float)most + fabsf(sdqt_normal()) : 0;
-        for (i = 0; i < n; i++) s[r * SM_LDS + i] = 4 * sdqt_normal();
-        if (n > 3 && sdqt_below(4) == 0) s[r * SM_LDS + sdqt_below(n)] = NAN;
-        if (n > 3 && sdqt_below(4) == 0) s[r * SM_LDS + sdqt_below(n)] = -INFINITY;
+/* Column j of integer weights: c after, old before. */
+static void cols_check_int(cols_kind kind, const void *p, const float *s, size_t n, size_t j,
+                           const cols *c, const cols *before) {
+    const double most = kind == COLS_S16 ? 2048 : 255, error = kind == COLS_S16 ? 6e-6 : 1.3e-4;
+    const double old = (double)before->m[j];
+    const size_t per = kind == COLS_S16 ? 2 : 4;
+    double top = -1e30, sum = 0, all;
+    size_t i;
+    for (i = 0; i < n; i++) top = fmax(top, (double)s[i * 32 + j]);
+    top *= (double)0.7f;
+    all = fmax(top, old);
+    for (i = 0; i < n; i++) {
+        const double v = (double)s[i * 32 + j];
+        const double e = isnan(v) ? 0 : most * exp(v * (double)0.7f - top);
+        const int q = cols_weight(p, kind, i, j);
+        SDQT_THAT(fabs(q - e) < 0.5 + error * e, "weight %d for %g", q, e);
+        sum += q;
     }
-    softmax_call(sdq__k_table(SDQ_TIER_SCALAR), fine, want, s, rows, n, m[1], l[1], alpha[1],
-                 beta[1]);
-    for (r = 0; r < rows; r++) {
-        const double old = (double)m[0][r];
-        double top = -1e30, sum = 0, all;
-        for (i = 0; i < n; i++) top = fmax(top, (double)s[r * SM_LDS + i]);
-        top *= (double)0.7f;
-        all = fmax(top, old);
-        for (i = 0; i < n; i++) {
-            const double v = (double)s[r * SM_LDS + i];
-            const double e = isnan(v) ? 0 : most * exp(v * (double)0.7f - top);
-            const int q = softmax_weight(want, fine, r * SM_LDP + i);
-            SDQT_THAT(fabs(q - e) < 0.5 + error * e, "weight %d for %g", q, e);
-            sum += q;
-        }
-        SDQT_NEAR(m[1][r], all, 1e-6 * fabs(all));
-        SDQT_NEAR(alpha[1][r], exp(old - all), 2e-6 * (1 + fabs(all)));
-        SDQT_NEAR(beta[1][r], exp(top - all), 2e-6 * (1 + fabs(all)));
-        SDQT_NEAR(l[1][r], l[0][r] * exp(old - all) + sum * exp(top - all),
-                  3e-6 * (most + 45 + sum) * 20);
-    }
-    softmax_call(k, fine, p, s, rows, n, m[0], l[0], alpha[0], beta[0]);
-    for (r = 0; r < rows; r++) {
-        SDQT_THAT(same(m[0][r], m[1][r]) && same(l[0][r], l[1][r]) && same(alpha[0][r], alpha[1][r])
-                  && same(beta[0][r], beta[1][r])
-                  && !memcmp(p + size * r * SM_LDP, (char *)want + size * r * SM_LDP, size * n),
-                  "softmax_tile, fine=%d: row %zu of %zu, n=%zu differs", fine, r, rows, n);
-        for (i = size * n; i < size * SM_LDP && r + 1 < rows; i++)
-            SDQT_CHECK((unsigned char)p[size * r * SM_LDP + i] == 0xa5);
-    }
-    SDQT_CHECK(guard_intact(gp, p, size * ((rows - 1) * SM_LDP + n)));
+    for (; i % per; i++) SDQT_CHECK(cols_weight(p, kind, i, j) == 0);
+    SDQT_NEAR(c->m[j], all, 1e-6 * fabs(all));
+    SDQT_NEAR(c->alpha[j], exp(old - all), 2e-6 * (1 + fabs(all)));
+    SDQT_NEAR(c->beta[j], exp(top - all), 2e-6 * (1 + fabs(all)));
+    SDQT_NEAR(c->l[j], (double)before->l[j] * exp(old - all) + sum * exp(top - all),
+              3e-6 * (most + 45 + sum) * 20);
 }
-static void test_softmax_int(int tier) {
-    guarded gs = guard_new(4 * SM_LDS * SM_MOST), gp = guard_new(2 * SM_LDP * SM_MOST);
+/* The same of floats: e are the weights, s the scores they were. */
+static void cols_check(const float *e, const float *s, size_t n, size_t j, const cols *c,
+                       const cols *before) {
+    const double old = (double)before->m[j];
+    double top = old, sum = 0, w;
+    size_t i;
+    for (i = 0; i < n; i++) top = fmax(top, (double)(s[i * 32 + j] * 0.7f));
+    for (i = 0; i < n; i++) {
+        const double v = (double)s[i * 32 + j], x = exp(v * (double)0.7f - top);
+        if (isnan(v)) SDQT_CHECK(isnan(e[i * 32 + j]));
+        else SDQT_NEAR(e[i * 32 + j], x, 6e-7 * x * (1 + fabs(v < -1e30 ? 0 : v) + fabs(top)));
+        sum += x;
+    }
+    w = 1 + fabs(old > -1e30 ? old : 0) + fabs(top);
+    SDQT_NEAR(c->m[j], top, 0);
+    SDQT_NEAR(c->alpha[j], exp(old - top), 6e-7 * w);
+    if (isnan(sum)) SDQT_CHECK(isnan(c->l[j]));
+    else SDQT_NEAR(c->l[j], (double)before->l[j] * exp(old - top) + sum,
+                   1e-6 * w * ((double)before->l[j] + sum) * 5);
+}
+static void cols_once(const sdq__kernels *k, cols_kind kind, guarded *gs, guarded *gp, size_t n) {
+    static float scores[256 * 32], ref[256 * 32];
+    static uint8_t want[256 * 64];
+    const size_t per = kind == COLS_S16 ? 2 : 4, bytes = (n + per - 1) / per * 128;
+    float *s = (float *)guard_place(gs, 128 * n, 1);
+    uint8_t *p = (uint8_t *)guard_place(gp, bytes, 1);
+    cols old, c[2];
+    size_t i, j;
+    memset(&old, 0, sizeof old);
+    for (j = 0; j < 32; j++) {
+        old.m[j] = sdqt_below(3) ? sdqt_normal() : -INFINITY;
+        old.l[j] = old.m[j] > -1e30f ? 1 + fabsf(sdqt_normal()) : 0;
+        for (i = 0; i < n; i++) scores[i * 32 + j] = 4 * sdqt_normal();
+        if (n > 3 && sdqt_below(8) == 0) scores[sdqt_below(n) * 32 + j] = NAN;
+        if (n > 3 && sdqt_below(8) == 0) scores[sdqt_below(n) * 32 + j] = -INFINITY;
+    }
+    c[0] = c[1] = old;
+    memcpy(s, scores, 128 * n);
+    memcpy(ref, scores, 128 * n);
+    cols_call(sdq__k_table(SDQ_TIER_SCALAR), kind, want, ref, n, &c[1]);
+    for (j = 0; j < 32; j++)
+        if (kind == COLS_F32) cols_check(ref, scores, n, j, &c[1], &old);
+        else cols_check_int(kind, want, scores, n, j, &c[1], &old);
+    cols_call(k, kind, p, s, n, &c[0]);
+    for (j = 0; j < 32; j++)
+        SDQT_THAT(same(c[0].m[j], c[1].m[j]) && same(c[0].l[j], c[1].l[j])
+                  && same(c[0].alpha[j], c[1].alpha[j]) && same(c[0].beta[j], c[1].beta[j]),
+                  "softmax_cols %d: column %zu, n=%zu differs", (int)kind, j, n);
+    for (i = 0; i < 32 * n; i++) SDQT_CHECK(same(s[i], ref[i]));
+    if (kind != COLS_F32) SDQT_CHECK(memcmp(p, want, bytes) == 0);
+    SDQT_CHECK(guard_intact(gs, s, 128 * n));
+    SDQT_CHECK(guard_intact(gp, p, bytes));
+}
+static void test_softmax_cols(int tier) {
+    const sdq__kernels *k = sdq__k_table((sdq_tier)tier);
+    guarded gs = guard_new(128 * 256), gp = guard_new(64 * 256);
     size_t n;
-    int fine;
-    for (fine = 0; fine < 2; fine++) {
-        for (n = 1; n <= 256; n = n < 40 ? n + 1 : n + 27)
-            softmax_once(sdq__k_table((sdq_tier)tier), fine, &gs, &gp, 1 + sdqt_below(SM_MOST), n);
-        softmax_once(sdq__k_table((sdq_tier)tier), fine, &gs, &gp, SM_MOST, 256);
+    for (n = 1; n <= 256; n = n < 40 ? n + 1 : n + 27) {
+        cols_once(k, COLS_F32, &gs, &gp, n);
+        cols_once(k, COLS_U8, &gs, &gp, n);
+        cols_once(k, COLS_S16, &gs, &gp, n);
     }
     guard_free(&gs);
     guard_free(&gp);
-}
-
-/* Many rows at once give what each row gives alone (which test_rows compares with an oracle), and
- * touch nothing between and behind them. */
-static void test_softmax_rows(int tier) {
-    enum { ROWS_MAX = 49, LD = 70 };
-    const sdq__kernels *k = sdq__k_table((sdq_tier)tier);
-    guarded gs = guard_new(4 * ROWS_MAX * LD), gv = guard_new(4 * ROWS_MAX);
-    float one[LD], alone[ROWS_MAX][LD], m[2][ROWS_MAX], l[2][ROWS_MAX], alpha[ROWS_MAX], *s, *a;
-    size_t rows, n, r, i;
-    for (rows = 1; rows <= ROWS_MAX; rows += rows < 20 ? 1 : 13)
-        for (n = 1; n <= 65; n = n < 33 ? n + 8 : n + 31) {
-            s = (float *)guard_place(&gs, 4 * ((rows - 1) * LD + n), 1);
-            a = (float *)guard_place(&gv, 4 * rows, 1);
-            for (r = 0; r < rows; r++) {
-                m[0][r] = m[1][r] = sdqt_below(3) ? sdqt_normal() : -INFINITY;
-                l[0][r] = l[1][r] = m[0][r] > -1e30f ? 1.0f + fabsf(sdqt_normal()) : 0.0f;
-                for (i = 0; i < n; i++) s[r * LD + i] = one[i] = 3.0f * sdqt_normal();
-                k->softmax_tile(one, LD, 1, n, 0.7f, &m[1][r], &l[1][r], &alpha[r]);
-                memcpy(alone[r], one, n * sizeof(float));
-            }
-            k->softmax_tile(s, LD, rows, n, 0.7f, m[0], l[0], a);
-            for (r = 0; r < rows; r++) {
-                SDQT_THAT(same(m[0][r], m[1][r]) && same(l[0][r], l[1][r]) && same(a[r], alpha[r])
-                          && memcmp(s + r * LD, alone[r], n * sizeof(float)) == 0,
-                          "softmax_tile: row %zu of %zu, n=%zu differs", r, rows, n);
-                for (i = n; i < LD && r + 1 < rows; i++)
-                    SDQT_CHECK(memcmp(s + r * LD + i, "\xa5\xa5\xa5\xa5", 4) == 0);
-            }
-            SDQT_CHECK(guard_intact(&gs, s, 4 * ((rows - 1) * LD + n)));
-            SDQT_CHECK(guard_intact(&gv, a, 4 * rows));
-        }
-    guard_free(&gs);
-    guard_free(&gv);
 }
 
 /* ---- half precision: all 65536 values ---- */
@@ -1123,15 +1113,19 @@ static void test_gemm_f32(int tier) {
     tile_free(w);
 }
 
-/* The products of a group of 4 bytes: of four u8 and s8, or of two s16. */
-static int64_t group_oracle(const uint8_t *a, const int8_t *b, int pairs) {
+/* The products of a group of 4 bytes: of four u8 and s8, of four s8 and u8, or of two s16. */
+static int64_t group_oracle(const uint8_t *a, const int8_t *b, sdq__group kind) {
     int16_t x[2], y[2];
-    if (!pairs) return (int64_t)a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3];
+    int64_t sum = 0;
+    size_t l;
+    for (l = 0; l < 4; l++)
+        sum += kind == SDQ__U8S8 ? a[l] * b[l] : (int8_t)a[l] * (uint8_t)b[l];
+    if (kind != SDQ__S16) return sum;
     memcpy(x, a, 4);
     memcpy(y, b, 4);
     return (int64_t)x[0] * y[0] + (int64_t)x[1] * y[1];
 }
-static void qtile_oracle(const sdq__qtile *t, int pairs, float *y) {
+static void qtile_oracle(const sdq__qtile *t, sdq__group kind, float *y) {
     const size_t segs = t->taps * t->quads / t->seg;
     size_t i, j, g, n;
     for (i = 0; i < t->mr; i++)
@@ -1141,7 +1135,7 @@ static void qtile_oracle(const sdq__qtile *t, int pairs, float *y) {
                 int64_t acc = 0;
                 for (n = g * t->seg; n < (g + 1) * t->seg; n++)
                     acc += group_oracle(t->a[n / t->quads * t->mr + i] + n % t->quads * 4,
-                                        t->b + (n * 32 + j) * 4, pairs);
+                                        t->b + (n * 32 + j) * 4, kind);
                 if (t->wsum) acc -= (int64_t)t->z[g * t->mr + i] * t->wsum[g * 32 + j];
                 SDQT_CHECK(acc >= INT32_MIN && acc <= INT32_MAX);
                 f = fmaf(t->s[g * t->mr + i], (float)acc, f);
@@ -1168,8 +1162,10 @@ static void words_fill(void *p, size_t n, int most, int extreme) {
 }
 /* One time in four every product is as large as can be (255 * -128; with int16 the sum is just
  * below 2^31): where saturating instructions go wrong. */
-static void qtile_once(tile_memory *w, const sdq__kernels *k, int pairs, size_t mr, size_t nr,
+static void qtile_once(tile_memory *w, const sdq__kernels *k, sdq__group kind, size_t mr, size_t nr,
                        unsigned flags) {
+    static const char *const names[] = {"gemm_u8s8", "gemm_s8u8", "gemm_s16"};
+    const int u8 = kind == SDQ__U8S8, pairs = kind == SDQ__S16;
     static const size_t tap_choice[] = {1, 1, 2, 9};
     const int at_end = (int)sdqt_below(4) != 0, extreme = sdqt_below(4) == 0;
     const uint8_t *rows[A_ROWS];
@@ -1192,14 +1188,14 @@ static void qtile_once(tile_memory *w, const sdq__kernels *k, int pairs, size_t 
     for (i = 0; i < t.taps * mr; i++) {
         uint8_t *p = (uint8_t *)guard_place(&w->a[i], 4 * t.quads, at_end);
         bytes_fill(p, 4 * t.quads);
-        if (extreme) memset(p, 255, 4 * t.quads);
+        if (extreme) memset(p, u8 ? 255 : -128, 4 * t.quads);
         if (pairs) words_fill(p, 4 * t.quads, most, extreme);
         rows[i] = p;
     }
     t.a = rows;
     b = (int8_t *)guard_place(&w->b, total * 128, at_end);
     bytes_fill(b, total * 128);
-    if (extreme) memset(b, -128, total * 128);
+    if (extreme) memset(b, u8 ? -128 : 255, total * 128);
     if (pairs) words_fill(b, total * 128, most, extreme);
     t.b = b;
     t.s = s = tile_floats(&w->s, segs * mr, at_end);
@@ -1216,35 +1212,37 @@ static void qtile_once(tile_memory *w, const sdq__kernels *k, int pairs, size_t 
     t.more = (flags & 4) != 0;
     len = (mr - 1) * t.ldy + nr;
     t.y = tile_y(w, len, at_end);
-    qtile_oracle(&t, pairs, w->want);
+    qtile_oracle(&t, kind, w->want);
     if (pairs) k->gemm_s16(&t);
-    else k->gemm_u8s8(&t);
-    tile_compare(w, t.y, len, mr, nr, pairs ? "gemm_s16" : "gemm_u8s8");
+    else if (u8) k->gemm_u8s8(&t);
+    else k->gemm_s8u8(&t);
+    tile_compare(w, t.y, len, mr, nr, names[kind]);
 }
-static void qtiles(int tier, int pairs) {
+static void qtiles(int tier, sdq__group kind) {
     tile_memory *w = tile_new();
     size_t mr, nr;
     for (mr = 1; mr <= 12; mr++)
         for (nr = 1; nr <= 32; nr++) {
-            qtile_once(w, sdq__k_table((sdq_tier)tier), pairs, mr, nr, (unsigned)sdqt_below(8));
-            qtile_once(w, sdq__k_table((sdq_tier)tier), pairs, mr, nr, (unsigned)(mr + nr) & 7u);
+            qtile_once(w, sdq__k_table((sdq_tier)tier), kind, mr, nr, (unsigned)sdqt_below(8));
+            qtile_once(w, sdq__k_table((sdq_tier)tier), kind, mr, nr, (unsigned)(mr + nr) & 7u);
         }
     tile_free(w);
 }
 
-static void test_gemm_u8s8(int tier) { qtiles(tier, 0); }
-static void test_gemm_s16(int tier) { qtiles(tier, 1); }
+static void test_gemm_u8s8(int tier) { qtiles(tier, SDQ__U8S8); }
+static void test_gemm_s8u8(int tier) { qtiles(tier, SDQ__S8U8); }
+static void test_gemm_s16(int tier) { qtiles(tier, SDQ__S16); }
 
 /* ---- the table and the guards themselves ---- */
 
 /* Every kernel of the list is there, and each is tested above: the list and the table of rows
  * must have the same names, apart from those with tests of their own. */
 static void test_list(int tier) {
-    static const char *const own[] = {"gemm_f32", "gemm_u8s8", "gemm_s16", "quantize_u8",
-                                      "quantize_s8", "quantize_s16", "quantize_rows",
-                                      "dequantize_u8", "dequantize_s8", "ste_s8", "adamw8",
-                                      "from_f16", "from_bf16", "softmax_tile_u8",
-                                      "softmax_tile_s16", "win_input", "win_weight", "win_output"};
+    static const char *const own[] = {
+        "gemm_f32", "gemm_u8s8", "gemm_s8u8", "gemm_s16", "quantize_u8", "quantize_s8",
+        "quantize_s16", "quantize_rows", "dequantize_u8", "dequantize_s8", "ste_s8", "adamw8",
+        "from_f16", "from_bf16", "softmax_cols", "softmax_cols_u8", "softmax_cols_s16",
+        "win_input", "win_weight", "win_output"};
     static const char *const names[] = {
 #define SDQ__X(ret, name, args, cls) #name,
         SDQ__KERNEL_LIST(SDQ__X)
@@ -1270,14 +1268,14 @@ static const sdqt_case cases[] = {
     {"functions", test_functions, 1},
     {"quantize", test_quantize, 1},
     {"quantize_rows", test_quantize_rows, 1},
-    {"softmax_int", test_softmax_int, 1},
+    {"softmax_cols", test_softmax_cols, 1},
     {"ste", test_ste, 1},
     {"adamw8", test_adamw8, 1},
     {"winograd", test_winograd, 1},
-    {"softmax_rows", test_softmax_rows, 1},
     {"half", test_half, 1},
     {"gemm_f32", test_gemm_f32, 1},
     {"gemm_u8s8", test_gemm_u8s8, 1},
+    {"gemm_s8u8", test_gemm_s8u8, 1},
     {"gemm_s16", test_gemm_s16, 1},
 };
 

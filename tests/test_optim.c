@@ -462,7 +462,7 @@ static sdq_status job_new(sdq_ctx *ctx, job *j) {
     SDQ__TRY(sdq_optim_add(ctx, j->o, &j->b->sw, "b.scale", 0.1f, 1e-7f, 0));
     SDQ__TRY(sdq_optim_add(ctx, j->o, sdq_layer_weight(j->c), "c.weight", 0, 0, 1));
     return sdq__opt_add_state(ctx, j->o, "c.observers", sdq__ly_state_count(j->c), sdq__ly_state,
-                              j->c);
+                              j->c, 1);
 }
 static void job_free(sdq_ctx *ctx, job *j) {
     sdq_optim_free(ctx, j->o);

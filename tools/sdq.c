@@ -713,6 +713,7 @@ typedef struct quantizer {
     uint64_t seed;
     sdq_diffusion_task data;        /* with recipes that need pictures */
     int alone;                  /* no teacher: the networks of the pipeline come and go */
+    int calibrated;             /* ranges and biases will come from the state of a training */
 } quantizer;
 
 static sdq_status quantizer_read_flags(job *j, quantizer *q, const char *model) {
@@ -773,7 +774,7 @@ static sdq_status quantizer_states(job *j, quantizer *q) {
     return sdq_states_collect(j->ctx, j->pipe, prompts, n, &d, &j->states);
 }
 
-/* j->pipe and the student j->unet, with ranges. */
+/* j->pipe and the student j->unet, with ranges if they are not in a file. */
 static sdq_status quantizer_prepare(job *j, quantizer *q) {
     const int data = q->recipe.calibrate_on_data || q->recipe.noise_loss > 0.0f;
     sdq_pipeline_desc d;
@@ -788,12 +789,11 @@ static sdq_status quantizer_prepare(job *j, quantizer *q) {
     TRY(sdq_recipe_apply(j->ctx, j->unet, &q->recipe, q->keep));
     if (data) TRY(quantizer_data(j, q));
     if (data && q->held) TRY(sdq_samples_hold_out(j->ctx, j->samples, q->held, &j->held_samples));
-    if (q->recipe.calibrate_on_data) {
-        progress_begin(j);
-        return sdq_calibrate_data(j->ctx, &q->data, q->batches, q->seed, progress, j);
-    }
     if (q->held && !data) TRY(sdq_states_hold_out(j->ctx, j->states, q->held, &j->held_states));
+    if (q->calibrated) return SDQ_OK;
     progress_begin(j);
+    if (q->recipe.calibrate_on_data)
+        return sdq_calibrate_data(j->ctx, &q->data, q->batches, q->seed, progress, j);
     return sdq_calibrate_states(j->ctx, j->unet, j->states, 8, q->recipe.bias_correction, progress,
                                 j);
 }
@@ -1265,6 +1265,7 @@ static sdq_status train_qat(job *j, trainer *t) {
     q.batch = t->p.batch;
     q.seed = t->fit.seed;
     q.held = t->held;
+    q.calibrated = t->fit.state && exists(t->fit.state);
     TRY(arg_float(j, "scale-lr", &scale_lr));
     TRY(check_output(j, t->out));
     TRY(quantizer_prepare(j, &q));

@@ -66,6 +66,7 @@ typedef struct eval {
     const char *model, *data, *out;
     const char **prompt[2];             /* held-out, training */
     size_t count[2], *train_at;         /* train_at: pictures that the training prompts belong to */
+    size_t seeds;                       /* held-out pictures of a prompt: they follow each other */
     sdq_txt2img_desc d;
     uint64_t key;                       /* of everything that rows have in common */
     float *real[2];                     /* features of held-out and training pictures */
@@ -76,10 +77,14 @@ typedef struct eval {
     size_t n;
 } eval;
 
+/* Of eval and study. */
+#define MEASURE_FLAGS \
+    {"model,m", "FOLDER|FILE", NULL, "the pipeline: a diffusers folder or a single file"}, \
+    {"data", "FOLDER", NULL, "training pictures with captions"}, \
+    {"held", "FOLDER,..", NULL, "held-out pictures with captions"}
+
 static const flag eval_flags[] = {
-    {"model,m", "FOLDER|FILE", NULL, "the pipeline: a diffusers folder or a single file"},
-    {"data", "FOLDER", NULL, "training pictures with captions"},
-    {"held", "FOLDER,..", NULL, "held-out pictures with captions"},
+    MEASURE_FLAGS,
     {"rows", "NAME,..", NULL,
      "fp32, reference-ptq, -qat, -qat-k3, -qat-k5; static-, picture-, position-,\n"
      "                                        block- with ptq, qat; attention-ptq, fine-ptq; best-k3, best-schedule [all]"},
@@ -173,6 +178,14 @@ static eval_result *eval_best(eval *e) {
     return best;
 }
 
+/* r->file = OUT/nets/ROW-KEY.safetensors; returns it without its ending. */
+static const char *eval_net_file(eval *e, eval_result *r, uint64_t key) {
+    const char *base = format_text(e->j, "%s/nets/%s-%08llx", e->out, r->row.name,
+                                   (unsigned long long)(key & 0xffffffffu));
+    r->file = format_text(e->j, "%s.safetensors", base);
+    return base;
+}
+
 static sdq_status eval_make_net(eval *e, eval_result *r) {
     job *j = e->j;
     const int reference = strstr(r->row.recipe, "reference") != NULL;
@@ -186,10 +199,7 @@ static sdq_status eval_make_net(eval *e, eval_result *r) {
                                      : "";
     const int threads = sdq_ctx_threads(j->ctx); /* not in the key: results do not depend on it */
     uint64_t h = hash_text(hash_text(hash_model(j, e->model), common), steps);
-    TRY(make_folder(j, format_text(j, "%s/nets", e->out)));
-    base = format_text(j, "%s/nets/%s-%08llx", e->out, r->row.name,
-                       (unsigned long long)(h & 0xffffffffu));
-    r->file = format_text(j, "%s.safetensors", base);
+    base = eval_net_file(e, r, h);
     if (exists(r->file)) return SDQ_OK;
     if (!r->row.train)
         return run_line(
@@ -210,9 +220,7 @@ static sdq_status eval_make_schedule(eval *e, eval_result *r, const char *from) 
                     e->d.steps, (double)e->d.guidance, arg_text(&j->a, "target-psnr"),
                     arg_text(&j->a, "max-float"), e->data);
     const uint64_t h = hash_text(hash_file(e->key, from), flags);
-    const char *part = format_text(j, "%s/nets/%s-%08llx.part", e->out, r->row.name,
-                                   (unsigned long long)(h & 0xffffffffu));
-    r->file = format_text(j, "%.*s.safetensors", (int)(strlen(part) - 5), part);
+    const char *part = format_text(j, "%s.part", eval_net_file(e, r, h));
     if (exists(r->file)) return SDQ_OK;
     TRY(read_text(j, from, &bytes, &n));
     TRY(write_text(j, part, bytes, n));
@@ -483,6 +491,24 @@ static sdq_status eval_read(eval *e, const eval_result *r, int set, size_t i, sd
     return sdq_image_read(e->j->ctx, eval_picture(e, r, set, i), out);
 }
 
+/* 95 % interval of the median of a number of every held-out picture, by bootstrap over prompts: the
+ * pictures of a prompt are drawn together. */
+static sdq_status eval_median_interval(eval *e, const double *x, double *low, double *high) {
+    enum { ROUNDS = 1000 };
+    const size_t n = e->count[0], group = e->seeds;
+    double *m = (double *)own(e->j, ROUNDS * sizeof *m), *s = (double *)own(e->j, n * sizeof *s);
+    sdq_rng rng;
+    size_t i, k;
+    sdq_rng_init(&rng, SDQ_RNG_PHILOX, 1);
+    for (k = 0; k < ROUNDS; k++) {
+        for (i = 0; i < n; i += group)
+            memcpy(s + i, x + (size_t)sdq_rng_below(&rng, n / group) * group, group * sizeof *s);
+        TRY(sdq_percentile(e->j->ctx, s, n, 50.0, &m[k]));
+    }
+    TRY(sdq_percentile(e->j->ctx, m, ROUNDS, 2.5, low));
+    return sdq_percentile(e->j->ctx, m, ROUNDS, 97.5, high);
+}
+
 /* Features of a row's pictures; PSNR and SSIM of the held-out ones against fp32. */
 static sdq_status eval_pictures(eval *e, eval_result *r) {
     job *j = e->j;
@@ -508,24 +534,9 @@ static sdq_status eval_pictures(eval *e, eval_result *r) {
     }
     TRY(sdq_percentile(j->ctx, r->psnr, e->count[0], 50.0, &r->psnr_median));
     TRY(sdq_percentile(j->ctx, r->psnr, e->count[0], 10.0, &r->psnr_p10));
+    TRY(eval_median_interval(e, r->psnr, &r->psnr_low, &r->psnr_high));
     TRY(sdq_percentile(j->ctx, ssim, e->count[0], 50.0, &r->ssim_median));
     return sdq_percentile(j->ctx, ssim, e->count[0], 10.0, &r->ssim_p10);
-}
-
-/* 95 % interval of the median, by bootstrap. */
-static sdq_status eval_median_interval(eval *e, const double *x, size_t n, double *low,
-                                       double *high) {
-    enum { ROUNDS = 1000 };
-    double *m = (double *)own(e->j, ROUNDS * sizeof *m), *s = (double *)own(e->j, n * sizeof *s);
-    sdq_rng rng;
-    size_t i, k;
-    sdq_rng_init(&rng, SDQ_RNG_PHILOX, 1);
-    for (k = 0; k < ROUNDS; k++) {
-        for (i = 0; i < n; i++) s[i] = x[sdq_rng_below(&rng, n)];
-        TRY(sdq_percentile(e->j->ctx, s, n, 50.0, &m[k]));
-    }
-    TRY(sdq_percentile(e->j->ctx, m, ROUNDS, 2.5, low));
-    return sdq_percentile(e->j->ctx, m, ROUNDS, 97.5, high);
 }
 
 /* Both sets of a row as one list of features. */
@@ -599,7 +610,7 @@ static sdq_status eval_gain(eval *e, eval_result *r) {
     sdq_rng_init(&rng, SDQ_RNG_PHILOX, 4);
     TRY(sdq_bootstrap(e->j->ctx, d, n, 0, 0.0, &rng, &r->gain_mean[1], &r->gain_mean[2]));
     TRY(sdq_percentile(e->j->ctx, d, n, 50.0, &r->gain));
-    return eval_median_interval(e, d, n, &r->gain_low, &r->gain_high);
+    return eval_median_interval(e, d, &r->gain_low, &r->gain_high);
 }
 
 static void eval_size(eval *e, eval_result *r) {
@@ -645,31 +656,34 @@ static sdq_status eval_times(eval *e) {
     return st;
 }
 
-/* Everything about one row. */
-static sdq_status eval_row_run(eval *e, eval_result *r) {
+/* Load the network of a row, measure its errors, draw its held-out pictures; key: of all that they
+ * depend on but the network's file. */
+static sdq_status eval_row_draw(eval *e, eval_result *r, uint64_t key) {
     job *j = e->j;
     sdq_pipeline_desc pd;
-    uint64_t key;
-    note(j, "row %s", r->row.name);
-    TRY(eval_net(e, r));
     memset(&pd, 0, sizeof pd);
     pd.unet_int8 = r->file;
     sdq_pipeline_free(j->ctx, j->pipe);
     j->pipe = NULL;
     TRY(load_pipeline(j, e->model, &pd, &j->pipe));
-    key = hash_text(e->key, r->row.mode);
     if (r->file) key = hash_file(key, r->file);
     r->folder = format_text(j, "%s/pictures/%s-%08llx", e->out, r->row.name,
                             (unsigned long long)(key & 0xffffffffu));
     TRY(make_folder(j, r->folder));
     TRY(eval_errors(e, r));
-    TRY(eval_draw(e, r, 0));
+    eval_size(e, r);
+    return eval_draw(e, r, 0);
+}
+
+/* Everything about one row. */
+static sdq_status eval_row_run(eval *e, eval_result *r) {
+    note(e->j, "row %s", r->row.name);
+    TRY(eval_net(e, r));
+    TRY(eval_row_draw(e, r, hash_text(e->key, r->row.mode)));
     TRY(eval_draw(e, r, 1));
     TRY(eval_pictures(e, r));
-    TRY(eval_median_interval(e, r->psnr, e->count[0], &r->psnr_low, &r->psnr_high));
     TRY(eval_frechet(e, r));
     TRY(eval_nearest(e, r));
-    eval_size(e, r);
     return eval_gain(e, r);
 }
 
@@ -1069,38 +1083,60 @@ static sdq_status eval_add(eval *e, const eval_row *row) {
     return SDQ_OK;
 }
 
+/* take[i] = 1 for the rows of a list of names. */
+static sdq_status eval_take(eval *e, const char *names, const eval_row *rows, size_t n,
+                            unsigned char *take) {
+    size_t i, k, len;
+    for (i = 0; names[i]; i += len + (names[i + len] == ',')) {
+        len = strcspn(names + i, ",");
+        for (k = 0; k < n; k++) if (name_in(rows[k].name, names + i, len)) break;
+        if (k == n) {
+            const char *known = rows[0].name;
+            for (k = 1; k < n; k++) known = format_text(e->j, "%s, %s", known, rows[k].name);
+            return bad_value(e->j, "rows", names, known);
+        }
+        take[k] = 1;
+    }
+    return SDQ_OK;
+}
+
+/* A:B:C in three. */
+static sdq_status eval_split(job *j, const char *name, const char *text, const char *form,
+                             const char *part[3]) {
+    char *a = format_text(j, "%s", text), *b = strchr(a, ':');
+    char *c = b ? strchr(b + 1, ':') : NULL;
+    if (!c) return bad_value(j, name, text, form);
+    *b++ = *c++ = 0;
+    part[0] = a; part[1] = b; part[2] = c;
+    return SDQ_OK;
+}
+
+/* NAME:MODE:FILE */
+static sdq_status eval_net_row(eval *e, const char *text) {
+    const char *part[3];
+    eval_row row;
+    TRY(eval_split(e->j, "net", text, "NAME:MODE:FILE", part));
+    if (strcmp(part[1], "int8") && strcmp(part[1], "schedule") && strncmp(part[1], "k=", 2))
+        return bad_value(e->j, "net", text, "int8, k=N or schedule in the middle");
+    memset(&row, 0, sizeof row);
+    row.name = part[0]; row.mode = part[1]; row.file = part[2];
+    return eval_add(e, &row);
+}
+
 /* --rows and --net; fp32 is always the first. */
 static sdq_status eval_choose(eval *e) {
     job *j = e->j;
     const char *rows = arg_text(&j->a, "rows");
     const flag *net = flag_find(&j->a, "net", 3);
-    size_t i, k;
-    TRY(eval_add(e, &eval_rows[0]));
-    if (!rows && !arg_given(&j->a, "net")) rows = "all";
-    for (i = 1; rows && i < COUNT(eval_rows); i++)
-        if (!strcmp(rows, "all") || name_in(rows, eval_rows[i].name, strlen(eval_rows[i].name)))
-            TRY(eval_add(e, &eval_rows[i]));
-    for (i = 0; rows && strcmp(rows, "all") && rows[i]; i += rows[i] == ',') {
-        const size_t n = strcspn(rows + i, ",");
-        for (k = 0; k < COUNT(eval_rows); k++) if (name_in(eval_rows[k].name, rows + i, n)) break;
-        if (k == COUNT(eval_rows)) return bad_value(j, "rows", rows, "names of sdq eval --help");
-        i += n;
-    }
-    for (i = 0; i < j->a.givens; i++) {
-        char *name, *mode, *file;
-        eval_row row;
-        if (j->a.given[i] != net) continue;
-        name = format_text(j, "%s", j->a.value[i]);
-        mode = strchr(name, ':');
-        file = mode ? strchr(mode + 1, ':') : NULL;
-        if (!file) return bad_value(j, "net", name, net->arg);
-        *mode++ = *file++ = 0;
-        if (strcmp(mode, "int8") && strcmp(mode, "schedule") && strncmp(mode, "k=", 2))
-            return bad_value(j, "net", j->a.value[i], "int8, k=N or schedule in the middle");
-        memset(&row, 0, sizeof row);
-        row.name = name; row.mode = mode; row.file = file;
-        TRY(eval_add(e, &row));
-    }
+    const int all = rows ? !strcmp(rows, "all") : !arg_given(&j->a, "net");
+    unsigned char take[COUNT(eval_rows)];
+    size_t i;
+    memset(take, all, sizeof take);
+    if (rows && !all) TRY(eval_take(e, rows, eval_rows, COUNT(eval_rows), take));
+    for (i = 0; i < COUNT(eval_rows); i++)
+        if (take[i] || i == 0) TRY(eval_add(e, &eval_rows[i]));
+    for (i = 0; i < j->a.givens; i++)
+        if (j->a.given[i] == net) TRY(eval_net_row(e, j->a.value[i]));
     return SDQ_OK;
 }
 
@@ -1127,49 +1163,54 @@ static sdq_status eval_captions(eval *e, int set, const char *folder, size_t wan
     return SDQ_OK;
 }
 
+/* Captions of the held-out folders, spread evenly, and features of their pictures if wanted. */
+static sdq_status eval_held(eval *e, size_t side) {
+    job *j = e->j;
+    char *copy = format_text(j, "%s", arg_text(&j->a, "held")), *s;
+    size_t folders = 1, limit = 0;
+    TRY(arg_size(j, "prompts-limit", &limit));
+    for (s = copy; *s; s++) folders += *s == ',';
+    for (s = strtok(copy, ","); s; s = strtok(NULL, ",")) {
+        TRY(eval_captions(e, 0, s, limit ? (limit + folders - 1) / folders : 0));
+        if (e->dim) TRY(eval_real(e, s, side, &e->real[0], &e->reals[0]));
+    }
+    return e->count[0] >= 2 ? SDQ_OK : fail(j, "%s: at least 2 held-out prompts are needed",
+                                            arg_text(&j->a, "held"));
+}
+
 /* Prompts of both sets and features of the real pictures. */
-static sdq_status eval_data(eval *e, const char *held, size_t limit) {
+static sdq_status eval_data(eval *e) {
     job *j = e->j;
     const sdq_model_info unet = sdq_model_get_info(j->pipe->unet);
     const sdq_model_info vae = sdq_model_get_info(j->pipe->vae);
     const size_t side = (unet.sample_size ? unet.sample_size : 64) * vae.factor;
-    char *copy = format_text(j, "%s", held), *s;
-    size_t folders = 1;
-    for (s = copy; *s; s++) folders += *s == ',';
     e->dim = 16 * vae.latent;
-    for (s = strtok(copy, ","); s; s = strtok(NULL, ",")) {
-        TRY(eval_captions(e, 0, s, limit ? (limit + folders - 1) / folders : 0));
-        TRY(eval_real(e, s, side, &e->real[0], &e->reals[0]));
-    }
+    TRY(eval_held(e, side));
     TRY(eval_captions(e, 1, e->data, e->count[0]));
-    TRY(eval_real(e, e->data, side, &e->real[1], &e->reals[1]));
-    if (e->count[0] < 2 || e->count[1] < 2)
-        return fail(j, "eval: at least 2 held-out and 2 training prompts are needed");
-    return SDQ_OK;
+    if (e->count[1] < 2) return fail(j, "%s: at least 2 training prompts are needed", e->data);
+    return eval_real(e, e->data, side, &e->real[1], &e->reals[1]);
 }
 
-static sdq_status eval_begin(eval *e) {
+/* What eval and study begin with: arguments, the pipeline, the key, the folders. */
+static sdq_status eval_open(eval *e) {
     job *j = e->j;
     const char *held;
     sdq_scheduler_kind kind;
-    size_t limit = 0, evals;
+    size_t evals;
     TRY(need(j, "model", &e->model));
     TRY(need(j, "data", &e->data));
     TRY(need(j, "held", &held));
     e->out = arg_text(&j->a, "out");
     TRY(sampler_from_args(j, &e->d));
-    TRY(arg_size(j, "prompts-limit", &limit));
     TRY(arg_size(j, "trajectories", &e->trajectories));
-    TRY(arg_size(j, "strip", &e->strip));
-    TRY(eval_choose(e));
     TRY(load_pipeline(j, e->model, NULL, &j->pipe));
     TRY(evaluations(j, j->pipe, &e->d, &evals, &kind));
-    e->key =
-        hash_text(hash_model(j, e->model),
-                  format_text(j, "%d %zu %g %d %llu", (int)kind, e->d.steps, (double)e->d.guidance,
-                              e->d.karras, (unsigned long long)e->d.seed));
-    TRY(eval_data(e, held, limit));
-    return make_folder(j, e->out);
+    e->key = hash_text(hash_model(j, e->model),
+                       format_text(j, "%d %zu %g %d %llu%s", (int)kind, e->d.steps,
+                                   (double)e->d.guidance, e->d.karras,
+                                   (unsigned long long)e->d.seed,
+                                   e->seeds > 1 ? format_text(j, " %zu", e->seeds) : ""));
+    return make_folder(j, format_text(j, "%s/nets", e->out));
 }
 
 static sdq_status cmd_eval(job *j) {
@@ -1178,7 +1219,11 @@ static sdq_status cmd_eval(job *j) {
     size_t i;
     e->j = j;
     e->r = (eval_result *)own(j, EVAL_ROWS * sizeof *e->r);
-    TRY(eval_begin(e));
+    e->seeds = 1;
+    TRY(arg_size(j, "strip", &e->strip));
+    TRY(eval_choose(e));
+    TRY(eval_open(e));
+    TRY(eval_data(e));
     for (i = 0; i < e->n; i++) {
         TRY(eval_row_run(e, &e->r[i]));
         note(j, "%s: PSNR %.2f dB", e->r[i].row.name, e->r[i].psnr_median);

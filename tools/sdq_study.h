@@ -16,6 +16,8 @@ static const eval_row study_rows[] = {
 #define DATA "--range-conv static --bias-correction 0 --calibrate-on-data 1 --calib-batches 80 "
 #define FOUR "--range-conv position --weight-bits 4 "
 #define WEIGHTS "--train-set all --lr 3e-5 --schedule cosine --ema 0 --weight-decay 0 "
+#define LORA "--train-set lora --lora-rank 8 --lr 1e-4 --scale-lr 100 --schedule cosine " \
+             "--ema 0 --weight-decay 0 "
     {"fp32", NULL, 0, NULL, NULL, "fp32", NULL},
     /* the range of an input, and what training adds to each */
     ROW("static", NULL, STATIC)
@@ -23,14 +25,23 @@ static const eval_row study_rows[] = {
     ROW("position", "static", POSITION)
     ROW("position-300", "position", POSITION "--steps 300")
     ROW("all-static", "static", ALL_STATIC)
-    ROW("all-static-300", "all-static", ALL_STATIC "--steps 300")
     ROW("block", "position", BLOCK)
     /* weights of 4 bits */
     ROW("four", "position", FOUR)
-    ROW("four-300", "four", FOUR "--steps 300")
     ROW("four-weights-300", "four", FOUR WEIGHTS "--steps 300")
     ROW("four-weights-1000", "four", FOUR WEIGHTS "--calib-prompts 32 --steps 1000")
     ROW("four-16", "four", FOUR "--weight-group 16")
+    /* cheaper ways of training, and all weights, at 4 bits and with static ranges */
+    ROW("four-scales", "four", FOUR "--train-set scales --steps 300")
+    ROW("four-300", "four", FOUR "--steps 300")
+    ROW("four-last-8", "four", FOUR WEIGHTS "--last-blocks 8 --steps 300")
+    ROW("four-lora", "four", FOUR LORA "--steps 300")
+    ROW("four-moments8", "four", FOUR WEIGHTS "--moments8 --steps 300")
+    ROW("all-static-scales", "all-static", ALL_STATIC "--train-set scales --steps 300")
+    ROW("all-static-300", "all-static", ALL_STATIC "--steps 300")
+    ROW("all-static-last-8", "all-static", ALL_STATIC "--train-set all --last-blocks 8 --steps 300")
+    ROW("all-static-lora", "all-static", ALL_STATIC LORA "--steps 300")
+    ROW("all-static-weights", "all-static", ALL_STATIC "--train-set all --steps 300")
     /* calibration prompts, with and without training on them */
     ROW("prompts-1", "static", STATIC "--calib-prompts 1")
     ROW("prompts-1-300", "prompts-1", STATIC "--calib-prompts 1 --steps 300")
@@ -66,6 +77,13 @@ static const eval_row study_rows[] = {
     /* the chance in it: the same with other seeds of calibration and training */
     ROW("static-seed-2", "static", STATIC "--seed 2")
     ROW("static-300-seed-2", "static-seed-2", STATIC "--seed 2 --steps 300")
+    ROW("static-seed-3", "static", STATIC "--seed 3")
+    ROW("static-300-seed-3", "static-seed-3", STATIC "--seed 3 --steps 300")
+    ROW("all-static-seed-2", "all-static", ALL_STATIC "--seed 2")
+    ROW("all-static-scales-seed-2", "all-static-seed-2",
+        ALL_STATIC "--seed 2 --train-set scales --steps 300")
+    ROW("four-seed-2", "four", FOUR "--seed 2")
+    ROW("four-weights-300-seed-2", "four-seed-2", FOUR WEIGHTS "--seed 2 --steps 300")
     /* more of 4 bits */
     ROW("four-32", "four", FOUR "--weight-group 32")
     ROW("four-no-bias", "four", FOUR "--bias-correction 0")
@@ -81,19 +99,16 @@ static const eval_row study_rows[] = {
     ROW("prompts-64", "static", STATIC "--calib-prompts 64")
     ROW("position-prompts-1", "position", POSITION "--calib-prompts 1")
     ROW("block-300", "block", BLOCK "--steps 300")
-    ROW("static-seed-3", "static", STATIC "--seed 3")
-    ROW("static-300-seed-3", "static-seed-3", STATIC "--seed 3 --steps 300")
 #undef ROW
 };
 
 static const flag study_flags[] = {
-    {"model,m", "FOLDER|FILE", NULL, "the pipeline: a diffusers folder or a single file"},
-    {"data", "FOLDER", NULL, "training pictures with captions"},
-    {"held", "FOLDER,..", NULL, "held-out pictures with captions"},
+    MEASURE_FLAGS,
     {"rows", "NAME,..", NULL, "only these and what they are compared with [all, unless there is --row]"},
     {"row", "\"NAME:OVER:FLAGS\"", NULL,
      "a row of your own, compared with the row OVER: flags of sdq quantize, or,\n"
      "                                        with --steps, of sdq train --what qat; repeatable"},
+    {"over", "NAME", NULL, "compare all rows after this one with it, not each with its own"},
     {"out,o", "FOLDER", "build/study", "study.csv, study.md, networks, pictures: a stopped run goes on"},
     SAMPLER_FLAGS,
     {"seed,s", "N", "1000", "of the first picture; each has its own"},
@@ -105,7 +120,6 @@ static const flag study_flags[] = {
 
 typedef struct study {
     eval e;
-    size_t seeds;               /* of a prompt: its pictures follow each other */
     double (*seed_range)[2];    /* of a row: lowest and highest median of the pictures of one seed */
 } study;
 
@@ -113,66 +127,60 @@ typedef struct study {
 
 /* NAME:OVER:FLAGS */
 static sdq_status study_own_row(job *j, const char *text, eval_row *row) {
-    char *name = format_text(j, "%s", text), *twin = strchr(name, ':');
-    char *flags = twin ? strchr(twin + 1, ':') : NULL;
+    const char *part[3];
+    TRY(eval_split(j, "row", text, "NAME:OVER:FLAGS", part));
     memset(row, 0, sizeof *row);
-    if (!flags) return bad_value(j, "row", text, "NAME:OVER:FLAGS");
-    *twin++ = *flags++ = 0;
-    row->name = name;
-    row->twin = *twin ? twin : NULL;
-    row->recipe = flags;
+    row->name = part[0];
+    row->twin = *part[1] ? part[1] : NULL;
+    row->recipe = part[2];
     row->mode = "int8";
     return SDQ_OK;
 }
 
 /* The rows asked for, each after the row that it is compared with. */
-static sdq_status study_choose(study *s, const char *rows) {
-    const flag *own_row = flag_find(&s->e.j->a, "row", 3);
+static sdq_status study_choose(study *s) {
+    eval *e = &s->e;
+    const args *a = &e->j->a;
+    const char *rows = arg_text(a, "rows");
+    const flag *own_row = flag_find(a, "row", 3);
+    eval_row *mine = (eval_row *)own(e->j, (a->givens + 1) * sizeof *mine);
     unsigned char take[COUNT(study_rows)];
-    eval_row row;
-    size_t i, k, n;
-    memset(take, !rows && !arg_given(&s->e.j->a, "row"), sizeof take);
-    for (i = 0; i < s->e.j->a.givens; i++) {
-        if (s->e.j->a.given[i] != own_row) continue;
-        TRY(study_own_row(s->e.j, s->e.j->a.value[i], &row));
+    size_t i, k, n = 0;
+    memset(take, !rows && !arg_given(a, "row"), sizeof take);
+    if (rows) TRY(eval_take(e, rows, study_rows, COUNT(study_rows), take));
+    for (i = 0; i < a->givens; i++) {
+        if (a->given[i] != own_row) continue;
+        TRY(study_own_row(e->j, a->value[i], &mine[n]));
         for (k = 0; k < COUNT(study_rows); k++)
-            take[k] = take[k] || (row.twin && !strcmp(study_rows[k].name, row.twin));
-    }
-    for (i = 0; rows && rows[i]; i += n + (rows[i + n] == ',')) {
-        n = strcspn(rows + i, ",");
-        for (k = 0; k < COUNT(study_rows); k++)
-            if (name_in(study_rows[k].name, rows + i, n)) break;
-        if (k == COUNT(study_rows)) return bad_value(s->e.j, "rows", rows, "names of study_rows");
-        take[k] = 1;
+            take[k] = take[k] || (mine[n].twin && !strcmp(study_rows[k].name, mine[n].twin));
+        n++;
     }
     for (i = COUNT(study_rows); i-- > 0;)
         for (k = 0; k < i && take[i] && study_rows[i].twin; k++)
             take[k] = take[k] || !strcmp(study_rows[k].name, study_rows[i].twin);
     for (i = 0; i < COUNT(study_rows); i++)
-        if (take[i] || i == 0) TRY(eval_add(&s->e, &study_rows[i]));
-    for (i = 0; i < s->e.j->a.givens; i++) {
-        if (s->e.j->a.given[i] != own_row) continue;
-        TRY(study_own_row(s->e.j, s->e.j->a.value[i], &row));
-        TRY(eval_add(&s->e, &row));
-    }
+        if (take[i] || i == 0) TRY(eval_add(e, &study_rows[i]));
+    for (i = 0; i < n; i++) TRY(eval_add(e, &mine[i]));
     return SDQ_OK;
 }
 
-/* Captions of the folders, spread evenly, each as often as there are seeds. */
-static sdq_status study_prompts(study *s, const char *held, size_t limit) {
-    eval *e = &s->e;
-    char *copy = format_text(e->j, "%s", held), *folder;
-    const char **list;
-    size_t folders = 1, i;
-    for (folder = copy; *folder; folder++) folders += *folder == ',';
-    for (folder = strtok(copy, ","); folder; folder = strtok(NULL, ","))
-        TRY(eval_captions(e, 0, folder, limit ? (limit + folders - 1) / folders : 0));
-    if (e->count[0] < 2) return fail(e->j, "study: at least 2 held-out prompts are needed");
-    list = (const char **)own(e->j, e->count[0] * s->seeds * sizeof *list);
-    for (i = 0; i < e->count[0] * s->seeds; i++) list[i] = e->prompt[0][i / s->seeds];
-    e->prompt[0] = list;
-    e->count[0] *= s->seeds;
+/* With --over: the row that the rows after it are compared with. */
+static sdq_status study_over(study *s) {
+    const char *over = arg_text(&s->e.j->a, "over");
+    eval_result *r = eval_find(&s->e, over);
+    if (!over) return SDQ_OK;
+    if (!r) return bad_value(s->e.j, "over", over, "one of the rows chosen");
+    while (++r < s->e.r + s->e.n) r->row.twin = over;
     return SDQ_OK;
+}
+
+/* Every held-out caption as often as there are seeds. */
+static void study_repeat(eval *e) {
+    const char **list = (const char **)own(e->j, e->count[0] * e->seeds * sizeof *list);
+    size_t i;
+    for (i = 0; i < e->count[0] * e->seeds; i++) list[i] = e->prompt[0][i / e->seeds];
+    e->prompt[0] = list;
+    e->count[0] *= e->seeds;
 }
 
 /* ---- a row ---- */
@@ -185,10 +193,7 @@ static sdq_status study_net(eval *e, eval_result *r) {
         e->model, prediction_flag(j), e->data, arg_text(&j->a, "calib-prompts"), e->d.steps,
         (double)e->d.guidance, r->row.recipe);
     const uint64_t h = hash_text(hash_model(j, e->model), line);
-    const char *base = format_text(j, "%s/nets/%s-%08llx", e->out, r->row.name,
-                                   (unsigned long long)(h & 0xffffffffu));
-    TRY(make_folder(j, format_text(j, "%s/nets", e->out)));
-    r->file = format_text(j, "%s.safetensors", base);
+    const char *base = eval_net_file(e, r, h);
     if (exists(r->file)) return SDQ_OK;
     line = format_text(j, "%s --threads %d --out %s", line, sdq_ctx_threads(j->ctx), r->file);
     if (!train) return run_line(j, format_text(j, "quantize %s", line));
@@ -196,34 +201,15 @@ static sdq_status study_net(eval *e, eval_result *r) {
                                    base));
 }
 
-/* 95 % interval of the median of x over prompts: a prompt's pictures are drawn together. */
-static sdq_status study_interval(study *s, const double *x, double *low, double *high) {
-    enum { ROUNDS = 1000 };
-    job *j = s->e.j;
-    const size_t n = s->e.count[0], prompts = n / s->seeds;
-    double *m = (double *)own(j, ROUNDS * sizeof *m), *y = (double *)own(j, n * sizeof *y);
-    sdq_rng rng;
-    size_t i, k;
-    sdq_rng_init(&rng, SDQ_RNG_PHILOX, 1);
-    for (k = 0; k < ROUNDS; k++) {
-        for (i = 0; i < prompts; i++)
-            memcpy(y + i * s->seeds, x + (size_t)sdq_rng_below(&rng, prompts) * s->seeds,
-                   s->seeds * sizeof *y);
-        TRY(sdq_percentile(j->ctx, y, n, 50.0, &m[k]));
-    }
-    TRY(sdq_percentile(j->ctx, m, ROUNDS, 2.5, low));
-    return sdq_percentile(j->ctx, m, ROUNDS, 97.5, high);
-}
-
 /* Lowest and highest median of the pictures of one seed. */
 static sdq_status study_seeds(study *s, const eval_result *r, double range[2]) {
-    const size_t prompts = s->e.count[0] / s->seeds;
+    const size_t prompts = s->e.count[0] / s->e.seeds;
     double *x = (double *)own(s->e.j, prompts * sizeof *x), m;
     size_t i, k;
     range[0] = 1e9;
     range[1] = -1e9;
-    for (k = 0; k < s->seeds; k++) {
-        for (i = 0; i < prompts; i++) x[i] = r->psnr[i * s->seeds + k];
+    for (k = 0; k < s->e.seeds; k++) {
+        for (i = 0; i < prompts; i++) x[i] = r->psnr[i * s->e.seeds + k];
         TRY(sdq_percentile(s->e.j->ctx, x, prompts, 50.0, &m));
         range[0] = fmin(range[0], m);
         range[1] = fmax(range[1], m);
@@ -231,44 +217,15 @@ static sdq_status study_seeds(study *s, const eval_result *r, double range[2]) {
     return SDQ_OK;
 }
 
-static sdq_status study_gain(study *s, eval_result *r) {
-    const eval_result *twin = eval_find(&s->e, r->row.twin);
-    const size_t n = s->e.count[0];
-    double *d = (double *)own(s->e.j, n * sizeof *d);
-    size_t i;
-    if (!twin) return SDQ_OK;
-    r->twin = twin->row.name;
-    for (i = 0; i < n; i++) {
-        d[i] = r->psnr[i] - twin->psnr[i];
-        r->gain_mean[0] += d[i] / (double)n;
-    }
-    TRY(sdq_percentile(s->e.j->ctx, d, n, 50.0, &r->gain));
-    return study_interval(s, d, &r->gain_low, &r->gain_high);
-}
-
 static sdq_status study_row_run(study *s, size_t at) {
     eval *e = &s->e;
     eval_result *r = &e->r[at];
-    job *j = e->j;
-    sdq_pipeline_desc pd;
-    uint64_t key;
     if (r->row.recipe) TRY(study_net(e, r));
-    memset(&pd, 0, sizeof pd);
-    pd.unet_int8 = r->file;
-    sdq_pipeline_free(j->ctx, j->pipe);
-    j->pipe = NULL;
-    TRY(load_pipeline(j, e->model, &pd, &j->pipe));
-    key = r->file ? hash_file(e->key, r->file) : e->key;
-    r->folder = format_text(j, "%s/pictures/%s-%08llx", e->out, r->row.name,
-                            (unsigned long long)(key & 0xffffffffu));
-    TRY(make_folder(j, r->folder));
-    TRY(eval_errors(e, r));
-    TRY(eval_draw(e, r, 0));
+    TRY(eval_row_draw(e, r, e->key));
     TRY(eval_pictures(e, r));
-    eval_size(e, r);
-    TRY(study_interval(s, r->psnr, &r->psnr_low, &r->psnr_high));
     TRY(study_seeds(s, r, s->seed_range[at]));
-    return study_gain(s, r);
+    r->twin = r->row.twin;
+    return eval_gain(e, r);
 }
 
 /* ---- tables ---- */
@@ -319,7 +276,7 @@ static void study_table(study *s, FILE *f) {
     fprintf(f, "\n%zu held-out prompts with %zu seeds each, %zu steps, guidance %g; calibrated with "
             "%s training prompts unless the row says otherwise. \"=\": not different within the "
             "95 %% interval. Error: mean square of an evaluation on %zu float trajectories.\n",
-            s->e.count[0] / s->seeds, s->seeds, s->e.d.steps, (double)s->e.d.guidance,
+            s->e.count[0] / s->e.seeds, s->e.seeds, s->e.d.steps, (double)s->e.d.guidance,
             arg_text(&s->e.j->a, "calib-prompts"), s->e.trajectories);
 }
 
@@ -332,43 +289,24 @@ static sdq_status study_write(study *s) {
     return study_csv(s);
 }
 
-static sdq_status study_begin(study *s) {
-    eval *e = &s->e;
-    job *j = e->j;
-    const char *held;
-    size_t limit = 0, evals;
-    sdq_scheduler_kind kind;
-    TRY(need(j, "model", &e->model));
-    TRY(need(j, "data", &e->data));
-    TRY(need(j, "held", &held));
-    e->out = arg_text(&j->a, "out");
-    TRY(sampler_from_args(j, &e->d));
-    TRY(arg_size(j, "prompts-limit", &limit));
-    TRY(arg_size(j, "seeds", &s->seeds));
-    TRY(arg_size(j, "trajectories", &e->trajectories));
-    if (s->seeds == 0) return bad_value(j, "seeds", "0", "1 or more");
-    TRY(study_choose(s, arg_text(&j->a, "rows")));
-    TRY(load_pipeline(j, e->model, NULL, &j->pipe));
-    TRY(evaluations(j, j->pipe, &e->d, &evals, &kind));
-    e->key = hash_text(hash_model(j, e->model),
-                       format_text(j, "%d %zu %g %d %llu %zu", (int)kind, e->d.steps,
-                                   (double)e->d.guidance, e->d.karras,
-                                   (unsigned long long)e->d.seed, s->seeds));
-    TRY(study_prompts(s, held, limit));
-    return make_folder(j, e->out);
-}
-
 static sdq_status cmd_study(job *j) {
     study *s = (study *)own(j, sizeof *s);
+    eval *e = &s->e;
     size_t i;
-    s->e.j = j;
-    s->e.r = (eval_result *)own(j, EVAL_ROWS * sizeof *s->e.r);
+    e->j = j;
+    e->r = (eval_result *)own(j, EVAL_ROWS * sizeof *e->r);
     s->seed_range = (double (*)[2])own(j, EVAL_ROWS * sizeof *s->seed_range);
-    TRY(study_begin(s));
-    for (i = 0; i < s->e.n; i++) {
+    TRY(arg_size(j, "seeds", &e->seeds));
+    if (e->seeds == 0) return bad_value(j, "seeds", "0", "1 or more");
+    TRY(study_choose(s));
+    TRY(study_over(s));
+    TRY(eval_open(e));
+    TRY(eval_held(e, 0));
+    study_repeat(e);
+    for (i = 0; i < e->n; i++) {
         TRY(study_row_run(s, i));
-        note(j, "%s: PSNR %.2f dB, gain %+.2f over %s", s->e.r[i].row.name, s->e.r[i].psnr_median,
-             s->e.r[i].gain, s->e.r[i].twin ? s->e.r[i].twin : "nothing");
+        note(j, "%s: PSNR %.2f dB, gain %+.2f over %s", e->r[i].row.name, e->r[i].psnr_median,
+             e->r[i].gain, e->r[i].twin ? e->r[i].twin : "nothing");
         TRY(study_write(s));
     }
     study_table(s, stdout);
