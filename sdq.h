@@ -540,8 +540,8 @@ typedef struct sdq_layer_work {
     double seconds[SDQ_WORK_COUNT]; /* an input that several layers share was quantized before */
 } sdq_layer_work;
 
-/* Seconds of each kind of work. They are those of the thread that calls, which takes part in every
- * loop, so that they add up to the time that passed. */
+/* Seconds of each kind of work. They are those of the thread that calls, which does its share of
+ * the loops, so that they add up to the time that passed. */
 typedef struct sdq_profile {
     double (*now)(void *user);      /* a clock in seconds; called by the thread that calls only */
     void (*layer)(void *user, const sdq_layer_work *work);      /* NULL, or called for each */

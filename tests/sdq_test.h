@@ -11,8 +11,9 @@
  * A case with by_tier = 1 runs once for each instruction set, with that sdq_tier as its argument
  * and "/name" after its own name; a tier that this processor lacks is skipped and counted. Other
  * cases get SDQ_TIER_AUTO, or the tier of --tier.
- * Options: --filter TEXT  --tier NAME  --seed N  --list. The process returns 0 if nothing failed
- * and something passed. Random numbers depend on the seed and the case's name only.
+ * Options: --filter TEXT  --tier NAME  --seed N  --list  --times (of the processor, a case each).
+ * The process returns 0 if nothing failed and something passed. Random numbers depend on the seed
+ * and the case's name only.
  */
 #ifndef SDQ_TEST_H
 #define SDQ_TEST_H
@@ -23,6 +24,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 typedef struct sdqt_case {
     const char *name;
@@ -33,7 +35,7 @@ typedef struct sdqt_case {
 /* The state of a test process: one static object, for tests only. */
 static struct sdqt_state {
     const char *filter, *name;
-    int list, tier, passed, failed, skipped, checks, errors, skip;
+    int list, times, tier, passed, failed, skipped, checks, errors, skip;
     uint64_t seed, rng;
 } sdqt;
 
@@ -91,9 +93,114 @@ SDQT_UNUSED static float sdqt_normal(void) {
     return s;
 }
 
+/* ---- files ---- */
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <sys/stat.h>
+#include <unistd.h>
+#define SDQT_MAKE_FOLDER(path) ((void)mkdir(path, 0777))
+#define SDQT_DROP_FOLDER(path) ((void)rmdir(path))
+#else
+#define SDQT_MAKE_FOLDER(path) ((void)(path))       /* elsewhere it must exist */
+#define SDQT_DROP_FOLDER(path) ((void)(path))
+#endif
+
+/* A whole file; free it. The test ends where there is none. */
+SDQT_UNUSED static unsigned char *sdqt_read(const char *path, size_t *n) {
+    FILE *f = fopen(path, "rb");
+    unsigned char *p;
+    long size;
+    if (!f || fseek(f, 0, SEEK_END) != 0 || (size = ftell(f)) < 0) {
+        printf("%s: cannot be read\n", path);
+        exit(2);
+    }
+    rewind(f);
+    *n = (size_t)size;
+    p = (unsigned char *)malloc(*n + 1);
+    if (!p || fread(p, 1, *n, f) != *n) exit(2);
+    (void)fclose(f);
+    return p;
+}
+SDQT_UNUSED static void sdqt_write(const char *path, const void *bytes, size_t n) {
+    FILE *f = fopen(path, "wb");
+    if (!f || fwrite(bytes, 1, n, f) != n || fclose(f) != 0) {
+        printf("%s: cannot be written\n", path);
+        exit(2);
+    }
+}
+
+/* ---- memory that is counted, and refused ---- */
+
+/* An allocator's state; zeroed, it refuses nothing. */
+typedef struct sdqt_heap {
+    size_t live, bytes, most;   /* blocks and bytes that are given out now, bytes at most */
+    size_t calls, largest;      /* allocations so far, the largest one */
+    size_t fail_at, fails;      /* refused: calls fail_at .. fail_at + fails - 1, from 0 */
+    size_t limit;               /* and more bytes than this at once; 0: any */
+    int off;                    /* while set, calls are not counted, and nothing is refused */
+} sdqt_heap;
+
+/* What comes is full of NaN: who reads it before writing it is seen. user: sdqt_heap or NULL. */
+SDQT_UNUSED static void *sdqt_alloc(void *user, size_t bytes) {
+    const size_t head = 16;     /* the size, and malloc's alignment */
+    sdqt_heap *h = (sdqt_heap *)user;
+    char *p;
+    if (h && !h->off) {
+        const size_t call = h->calls++;
+        if (bytes > h->largest) h->largest = bytes;
+        if (call >= h->fail_at && call - h->fail_at < h->fails) return NULL;
+        if (h->limit && bytes > h->limit) return NULL;
+    }
+    p = (char *)malloc(head + bytes);
+    if (!p) return NULL;
+    memcpy(p, &bytes, sizeof bytes);
+    memset(p + head, 0xff, bytes);
+    if (h) {
+        h->live++;
+        h->bytes += bytes;
+        if (h->bytes > h->most) h->most = h->bytes;
+    }
+    return p + head;
+}
+SDQT_UNUSED static void sdqt_release(void *user, void *block) {
+    sdqt_heap *h = (sdqt_heap *)user;
+    char *p = (char *)block - 16;
+    size_t bytes;
+    memcpy(&bytes, p, sizeof bytes);
+    free(p);
+    if (!h) return;
+    h->live--;
+    h->bytes -= bytes;
+}
+
+/* From here on, after k more calls, refuse n of them. */
+SDQT_UNUSED static void sdqt_refuse(sdqt_heap *h, size_t k, size_t n) {
+    h->fail_at = h->calls + k;
+    h->fails = n;
+}
+
+/* A context with such memory. It can be refused, too. */
+SDQT_UNUSED static sdq_status sdqt_ctx_of(sdqt_heap *h, int tier, int threads, sdq_ctx **out) {
+    sdq_ctx_desc d;
+    memset(&d, 0, sizeof d);
+    d.tier = (sdq_tier)tier;
+    d.threads = threads;
+    d.alloc = sdqt_alloc;
+    d.release = sdqt_release;
+    d.user = h;
+    return sdq_ctx_create(&d, out);
+}
+/* One for a case that cannot do without. */
+SDQT_UNUSED static sdq_ctx *sdqt_ctx(int tier, int threads) {
+    sdq_ctx *ctx;
+    if (sdqt_ctx_of(NULL, tier, threads, &ctx) != SDQ_OK) { printf("no context\n"); exit(2); }
+    return ctx;
+}
+
 static void sdqt_run(const sdqt_case *c, int tier, const char *suffix) {
     char name[128];
     const char *p;
+    clock_t begin;
     (void)snprintf(name, sizeof name, "%s%s%s", c->name, *suffix ? "/" : "", suffix);
     if (sdqt.filter && !strstr(name, sdqt.filter)) return;
     if (sdqt.list) { printf("%s\n", name); return; }
@@ -106,7 +213,9 @@ static void sdqt_run(const sdqt_case *c, int tier, const char *suffix) {
     sdqt.errors = sdqt.checks = sdqt.skip = 0;
     sdqt.rng = sdqt.seed;       /* by the case's own name: all tiers see the same numbers */
     for (p = c->name; *p; p++) sdqt.rng = (sdqt.rng ^ (unsigned char)*p) * UINT64_C(1099511628211);
+    begin = clock();
     c->fn(tier);
+    if (sdqt.times) printf("%8.2f s %s\n", (double)(clock() - begin) / CLOCKS_PER_SEC, name);
     if (sdqt.errors) { printf("FAILED %s: %d of %d checks\n", name, sdqt.errors, sdqt.checks); }
     else if (sdqt.skip) printf("skipped %s\n", name);
     else if (!sdqt.checks) printf("FAILED %s: it checks nothing\n", name);
@@ -117,7 +226,7 @@ static void sdqt_run(const sdqt_case *c, int tier, const char *suffix) {
 
 static int sdqt_usage(const char *program) {
     int t;
-    printf("usage: %s [--filter TEXT] [--tier NAME] [--seed N] [--list]\ntiers:", program);
+    printf("usage: %s [--filter TEXT] [--tier NAME] [--seed N] [--list] [--times]\ntiers:", program);
     for (t = SDQ_TIER_SCALAR; t < SDQ_TIER_COUNT; t++) printf(" %s", sdq_tier_name((sdq_tier)t));
     printf("\n");
     return 2;
@@ -128,6 +237,7 @@ static int sdqt_options(int argc, char **argv) {
     for (i = 1; i < argc; i++) {
         const char *value = i + 1 < argc ? argv[i + 1] : NULL;
         if (!strcmp(argv[i], "--list")) { sdqt.list = 1; continue; }
+        if (!strcmp(argv[i], "--times")) { sdqt.times = 1; continue; }
         if (!value) return 0;
         if (!strcmp(argv[i], "--filter")) sdqt.filter = value;
         else if (!strcmp(argv[i], "--seed")) sdqt.seed = strtoull(value, NULL, 0);

@@ -26,20 +26,11 @@ typedef struct fixture {
     sdq_txt2img_desc d;
 } fixture;
 
-static sdq_ctx *new_ctx(int tier) {
-    sdq_ctx_desc d;
-    sdq_ctx *ctx;
-    memset(&d, 0, sizeof d);
-    d.tier = (sdq_tier)tier;
-    d.threads = 1;
-    if (sdq_ctx_create(&d, &ctx) != SDQ_OK) { printf("no context\n"); exit(2); }
-    return ctx;
-}
 static void open_fixture(fixture *f, int tier, const sdq_recipe *r) {
     sdq_pipeline_desc pd;
     memset(f, 0, sizeof *f);
     memset(&pd, 0, sizeof pd);
-    f->ctx = new_ctx(tier);
+    f->ctx = sdqt_ctx(tier, 1);
     if (sdq_pipeline_load(f->ctx, FOLDER, &pd, &f->p) != SDQ_OK
         || sdq_model_load(f->ctx, FOLDER, SDQ_PART_UNET, &f->student) != SDQ_OK
         || sdq_recipe_apply(f->ctx, f->student, r, NULL) != SDQ_OK) {
@@ -316,7 +307,7 @@ static void test_refusals(int tier) {
 
 /* The denominator is a constant for the gradient: 2 sum_j / size / down * weight. */
 static void test_coherent_gradient(int tier) {
-    sdq_ctx *ctx = new_ctx(tier);
+    sdq_ctx *ctx = sdqt_ctx(tier, 1);
     sdq_states s;
     size_t e, i, branches;
     memset(&s, 0, sizeof s);
@@ -586,7 +577,7 @@ static void delta_of(sdq_ctx *ctx, int kernel, sdq_range range) {
     sdq_arena_release(ctx, mark);
 }
 static void test_delta(int tier) {
-    sdq_ctx *ctx = new_ctx(tier);
+    sdq_ctx *ctx = sdqt_ctx(tier, 1);
     delta_of(ctx, 1, SDQ_RANGE_POSITION);
     delta_of(ctx, 3, SDQ_RANGE_POSITION);
     delta_of(ctx, 1, SDQ_RANGE_STATIC);
@@ -670,7 +661,7 @@ static void follows(sdq_ctx *ctx, int kernel, size_t split, int one_sided, float
 
 static void test_follow(int tier) {
     static const float by[] = {0.6f, 1.7f, 0.85f};
-    sdq_ctx *ctx = new_ctx(tier);
+    sdq_ctx *ctx = sdqt_ctx(tier, 1);
     size_t i;
     for (i = 0; i < 3; i++) {
         const sdq_mark mark = sdq_arena_mark(ctx);
@@ -743,7 +734,7 @@ static void beyond(sdq_ctx *ctx, int one_sided, int above) {
 }
 
 static void test_range_gradient(int tier) {
-    sdq_ctx *ctx = new_ctx(tier);
+    sdq_ctx *ctx = sdqt_ctx(tier, 1);
     int i;
     for (i = 0; i < 4; i++) beyond(ctx, i & 1, i & 2);
     sdq_ctx_free(ctx);
@@ -1053,16 +1044,15 @@ static void round_trip(fixture *f, const sdq_policy *p, size_t damages) {
     for (i = 0; i < 1001; i++)
         SDQT_CHECK(back.timestep[i] == p->timestep[i] && back.is_float[i] == p->is_float[i]);
     sdq_model_free(f->ctx, m);
-    bytes = file_bytes(FILE_B, &n);
+    bytes = sdqt_read(FILE_B, &n);
     for (i = 0; i < 8; i++) header |= (size_t)bytes[i] << (8 * i);
     SDQT_CHECK(n > header + 5000 && header > 1000);
     for (i = 0; i < damages; i++) {          /* the length, the header, the arrays, the last byte */
         const unsigned char bit = (unsigned char)(1u << sdqt_below(8));
-        FILE *out = fopen(FILE_A, "wb");
         at = i < 4 ? i : i == 4 ? n - 1 : i % 2 ? 8 + sdqt_below(header)
            : 8 + header + sdqt_below(n - 8 - header);
         bytes[at] ^= bit;
-        if (!out || fwrite(bytes, 1, n, out) != n || fclose(out)) exit(2);
+        sdqt_write(FILE_A, bytes, n);
         bytes[at] ^= bit;
         m = NULL;
         refusals += sdq_model_load_int8(f->ctx, FOLDER, FILE_A, &m, &back) != SDQ_OK && !m;

@@ -10,38 +10,15 @@
 
 #define DIR "test_files.d"
 
-/* An allocator that counts what lives and can refuse allocation number fail_at. */
-typedef struct heap { size_t live, calls, fail_at, largest; } heap;
-
-static void *heap_alloc(void *user, size_t bytes) {
-    heap *h = (heap *)user;
-    void *p = ++h->calls == h->fail_at ? NULL : malloc(bytes);
-    h->live += p != NULL;
-    if (bytes > h->largest) h->largest = bytes;
-    return p;
-}
-
-static void heap_release(void *user, void *p) {
-    heap *h = (heap *)user;
-    h->live--;
-    free(p);
-}
-
 static sdq_ctx *ctx;
-static heap count;
+static sdqt_heap count;
 
-/* The context has its own few allocations; a leak shows when it is freed. */
+/* Allocation number fail_at from here on is refused, 0: none. The context has its own few; a leak
+ * shows when it is freed. */
 static void open_ctx(size_t fail_at) {
-    sdq_ctx_desc d;
-    memset(&d, 0, sizeof d);
     memset(&count, 0, sizeof count);
-    d.alloc = heap_alloc;
-    d.release = heap_release;
-    d.user = &count;
-    d.threads = 1;
-    SDQT_CHECK(sdq_ctx_create(&d, &ctx) == SDQ_OK);
-    count.calls = 0;
-    count.fail_at = fail_at;
+    SDQT_CHECK(sdqt_ctx_of(&count, SDQ_TIER_AUTO, 1, &ctx) == SDQ_OK);
+    if (fail_at) sdqt_refuse(&count, fail_at - 1, 1);
 }
 
 static void close_ctx(void) {

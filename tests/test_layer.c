@@ -12,26 +12,6 @@
 #pragma GCC optimize("fp-contract=off")
 #endif
 
-/* Memory comes full of NaN: what reads it before writing it is seen. */
-static void *dirty_alloc(void *user, size_t bytes) {
-    void *p = malloc(bytes);
-    (void)user;
-    if (p) memset(p, 0xff, bytes);
-    return p;
-}
-static void dirty_release(void *user, void *p) { (void)user; free(p); }
-
-static sdq_ctx *new_ctx(int tier, int threads) {
-    sdq_ctx_desc d;
-    sdq_ctx *ctx;
-    memset(&d, 0, sizeof d);
-    d.tier = (sdq_tier)tier;
-    d.threads = threads;
-    d.alloc = dirty_alloc;
-    d.release = dirty_release;
-    if (sdq_ctx_create(&d, &ctx) != SDQ_OK) { printf("no context\n"); exit(2); }
-    return ctx;
-}
 static void *room(size_t n, size_t size) {
     void *p = calloc(n + 1, size);
     if (!p) exit(2);
@@ -541,7 +521,7 @@ static void compare_case(sdq_ctx *ctx, const layer_case *c) {
 }
 
 static void test_exact(int tier) {
-    sdq_ctx *ctx = new_ctx(tier, 1);
+    sdq_ctx *ctx = sdqt_ctx(tier, 1);
     layer_case c;
     size_t i;
     for (i = 0; case_at(i, &c); i++) compare_case(ctx, &c);
@@ -555,7 +535,7 @@ static void test_exact_shapes(int tier) {
         {1, 2, 7, 1, 1, 33, 20, 0}, {1, 4, 1, 1, 1, 1, 1, 0}, {3, 4, 1, 1, 1, 70, 3, 0},
         {3, 4, 3, 2, 7, 33, 65, 0}, {1, 3, 1, 13, 15, 20, 33, 0}, {3, 4, 1, 13, 15, 3, 5, 0},
         {1, 3, 2, 3, 3, 1400, 7, 0}, {1, 3, 2, 5, 6, 33, 20, 1}, {3, 4, 2, 5, 6, 20, 33, 1}};
-    sdq_ctx *ctx = new_ctx(tier, 3);
+    sdq_ctx *ctx = sdqt_ctx(tier, 3);
     size_t i;
     int range, k;
     for (i = 0; i < sizeof shape / sizeof shape[0]; i++)
@@ -576,7 +556,7 @@ static void test_exact_shapes(int tier) {
 
 /* Every tier and 1, 2, 3 threads give the bytes of the scalar tier on one thread. */
 static void test_equal_bits(int tier) {
-    sdq_ctx *base = new_ctx(SDQ_TIER_SCALAR, 1), *ctx = new_ctx(tier, 1);
+    sdq_ctx *base = sdqt_ctx(SDQ_TIER_SCALAR, 1), *ctx = sdqt_ctx(tier, 1);
     layer_case c;
     size_t i, threads = 1;
     for (i = 0; threads <= 3; i += 7) {     /* every 7th case: of each kind some */
@@ -585,7 +565,7 @@ static void test_equal_bits(int tier) {
         run a, b;
         if (!case_at(i, &c)) {
             sdq_ctx_free(ctx);
-            ctx = new_ctx(tier, (int)++threads);
+            ctx = sdqt_ctx(tier, (int)++threads);
             i = threads - 8;                /* the loop adds 7 */
             continue;
         }
@@ -607,7 +587,7 @@ static void test_equal_bits(int tier) {
 
 /* An entry gives the same bytes alone and in a batch. */
 static void test_batch(int tier) {
-    sdq_ctx *ctx = new_ctx(tier, 1);
+    sdq_ctx *ctx = sdqt_ctx(tier, 1);
     layer_case c;
     size_t i, e;
     for (i = 0; case_at(i, &c); i++) {
@@ -772,7 +752,7 @@ static void gradient_case(sdq_ctx *ctx, const layer_case *c) {
 }
 
 static void test_gradients(int tier) {
-    sdq_ctx *ctx = new_ctx(tier, 1);
+    sdq_ctx *ctx = sdqt_ctx(tier, 1);
     layer_case c;
     size_t i;
     for (i = 0; case_at(i, &c); i++) gradient_case(ctx, &c);
@@ -781,7 +761,7 @@ static void test_gradients(int tier) {
 
 /* A range narrower than the input: both ends are cut, and gradients stop there. */
 static void test_clipped(int tier) {
-    sdq_ctx *ctx = new_ctx(tier, 2);
+    sdq_ctx *ctx = sdqt_ctx(tier, 2);
     layer_case c;
     numbers v;
     sdq_layer *l;
@@ -1003,7 +983,7 @@ static void golden_observer(sdq_ctx *ctx, sdq_file *f, const char *name, int wei
 }
 
 static void test_golden(int tier) {
-    sdq_ctx *ctx = new_ctx(tier, 2);
+    sdq_ctx *ctx = sdqt_ctx(tier, 2);
     sdq_file *f = NULL;
     SDQT_CHECK(sdq_file_open(ctx, "tests/golden/ops.safetensors", &f) == SDQ_OK);
     if (f) {
@@ -1029,7 +1009,7 @@ static void test_golden(int tier) {
 /* FAKE and INT8 agree for every source of the weight scales, after the weights have moved; so they
  * do with 4 bits, where nothing moves on average. */
 static void test_weight_scales(int tier) {
-    sdq_ctx *ctx = new_ctx(tier, 2);
+    sdq_ctx *ctx = sdqt_ctx(tier, 2);
     int i_case;
     for (i_case = 0; i_case < 6; i_case++) {
         const int source = i_case % 3, four = i_case >= 3;
@@ -1076,7 +1056,7 @@ static void test_weight_scales(int tier) {
 
 /* Ranges: what is observed, when, and what the settings change. */
 static void test_ranges(int tier) {
-    sdq_ctx *ctx = new_ctx(tier, 1);
+    sdq_ctx *ctx = sdqt_ctx(tier, 1);
     layer_case c;
     numbers v;
     sdq_layer *l;
@@ -1148,7 +1128,7 @@ static void test_ranges(int tier) {
 
 /* An observer that moves between forward and backward does not change the gradient. */
 static void test_late_observer(int tier) {
-    sdq_ctx *ctx = new_ctx(tier, 1);
+    sdq_ctx *ctx = sdqt_ctx(tier, 1);
     layer_case c;
     numbers v;
     float *dx[2];
@@ -1184,7 +1164,7 @@ static void test_late_observer(int tier) {
 
 /* A converted layer in FLOAT mode computes with its int8 weights as floats. */
 static void test_float_of_int8(int tier) {
-    sdq_ctx *ctx = new_ctx(tier, 2);
+    sdq_ctx *ctx = sdqt_ctx(tier, 2);
     layer_case c;
     size_t i;
     for (i = 15; i < 640; i += 37) {
@@ -1238,7 +1218,7 @@ static void test_float_of_int8(int tier) {
 
 /* One vector [in] is one entry, in every mode and range. */
 static void test_vector(int tier) {
-    sdq_ctx *ctx = new_ctx(tier, 1);
+    sdq_ctx *ctx = sdqt_ctx(tier, 1);
     int range, mode;
     for (range = SDQ_RANGE_STATIC; range < SDQ_RANGE_COUNT; range++) {
         layer_case c;
@@ -1275,7 +1255,7 @@ static void test_vector(int tier) {
 static void test_arguments(int tier) {
     static const struct { size_t in, out; int kernel, stride; } bad[] = {
         {0, 1, 1, 1}, {1, 0, 1, 1}, {1, 1, 4, 1}, {1, 1, -1, 1}, {1, 1, 3, -1}, {1, 1, 1, 2}};
-    sdq_ctx *ctx = new_ctx(tier, 1);
+    sdq_ctx *ctx = sdqt_ctx(tier, 1);
     sdq_layer_desc d;
     sdq_layer *l;
     sdq_tensor *x;
@@ -1310,25 +1290,6 @@ static void test_arguments(int tier) {
 
 /* ---- no memory: the k-th allocation fails, or all from the k-th on; or the arena is full ---- */
 
-typedef struct heap {
-    size_t live, calls, fail_at, fails, largest;
-} heap; /* largest: 0 = any */
-
-static void *heap_alloc(void *user, size_t bytes) {
-    heap *h = (heap *)user;
-    void *p;
-    const size_t call = h->calls++;
-    if (call >= h->fail_at && call - h->fail_at < h->fails) return NULL;
-    if (h->largest && bytes > h->largest) return NULL;
-    p = malloc(bytes);
-    if (p) h->live++;
-    return p;
-}
-static void heap_release(void *user, void *p) {
-    ((heap *)user)->live--;
-    free(p);
-}
-
 /* A layer's whole life. Returns the first status that is not SDQ_OK. */
 static sdq_status life(sdq_ctx *ctx, const layer_case *c, const numbers *v, sdq_layer **keep,
                        size_t left) {
@@ -1351,7 +1312,7 @@ static sdq_status life(sdq_ctx *ctx, const layer_case *c, const numbers *v, sdq_
     x = input_of(ctx, c, v->x[0], c->n);
     if (left < SIZE_MAX && x) {             /* the arena gets no second chunk of 4 MiB */
         (void)sdq__push(ctx, ctx->chunks[0].size - ctx->chunks[0].used - left);
-        ((heap *)ctx->desc.user)->largest = SDQ__CHUNK / 2;
+        ((sdqt_heap *)ctx->desc.user)->limit = SDQ__CHUNK / 2;
     }
     SDQ__TRY(sdq_optim_create(ctx, &od, &o));
     leaf[0] = sdq_layer_weight(l); leaf[1] = sdq_layer_bias(l); leaf[2] = &l->sw;
@@ -1375,23 +1336,15 @@ static sdq_status life(sdq_ctx *ctx, const layer_case *c, const numbers *v, sdq_
     return sdq_last_error(ctx);
 }
 
-static int life_with(const layer_case *c, const numbers *v, int tier, heap *h, size_t left) {
-    sdq_ctx_desc d;
+static int life_with(const layer_case *c, const numbers *v, int tier, sdqt_heap *h, size_t left) {
     sdq_ctx *ctx;
     sdq_layer *l = NULL;
     sdq_tensor *a, *b;
-    sdq_status st;
-    memset(&d, 0, sizeof d);
-    d.tier = (sdq_tier)tier;
-    d.threads = 1;
-    d.alloc = heap_alloc;
-    d.release = heap_release;
-    d.user = h;
-    st = sdq_ctx_create(&d, &ctx);
+    sdq_status st = sdqt_ctx_of(h, tier, 1, &ctx);
     if (st == SDQ_OK) {
         st = life(ctx, c, v, &l, left);
         h->fail_at = SIZE_MAX;              /* memory is back: what is left must work */
-        h->largest = 0;
+        h->limit = 0;
         sdq_clear_error(ctx);
         if (l && !l->w.data && SDQT_CHECK(l->part[l->parts - 1].w.sum != NULL))
             SDQT_CHECK(sdq_layer_forward(ctx, l, input_of(ctx, c, v->x[0], c->n), NULL, SDQ_INT8));
@@ -1419,7 +1372,7 @@ static void test_no_memory(int tier) {
     size_t i, k;
     for (i = 2; i < 640; i += 5 * 16 + 5) {         /* 3x3: every range, each with other options */
         numbers v;
-        heap h;
+        sdqt_heap h;
         int ok;
         if (!SDQT_CHECK(case_at(i, &c))) break;
         c.quant.weight_scale = c.quant.weight_bits == 4 ? SDQ_WEIGHT_FIXED : SDQ_WEIGHT_MOVING;
@@ -1469,7 +1422,7 @@ static float *large_run(sdq_ctx *ctx, sdq_layer *l, const large_case *c, const f
 }
 
 static void winograd_once(int tier, const large_case *c) {
-    sdq_ctx *ctx = new_ctx(tier, 2), *plain = new_ctx(SDQ_TIER_SCALAR, 1);
+    sdq_ctx *ctx = sdqt_ctx(tier, 2), *plain = sdqt_ctx(SDQ_TIER_SCALAR, 1);
     const size_t in = c->n * c->h * c->w * c->in, out = c->n * c->h * c->w * c->out;
     float *x = (float *)room(in, sizeof *x), *res = (float *)room(out, sizeof *res);
     float *direct, *fast, *same, *last;

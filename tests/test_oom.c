@@ -7,44 +7,15 @@
 #include "sdq.h"
 #include "sdq_test.h"
 
-#if SDQ__MMAP
-#define MAKE_FOLDER(path) ((void)mkdir(path, 0777))
-#define DROP_FOLDER(path) ((void)rmdir(path))
-#else
-#define MAKE_FOLDER(path) ((void)(path))    /* elsewhere it must exist */
-#define DROP_FOLDER(path) ((void)(path))
-#endif
-
 #define FOLDER "tests/golden/models/bk-a"
 #define FILE_A "test_oom.a.tmp"
 #define FILE_B "test_oom.b.tmp"
 #define PICTURES "test_oom.d.tmp"
 
-/* An allocator that counts while `on` and refuses the calls fail_at .. fail_at + fails - 1, and
- * more than `largest` bytes at once if that is not 0. */
-typedef struct heap { size_t live, calls, fail_at, fails, largest; int on; } heap;
-
-static void *heap_alloc(void *user, size_t bytes) {
-    heap *h = (heap *)user;
-    void *p;
-    if (h->on) {
-        const size_t call = h->calls++;
-        if (call >= h->fail_at && call - h->fail_at < h->fails) return NULL;
-        if (h->largest && bytes > h->largest) return NULL;
-    }
-    p = malloc(bytes);
-    if (p) h->live++;
-    return p;
-}
-static void heap_release(void *user, void *p) {
-    ((heap *)user)->live--;
-    free(p);
-}
-
 /* What all cases use: made once, with memory. */
 typedef struct env {
     sdq_ctx *ctx;
-    heap h;
+    sdqt_heap h;                /* off but for the calls that a case is about */
     sdq_pipeline *p;            /* float, and the int8 network */
     sdq_model *student;         /* static ranges, calibrated */
     sdq_recipe r;
@@ -62,21 +33,15 @@ static void add(env *e, const void *p, size_t bytes) { e->hash = sdq__u_hash(e->
 static void add_tensor(env *e, const sdq_tensor *t) { if (t) add(e, t->data, sdq_tensor_count(t) * 4); }
 
 static void open_env(env *e, int tier) {
-    sdq_ctx_desc d;
     memset(e, 0, sizeof *e);
-    memset(&d, 0, sizeof d);
-    d.tier = (sdq_tier)tier;
-    d.threads = 1;
-    d.alloc = heap_alloc;
-    d.release = heap_release;
-    d.user = &e->h;
+    e->h.off = 1;
     e->d.steps = 1;
     e->d.prompt = prompts[0];
     e->d.guidance = 3;
     e->d.scheduler = SDQ_DDIM;
     e->r = sdq_recipe_default();
     e->r.range_linear = e->r.range_conv = SDQ_RANGE_STATIC;
-    if (sdq_ctx_create(&d, &e->ctx) != SDQ_OK
+    if (sdqt_ctx_of(&e->h, tier, 1, &e->ctx) != SDQ_OK
         || sdq_pipeline_load(e->ctx, FOLDER, NULL, &e->p) != SDQ_OK
         || sdq_model_load(e->ctx, FOLDER, SDQ_PART_UNET, &e->p->unet_int8) != SDQ_OK
         || sdq_recipe_apply(e->ctx, e->p->unet_int8, &e->r, NULL) != SDQ_OK
@@ -111,7 +76,7 @@ static void close_env(env *e) {
     SDQT_THAT(e->h.live == 0, "%zu blocks leaked", e->h.live);
 }
 
-/* A case sets h.on around the calls that have to do without memory, frees what they made, and puts
+/* A case clears h.off around the calls that have to do without memory, frees what they made, and puts
  * what came out of them into the hash. */
 typedef sdq_status (*case_fn)(env *e);
 
@@ -120,9 +85,9 @@ static sdq_status with_memory(env *e, case_fn fn, uint64_t *hash) {
     drop_arena(e->ctx);
     e->h.fails = e->h.calls = 0;
     e->hash = 1;
-    e->h.on = 1;
+    e->h.off = 0;
     st = fn(e);
-    e->h.on = 0;
+    e->h.off = 1;
     *hash = e->hash;
     return st;
 }
@@ -148,9 +113,9 @@ static void starve(env *e, const char *name, case_fn fn, size_t most, size_t aga
             e->h.calls = 0;
             e->h.fail_at = k;
             e->h.fails = all ? SIZE_MAX : 1;
-            e->h.on = 1;
+            e->h.off = 0;
             st = fn(e);
-            e->h.on = 0;
+            e->h.off = 1;
             SDQT_THAT(st == SDQ_ERR_OOM && sdq_last_error(e->ctx) == SDQ_ERR_OOM
                       && strstr(sdq_error_text(e->ctx), "out of memory"),
                       "%s, allocation %zu of %zu: status %d, '%s'", name, k, total, (int)st,
@@ -190,12 +155,12 @@ static void starve_arena(env *e, const char *name, case_fn fn, size_t points) {
         sdq_arena_release(e->ctx, bottom);
         (void)sdq__push(e->ctx, all - left);
         e->h.calls = e->h.fails = 0;
-        e->h.largest = SDQ__CHUNK - 1;
+        e->h.limit = SDQ__CHUNK - 1;
         e->hash = 1;
-        e->h.on = 1;
+        e->h.off = 0;
         st = fn(e);
-        e->h.on = 0;
-        e->h.largest = 0;
+        e->h.off = 1;
+        e->h.limit = 0;
         SDQT_THAT(i > points ? st == SDQ_OK && e->hash == want
                              : st == SDQ_ERR_OOM && sdq_last_error(e->ctx) == SDQ_ERR_OOM,
                   "%s, %zu of %zu bytes: status %d, '%s'", name, left, peak, (int)st,
@@ -356,16 +321,16 @@ static sdq_status convert_case(env *e) {
     const size_t first = 0;
     sdq_status st;
     const size_t calls = e->h.calls;
-    e->h.on = 0;
+    e->h.off = 1;
     if (sdq_model_load(e->ctx, FOLDER, SDQ_PART_UNET, &m) != SDQ_OK
         || sdq_recipe_apply(e->ctx, m, &e->r, NULL) != SDQ_OK
         || sdq_calibrate_states(e->ctx, m, e->s, 2, 0, NULL, NULL) != SDQ_OK) exit(2);
     drop_arena(e->ctx);
     e->h.calls = calls;
-    e->h.on = 1;
+    e->h.off = 0;
     st = sdq_model_convert(e->ctx, m);
     if (st == SDQ_OK) st = sdq_model_freeze(e->ctx, m);
-    e->h.on = 0;
+    e->h.off = 1;
     if (st != SDQ_OK) {
         const sdq_status last = sdq_last_error(e->ctx);
         sdq_clear_error(e->ctx);
@@ -531,7 +496,7 @@ static void test_training(int tier) {
 static void write_pictures(void) {
     int i, k;
     FILE *f;
-    MAKE_FOLDER(PICTURES);
+    SDQT_MAKE_FOLDER(PICTURES);
     for (i = 0; i < 2; i++) {
         f = fopen(i ? PICTURES "/b.ppm" : PICTURES "/a.ppm", "wb");
         if (!f) exit(2);
@@ -549,7 +514,7 @@ static void drop_pictures(void) {
     (void)remove(PICTURES "/a.txt");
     (void)remove(PICTURES "/b.ppm");
     (void)remove(PICTURES "/b.txt");
-    DROP_FOLDER(PICTURES);
+    SDQT_DROP_FOLDER(PICTURES);
 }
 
 static sdq_status samples_case(env *e) {
@@ -590,7 +555,7 @@ static sdq_status data_case(env *e) {
     sdq_diffusion_task t;
     sdq_status st;
     const size_t calls = e->h.calls;
-    e->h.on = 0;
+    e->h.off = 1;
     memset(&t, 0, sizeof t);
     if (sdq_samples_load(e->ctx, e->data, 8, e->p->tokenizer, &s) != SDQ_OK
         || sdq_samples_encode(e->ctx, s, e->p->vae, NULL, NULL) != SDQ_OK
@@ -604,9 +569,9 @@ static sdq_status data_case(env *e) {
     t.batch = 2;
     drop_arena(e->ctx);
     e->h.calls = calls;
-    e->h.on = 1;
+    e->h.off = 0;
     st = sdq_calibrate_data(e->ctx, &t, 2, 1, NULL, NULL);
-    e->h.on = 0;
+    e->h.off = 1;
     if (st == SDQ_OK) add_ranges(e, e->student);
     sdq_model_observe(e->student, 0);
     if (sdq_recipe_apply(e->ctx, e->student, &e->r, NULL) != SDQ_OK) exit(2);   /* forgets ranges */

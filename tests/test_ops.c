@@ -91,27 +91,6 @@ static sdq_tensor *run_reshape(sdq_ctx *ctx, sdq_tensor **in, const float *p) {
     return sdq_reshape(ctx, in[0], 2, dim);
 }
 
-/* Memory comes full of NaN: what reads it before writing it is seen. */
-static void *dirty_alloc(void *user, size_t bytes) {
-    void *p = malloc(bytes);
-    (void)user;
-    if (p) memset(p, 0xff, bytes);
-    return p;
-}
-static void dirty_release(void *user, void *p) { (void)user; free(p); }
-
-static sdq_ctx *new_ctx(int tier, int threads) {
-    sdq_ctx_desc d;
-    sdq_ctx *ctx;
-    memset(&d, 0, sizeof d);
-    d.tier = (sdq_tier)tier;
-    d.threads = threads;
-    d.alloc = dirty_alloc;
-    d.release = dirty_release;
-    if (sdq_ctx_create(&d, &ctx) != SDQ_OK) { printf("no context\n"); exit(2); }
-    return ctx;
-}
-
 /* Gradients of y = f(inputs) for a given dy: the tape, started by hand. */
 static void backward_of(sdq_ctx *ctx, sdq_tensor *y, const float *dy) {
     y->grad = SDQ__PUSH_N(ctx, float, sdq_tensor_count(y));
@@ -209,7 +188,7 @@ static void golden_case(sdq_ctx *ctx, sdq_file *f, const golden_op *o, const cha
 }
 
 static void test_golden(int tier) {
-    sdq_ctx *ctx = new_ctx(tier, 2);
+    sdq_ctx *ctx = sdqt_ctx(tier, 2);
     sdq_file *f = NULL;
     size_t i, j, seen = 0;
     SDQT_CHECK(sdq_file_open(ctx, "tests/golden/ops.safetensors", &f) == SDQ_OK);
@@ -412,13 +391,13 @@ static void test_equal_bits(int tier) {
     size_t i, j;
     for (i = 0; i < RANDOM_CASES; i++) {
         const random_case *c = &random_cases[i];
-        sdq_ctx *base = new_ctx(SDQ_TIER_SCALAR, 1);
+        sdq_ctx *base = sdqt_ctx(SDQ_TIER_SCALAR, 1);
         values v, w;
         int threads;
         values_new(c, &v);
         SDQT_THAT(run_values(base, c, &v), "%s: %s", c->name, sdq_error_text(base));
         for (threads = 1; threads <= 3 && v.y; threads++) {
-            sdq_ctx *ctx = new_ctx(tier, threads);
+            sdq_ctx *ctx = sdqt_ctx(tier, threads);
             w = v;
             w.y = numbers(v.y_count);
             for (j = 0; j < MAX_IN; j++) w.grad[j] = numbers(v.count[j]);
@@ -464,7 +443,7 @@ static void one_entry(sdq_ctx *ctx, const random_case *c, const values *v, size_
     layer_done(ctx);
 }
 static void test_batch(int tier) {
-    sdq_ctx *ctx = new_ctx(tier, 2);
+    sdq_ctx *ctx = sdqt_ctx(tier, 2);
     size_t i, e;
     for (i = 0; i < RANDOM_CASES; i++) {
         const random_case *c = &random_cases[i];
@@ -557,7 +536,7 @@ static void fd_input(sdq_ctx *ctx, const random_case *c, const values *v, size_t
 }
 
 static void test_finite_differences(int tier) {
-    sdq_ctx *ctx = new_ctx(tier, 1);
+    sdq_ctx *ctx = sdqt_ctx(tier, 1);
     size_t i, j;
     for (i = 0; i < RANDOM_CASES; i++) {
         const random_case *c = &random_cases[i];
@@ -578,7 +557,7 @@ static void test_combine(int tier) {
     static const float want[4] = {0.5f - 20 - 4, 1 - 40, 1.5f - 60 + 4, 2 - 80 + 32};
     static const float dy[4] = {1, 10, 100, 1000};
     float weight[3] = {0.5f, -2, 4};
-    sdq_ctx *ctx = new_ctx(tier, 1);
+    sdq_ctx *ctx = sdqt_ctx(tier, 1);
     sdq_tensor *in = sdq_tensor_3d(ctx, 3, 2, 2), *y;
     const size_t dim[3] = {1, 2, 2};
     size_t e, i;
@@ -679,7 +658,7 @@ typedef struct chain_result {
 } chain_result;
 
 static void chain_run(int tier, sdq_mode mode, int how, int needs, chain_result *r) {
-    sdq_ctx *ctx = new_ctx(tier, 2);
+    sdq_ctx *ctx = sdqt_ctx(tier, 2);
     sdq_tensor *in[2], *x, *v, *target, *y;
     sdq_optim *o = NULL;
     block b[BLOCKS];
@@ -763,7 +742,7 @@ static sdq_tensor *failing_fn(sdq_ctx *ctx, void *user, sdq_tensor **in, int n) 
 }
 
 static void test_checkpoint_corners(int tier) {
-    sdq_ctx *ctx = new_ctx(tier, 1);
+    sdq_ctx *ctx = sdqt_ctx(tier, 1);
     sdq_tensor *in[4], *x, *y, *loss;
     block b;
     size_t i;
@@ -813,7 +792,7 @@ static void test_checkpoint_corners(int tier) {
 
 /* Any input that is missing: no result and, because the first error is elsewhere, no error. */
 static void test_null(int tier) {
-    sdq_ctx *ctx = new_ctx(tier, 1);
+    sdq_ctx *ctx = sdqt_ctx(tier, 1);
     size_t i, dim[1] = {4};
     for (i = 0; i < RANDOM_CASES; i++) {
         const random_case *c = &random_cases[i];
@@ -904,7 +883,7 @@ static const wrong_case wrong_cases[] = {
 };
 
 static void test_shapes(int tier) {
-    sdq_ctx *ctx = new_ctx(tier, 1);
+    sdq_ctx *ctx = sdqt_ctx(tier, 1);
     size_t i;
     for (i = 0; i < sizeof wrong_cases / sizeof wrong_cases[0]; i++) {
         const wrong_case *w = &wrong_cases[i];
@@ -925,7 +904,7 @@ static void test_shapes(int tier) {
 }
 
 static void test_arguments(int tier) {
-    sdq_ctx *ctx = new_ctx(tier, 1);
+    sdq_ctx *ctx = sdqt_ctx(tier, 1);
     const size_t tokens[3] = {1, 4, 6};
     sdq_tensor *q = sdq_tensor_new(ctx, SDQ_F32, 3, tokens);
     const size_t two[2] = {1, 2}, none[2] = {3, 0},
@@ -964,7 +943,7 @@ static void test_arguments(int tier) {
 
 /* Gradients add up: over uses of a tensor, and over what .grad held before. */
 static void test_accumulate(int tier) {
-    sdq_ctx *ctx = new_ctx(tier, 2);
+    sdq_ctx *ctx = sdqt_ctx(tier, 2);
     sdq_tensor *x = sdq_tensor_2d(ctx, 3, 5), *zero = sdq_tensor_2d(ctx, 3, 5), *y;
     float first[15];
     size_t i;
@@ -990,37 +969,14 @@ static void test_accumulate(int tier) {
  * The arena is filled so that only `left` bytes are free, and the allocator then refuses: every
  * push of every op fails once, without a crash or a leak, and a later call with memory works. */
 
-typedef struct heap { size_t live, calls, fail_from; } heap;
-
-static void *heap_alloc(void *user, size_t bytes) {
-    heap *h = (heap *)user;
-    void *p;
-    if (h->calls++ >= h->fail_from) return NULL;
-    p = malloc(bytes);
-    if (p) h->live++;
-    return p;
-}
-static void heap_release(void *user, void *p) {
-    ((heap *)user)->live--;
-    free(p);
-}
-
 /* 1 when the case ran through with `left` bytes of arena. */
 static int squeezed(const random_case *c, const values *v, int tier, size_t left) {
-    heap h;
-    sdq_ctx_desc d;
+    sdqt_heap h;
     sdq_ctx *ctx;
     sdq_tensor *in[MAX_IN], *y;
     sdq_status st;
     memset(&h, 0, sizeof h);
-    memset(&d, 0, sizeof d);
-    h.fail_from = SIZE_MAX;
-    d.tier = (sdq_tier)tier;
-    d.threads = 2;
-    d.alloc = heap_alloc;
-    d.release = heap_release;
-    d.user = &h;
-    SDQT_CHECK(sdq_ctx_create(&d, &ctx) == SDQ_OK);
+    SDQT_CHECK(sdqt_ctx_of(&h, tier, 2, &ctx) == SDQ_OK);
     sdq_tape_begin(ctx);
     make_inputs(ctx, c, v, -1, in);
     if (c->run == run_conv2d || c->run == run_linear)
@@ -1029,13 +985,13 @@ static int squeezed(const random_case *c, const values *v, int tier, size_t left
     if (ctx->chunks[ctx->chunk_at].size - ctx->chunks[ctx->chunk_at].used > left)
         (void)sdq__push(ctx,
                         ctx->chunks[ctx->chunk_at].size - ctx->chunks[ctx->chunk_at].used - left);
-    h.fail_from = h.calls;
+    sdqt_refuse(&h, 0, SIZE_MAX);
     if (live) y = sdq_layer_forward(ctx, live, in[0], NULL, SDQ_FLOAT);
     else y = c->run(ctx, in, c->p);
     if (y) backward_of(ctx, y, v->dy);
     st = sdq_last_error(ctx);
     SDQT_THAT(st == SDQ_OK || st == SDQ_ERR_OOM, "%s: %s", c->name, sdq_error_text(ctx));
-    h.fail_from = SIZE_MAX;
+    h.fails = 0;
     sdq_tape_end(ctx);
     layer_done(ctx);
     sdq_ctx_free(ctx);
@@ -1044,7 +1000,7 @@ static int squeezed(const random_case *c, const values *v, int tier, size_t left
 }
 
 static void test_no_memory(int tier) {
-    sdq_ctx *ctx = new_ctx(tier, 2);
+    sdq_ctx *ctx = sdqt_ctx(tier, 2);
     size_t i;
     for (i = 0; i < RANDOM_CASES; i++) {
         const random_case *c = &random_cases[i];
@@ -1150,7 +1106,7 @@ static void attend_int(const float *q, const float *k, const float *v, int bits,
  * 0.35 and 1.7 per cent, 16 bits 0.03 and 0.19. */
 static void attention_int(int tier, int bits, float spread, double definition, double low,
                           double high) {
-    sdq_ctx *ctx = new_ctx(tier, 2);
+    sdq_ctx *ctx = sdqt_ctx(tier, 2);
     const size_t dim[3] = {1, QT, QD};
     double far = 0, largest = 0, off = 0, size = 0;
     sdq_tensor *in[3], *y, *f;

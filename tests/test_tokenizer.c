@@ -337,21 +337,6 @@ static void test_any_text(int tier) {
 
 /* --- damaged folders, short memory --- */
 
-typedef struct heap { size_t live, calls, fail_at; } heap;
-
-static void *heap_alloc(void *user, size_t bytes) {
-    heap *h = (heap *)user;
-    void *p = ++h->calls == h->fail_at ? NULL : malloc(bytes);
-    h->live += p != NULL;
-    return p;
-}
-
-static void heap_release(void *user, void *p) {
-    heap *h = (heap *)user;
-    h->live--;
-    free(p);
-}
-
 static void put_text(const char *path, const char *text, size_t n) {
     FILE *f = fopen(path, "wb");
     SDQT_CHECK(f && fwrite(text, 1, n, f) == n);
@@ -418,19 +403,13 @@ static void test_oom(int tier) {
     size_t k;
     (void)tier;
     put_small();
-    for (k = 1; k < 500 && st != SDQ_OK; k++) {
+    for (k = 0; k < 500 && st != SDQ_OK; k++) {
         sdq_tokenizer *t = NULL, *u = NULL;
-        sdq_ctx_desc d;
-        heap h;
+        sdqt_heap h;
         int32_t ids[8];
-        memset(&d, 0, sizeof d);
         memset(&h, 0, sizeof h);
-        d.alloc = heap_alloc;
-        d.release = heap_release;
-        d.user = &h;
-        SDQT_CHECK(sdq_ctx_create(&d, &ctx) == SDQ_OK);
-        h.calls = 0;
-        h.fail_at = k;
+        SDQT_CHECK(sdqt_ctx_of(&h, SDQ_TIER_AUTO, 0, &ctx) == SDQ_OK);
+        sdqt_refuse(&h, k, 1);
         st = sdq_tokenizer_load(ctx, DIR, &t);
         if (st == SDQ_OK)
             st = sdq_tokenizer_create(ctx, small_merges, strlen(small_merges), NULL, &u);
