@@ -2334,10 +2334,11 @@ typedef struct sdq__adamw_step {
     X(void, quantize_rows, \
       (uint8_t *q, size_t ldq, const float *x, size_t ldx, size_t rows, size_t n, float *s, \
        int32_t *z, size_t lds), EXACT) \
-    /* straight through a quantizer, with v = w * inv, t = rint(v) and t inside -128..127: \
-       dw += inside ? g : 0; returns the sum of g * (inside ? t - v : t < 0 ? -128 : 127) */ \
-    X(float, ste_s8, \
-      (float *dw, const float *g, const float *w, size_t n, float inv), EXACT) \
+    /* straight through a quantizer to low..high, with v = w * inv and t = rint(v): \
+       dw += inside ? g : 0; returns the sum of g * (inside ? t - v : t < 0 ? low : high) */ \
+    X(float, ste, \
+      (float *dw, const float *g, const float *w, size_t n, float inv, float low, float high), \
+      EXACT) \
     /* y = q * s */ \
     X(void, dequantize_s8, (float *y, const int8_t *q, size_t n, float s), EXACT) \
     /* y = (q - z) * s */ \
@@ -3419,8 +3420,10 @@ static void sdq__win_run(sdq_ctx *ctx, const sdq__gemm *f) {
  * One task is one tap and one panel of input channels. The rows of x that the tap reads are
  * packed, SDQ__DW_MB at a time; every output is one chain over m in order. If q is given the
  * rows are (q - z) s instead: the input of a fake-quantized layer, kept as bytes.
- * If sw is given the sums are the gradient of fake-quantized weights and stay in the caches: what
- * passes straight through (see >>layer) is added to dw, and the scales' share to ds, by task. */
+ * The sums stay in the caches until they are complete, and are then added to dw, so that the
+ * gradients of several micro-batches are the plain sum of theirs. If sw is given they are those of
+ * fake-quantized weights: what passes straight through (see >>layer) is added to dw, and the
+ * scales' share to ds, by task. */
 
 #define SDQ__DW_MB 512
 
@@ -3432,10 +3435,12 @@ typedef struct sdq__gemm_dw {
     const float *qs;            /* scale and zero point of row r, block j: */
     const int32_t *qz;          /*   [r / rows_per_scale * blocks + j] */
     const float *dy;
-    float *dw, *scratch;        /* scratch: SDQ__DW_MB * 32 floats per thread, + n * 32 */
+    float *dw, *scratch;        /* scratch: (SDQ__DW_MB + n) * 32 floats per thread */
     size_t m, n, c, ldx, ldq, ldy, ldw, blocks, rows_per_scale;
     size_t first;               /* channel of dw column 0 */
-    const float *w, *sw;        /* NULL, or float weights, laid out as dw, and their scales [n] */
+    const float *w, *sw;        /* NULL, or float weights, laid out as dw, and their scales [n]; */
+    const uint8_t *mult;        /* 4 bits: scales times these [n][taps][groups], else NULL */
+    size_t group;               /* channels of a group of mult */
     float *ds, *part;           /* NULL, or gradient of sw; its parts [task][n] */
 } sdq__gemm_dw;
 
@@ -3467,37 +3472,49 @@ static size_t sdq__gemm_dw_tasks(const sdq__gemm_dw *w) {
     return w->g.kh * w->g.kw * sdq__gemm_panels(w->c);
 }
 static size_t sdq__gemm_dw_scratch(const sdq__gemm_dw *w) {     /* floats per thread */
-    return (SDQ__DW_MB + (w->sw ? w->n : 0)) * SDQ__NR;
+    return (SDQ__DW_MB + w->n) * SDQ__NR;
 }
 
-/* The sums g[n][32] of a task, whose column 0 is `at` in a row of dw, through the quantizer. */
-static void sdq__gemm_dw_ste(const sdq__gemm_dw *w, size_t task, const float *g, size_t at,
-                             size_t cn) {
-    const size_t row = w->g.kh * w->g.kw * w->ldw;
-    float none[SDQ__NR] = {0};
-    size_t o;
-    for (o = 0; o < w->n; o++, at += row) {
-        const float s = w->k->ste_s8(w->dw ? w->dw + at : none, g + o * SDQ__NR, w->w + at, cn,
-                                     1.0f / w->sw[o]);
-        if (w->part) w->part[task * w->n + o] = s;
+/* The sums g[cn] of weights that begin at channel c of a tap and output o, through the quantizer;
+ * returns their share of ds[o]. */
+static float sdq__gemm_dw_ste(const sdq__gemm_dw *w, const float *g, size_t o, size_t tap, size_t c,
+                              size_t cn) {
+    const size_t taps = w->g.kh * w->g.kw, at = (o * taps + tap) * w->ldw + c;
+    const size_t groups = w->mult ? sdq__u_div_up(w->ldw, w->group) : 1;
+    float none[SDQ__NR] = {0}, sum = 0.0f;
+    size_t j, n;
+    if (!w->mult)
+        return w->k->ste(w->dw ? w->dw + at : none, g, w->w + at, cn, 1.0f / w->sw[o], -128.0f,
+                         127.0f);
+    for (j = 0; j < cn; j += n) {
+        const size_t i = (c + j) / w->group;
+        const float m = (float)w->mult[(o * taps + tap) * groups + i];
+        n = sdq__u_min(cn - j, (i + 1) * w->group - (c + j));
+        sum += m * w->k->ste(w->dw ? w->dw + at + j : none, g + j, w->w + at + j, n,
+                             1.0f / (w->sw[o] * m), -8.0f, 7.0f);
     }
+    return sum;
 }
 
 static void sdq__gemm_dw_task(void *arg, size_t task, int thread) {
     const sdq__gemm_dw *w = (const sdq__gemm_dw *)arg;
     const size_t panels = sdq__gemm_panels(w->c), tap = task / panels, c0 = task % panels * SDQ__NR;
-    const size_t cn = sdq__u_min(SDQ__NR, w->c - c0), at = tap * w->ldw + w->first + c0;
+    const size_t cn = sdq__u_min(SDQ__NR, w->c - c0), row = w->g.kh * w->g.kw * w->ldw;
     float *b = w->scratch + (size_t)thread * sdq__gemm_dw_scratch(w);
-    float *y = w->sw ? b + SDQ__DW_MB * SDQ__NR : w->dw + at;
-    const size_t ldy = w->sw ? SDQ__NR : w->g.kh * w->g.kw * w->ldw;
-    size_t m;
+    float *g = b + SDQ__DW_MB * SDQ__NR;
+    size_t m, o;
     for (m = 0; m < w->m; m += SDQ__DW_MB) {
         const size_t rows = sdq__u_min(SDQ__DW_MB, w->m - m);
         sdq__gemm_dw_pack(w, b, m, rows, tap, c0, cn);
-        sdq__gemm_small(w->k, w->dy + m * w->ldy, 1, w->ldy, b, rows, y, ldy, w->n, cn, rows,
-                        !w->sw || m > 0);
+        sdq__gemm_small(w->k, w->dy + m * w->ldy, 1, w->ldy, b, rows, g, SDQ__NR, w->n, cn, rows,
+                        m > 0);
     }
-    if (w->sw) sdq__gemm_dw_ste(w, task, y, at, cn);
+    for (o = 0; o < w->n; o++, g += SDQ__NR) {
+        float *dw = w->dw ? w->dw + o * row + tap * w->ldw + w->first + c0 : NULL, ds;
+        if (!w->sw) { w->k->add(dw, dw, g, cn); continue; }
+        ds = sdq__gemm_dw_ste(w, g, o, tap, w->first + c0, cn);
+        if (w->part) w->part[task * w->n + o] = ds;
+    }
 }
 
 /* ds += the sum of its parts, in the order of the tasks, / sqrt(127 k). */
@@ -3526,7 +3543,7 @@ static void sdq__gemm_dw_run(sdq_ctx *ctx, sdq__gemm_dw *w) {
     sdq_arena_release(ctx, mark);
 }
 
-/* out[j] += sum over rows of x[r][j]: a chain per column; the bias gradient. */
+/* out[j] += sum over rows of x[r][j], a chain per column; the bias gradient. */
 typedef struct sdq__colsum {
     const struct sdq__kernels *k;
     const float *x;
@@ -3535,9 +3552,11 @@ typedef struct sdq__colsum {
 } sdq__colsum;
 static void sdq__gemm_colsum_task(void *arg, size_t task, int thread) {
     const sdq__colsum *w = (const sdq__colsum *)arg;
-    const size_t j = task * 64;
+    const size_t j = task * 64, n = sdq__u_min(64, w->n - j);
+    float sum[64] = {0};
     (void)thread;
-    w->k->colsum(w->out + j, w->x + j, w->rows, w->n, sdq__u_min(64, w->n - j));
+    w->k->colsum(sum, w->x + j, w->rows, w->n, n);
+    w->k->add(w->out + j, w->out + j, sum, n);
 }
 static void sdq__gemm_colsum(sdq_ctx *ctx, float *out, const float *x, size_t rows, size_t n) {
     sdq__colsum w;
@@ -4310,7 +4329,9 @@ static sdq__node *sdq__tape_push(sdq_ctx *ctx, void (*back)(sdq_ctx *, sdq__node
     return n;
 }
 
-/* The gradient of t to add to, made of zeros at first use; NULL if t needs none. */
+/* The gradient of t to add to, made of zeros at first use; NULL if t needs none. What an op gives a
+ * leaf is summed up elsewhere and added once: the gradients of micro-batches that several processes
+ * add up are then those of one process, to the bit. */
 static float *sdq__tape_grad(sdq_ctx *ctx, sdq_tensor *t) {
     if (!t || !t->needs_grad) return NULL;
     if (!t->grad) {
@@ -4573,10 +4594,8 @@ SDQ_API sdq_tensor *sdq_add_vector(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *v) {
 static void sdq__op_add_rows_back(sdq_ctx *ctx, sdq__node *n) {
     const size_t size = sdq_tensor_count(n->y) / n->y->dim[0];
     float *dx = sdq__tape_grad(ctx, n->x[0]), *dp = sdq__tape_grad(ctx, n->x[1]);
-    size_t e;
     if (dx) sdq__op_binary(ctx, ctx->k->add, dx, dx, n->y->grad, sdq_tensor_count(n->y));
-    for (e = 0; dp && e < n->y->dim[0]; e++)
-        sdq__op_binary(ctx, ctx->k->add, dp, dp, n->y->grad + e * size, size);
+    if (dp) sdq__gemm_colsum(ctx, dp, n->y->grad, n->y->dim[0], size);
 }
 SDQ_API sdq_tensor *sdq_add_rows(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *p) {
     sdq_tensor *y;
@@ -4788,6 +4807,7 @@ static void sdq__op_gn_back(sdq_ctx *ctx, sdq__node *n) {
           *db = sdq__tape_grad(ctx, beta);
     const sdq_mark mark = sdq_arena_mark(ctx);
     float *p, *q;
+    double *sum;                        /* of dgamma and dbeta over the entries */
     sdq__gn w;
     size_t e, g, j;
     memset(&w, 0, sizeof w);
@@ -4799,6 +4819,7 @@ static void sdq__op_gn_back(sdq_ctx *ctx, sdq__node *n) {
     w.part2 = SDQ__PUSH_N(ctx, float, w.entries * w.chunks * c);
     p = SDQ__PUSH_N(ctx, float, w.entries * c);
     q = SDQ__PUSH_N(ctx, float, w.entries * c);
+    sum = SDQ__PUSH_N(ctx, double, 2 * c);
     if (n->i[1]) w.y = SDQ__PUSH_N(ctx, float, sdq_tensor_count(x));
     if (ctx->status != SDQ_OK) return;
     if (n->i[1]) {
@@ -4806,6 +4827,7 @@ static void sdq__op_gn_back(sdq_ctx *ctx, sdq__node *n) {
         w.dy = w.y;
     }
     sdq__op_gn_run(ctx, &w, SDQ__GN_SUM2);
+    for (j = 0; j < 2 * c; j++) sum[j] = 0.0;
     for (e = 0; e < w.entries; e++) {
         for (g = 0; g < groups; g++) {
             const double m = (double)mean[e * groups + g], r = (double)rstd[e * groups + g];
@@ -4816,8 +4838,8 @@ static void sdq__op_gn_back(sdq_ctx *ctx, sdq__node *n) {
                 const double a2 = (sdq__op_gn_total(&w, w.part2, e, j, 1) - m * a1) * r;
                 s1 += (double)sdq_f32(gamma)[j] * a1;
                 s2 += (double)sdq_f32(gamma)[j] * a2;
-                if (dg) dg[j] += (float)a2;
-                if (db) db[j] += (float)a1;
+                sum[j] += a2;
+                sum[c + j] += a1;
             }
             pv = -r * r * s2 / count;
             for (j = g * cg; j < (g + 1) * cg; j++) {
@@ -4825,6 +4847,10 @@ static void sdq__op_gn_back(sdq_ctx *ctx, sdq__node *n) {
                 q[e * c + j] = (float)(-r * s1 / count - m * pv);
             }
         }
+    }
+    for (j = 0; j < c; j++) {
+        if (dg) dg[j] += (float)sum[j];
+        if (db) db[j] += (float)sum[c + j];
     }
     if (dx) {
         w.p = p; w.q = q; w.y = dx;
@@ -4978,10 +5004,9 @@ static void sdq__op_ln_back(sdq_ctx *ctx, sdq__node *n) {
     if (!w.part || !w.y) return;
     if (!dx) memset(w.y, 0, sdq_tensor_count(x) * sizeof(float));
     sdq__par_for(ctx, chunks, sdq__op_ln_back_task, &w);
-    for (i = 0; i < chunks; i++) {
-        if (dg) ctx->k->add(dg, dg, w.part + i * 2 * c, c);
-        if (db) ctx->k->add(db, db, w.part + i * 2 * c + c, c);
-    }
+    for (i = 1; i < chunks; i++) ctx->k->add(w.part, w.part, w.part + i * 2 * c, 2 * c);
+    if (dg) ctx->k->add(dg, dg, w.part, c);
+    if (db) ctx->k->add(db, db, w.part + c, c);
     sdq_arena_release(ctx, mark);
 }
 SDQ_API sdq_tensor *sdq_layer_norm(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *gamma, sdq_tensor *beta,
@@ -5188,16 +5213,24 @@ SDQ_API sdq_tensor *sdq_slice(sdq_ctx *ctx, sdq_tensor *x, size_t first, size_t 
     return y;
 }
 
-/* ---- rows of a table;  dtable[id] += dy, in order of the tokens ---- */
+/* ---- rows of a table;  dtable[id] += sum of dy over the tokens of that id, in order ---- */
 static void sdq__op_embedding_back(sdq_ctx *ctx, sdq__node *n) {
     const int32_t *ids = (const int32_t *)n->x[1]->data;
     const size_t count = sdq_tensor_count(n->x[1]), c = sdq__t_chan(n->y);
     float *d = sdq__tape_grad(ctx, n->x[0]);
-    size_t i;
-    for (i = 0; d && i < count; i++) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    float *sum = SDQ__PUSH_N(ctx, float, c);
+    size_t i, j;
+    for (i = 0; d && sum && i < count; i++) {
         float *row = d + (size_t)ids[i] * c;
-        ctx->k->add(row, row, n->y->grad + i * c, c);
+        for (j = 0; j < i && ids[j] != ids[i]; j++) {}
+        if (j < i) continue;            /* added with the first token of its id */
+        memcpy(sum, n->y->grad + i * c, c * sizeof *sum);
+        for (j = i + 1; j < count; j++)
+            if (ids[j] == ids[i]) ctx->k->add(sum, sum, n->y->grad + j * c, c);
+        ctx->k->add(row, row, sum, c);
     }
+    sdq_arena_release(ctx, mark);
 }
 SDQ_API sdq_tensor *sdq_embedding(sdq_ctx *ctx, sdq_tensor *ids, sdq_tensor *table) {
     size_t dim[3], i, c, count;
@@ -5904,13 +5937,14 @@ static void sdq__ly_delta_gradient(sdq_ctx *ctx, sdq_layer *l, const float *dw) 
     const sdq_mark mark = sdq_arena_mark(ctx);
     const size_t k = sdq__ly_k(l), rank = l->la.dim[0];
     float *panels = SDQ__PUSH_N(ctx, float, sdq__gemm_packed_count(rank, k));
+    float *db = sdq__tape_grad(ctx, &l->lb);
     sdq__gemm_dw a;
     sdq__gemm b;
     memset(&a, 0, sizeof a);
     memset(&b, 0, sizeof b);
     a.dw = sdq__tape_grad(ctx, &l->la);
-    b.y = sdq__tape_grad(ctx, &l->lb);
-    if (!panels || !a.dw || !b.y) return;
+    b.y = SDQ__PUSH_N(ctx, float, l->out * rank);
+    if (!panels || !a.dw || !db || !b.y) return;
     a.g = b.g = sdq__gemm_rows_geom(l->out);
     a.x = b.x = dw;
     a.dy = sdq_f32(&l->lb);
@@ -5920,8 +5954,8 @@ static void sdq__ly_delta_gradient(sdq_ctx *ctx, sdq_layer *l, const float *dw) 
     sdq__gemm_dw_run(ctx, &a);
     sdq__gemm_pack_t(panels, sdq_f32(&l->la), k, rank, k);
     b.b = panels;
-    b.more = 1;
     sdq__gemm_run(ctx, &b, 0);
+    sdq__op_binary(ctx, ctx->k->add, db, db, b.y, l->out * rank);
     sdq_arena_release(ctx, mark);
 }
 
@@ -6544,35 +6578,14 @@ static void sdq__ly_ste_input(sdq_ctx *ctx, sdq__qpart *p, const sdq__qinput *in
     if (ds) ds[0] += (float)(sum / sqrt(255.0 * (double)(rows / sdq__t_entries(x) * p->c)));
 }
 
-/* The same for weights w of 4 bits: g = gradient of wh. For 8 bits: sdq__gemm_dw_ste. */
-static void sdq__ly_ste_weight4(const sdq_layer *l, const float *w, const float *g, float *dw,
-                                float *ds) {
-    size_t o, i, j;
-    for (o = 0; o < l->out; o++) {
-        double sum = 0.0;
-        for (i = 0; i < sdq__ly_groups(l); i++) {
-            const sdq__wgroup p = sdq__ly_group(l, o, i);
-            const float m = (float)p.m, inv = 1.0f / (sdq_f32(&l->sw)[o] * m);
-            for (j = p.at; j < p.at + p.n; j++) {
-                const float v = w[j] * inv, t = sdq__q_rint(v);
-                const int in = t >= p.low && t <= p.high;
-                if (in && dw) dw[j] += g[j];
-                sum += (double)(g[j] * m * (in ? t - v : t < 0.0f ? p.low : p.high));
-            }
-        }
-        if (ds) ds[o] += (float)(sum / sqrt(127.0 * (double)sdq__ly_k(l)));
-    }
-}
-
-/* weights: those that were quantized. */
+/* And through that of the weights that were quantized, see sdq__gemm_dw_ste. */
 static void sdq__ly_fake_weight_gradient(sdq_ctx *ctx, sdq_layer *l, const float *weights,
                                          const sdq_tensor *x, const sdq_tensor *y, const float *dy,
                                          const sdq__fake *keep) {
     const sdq_mark mark = sdq_arena_mark(ctx);
-    const int delta = l->la.needs_grad || l->lb.needs_grad, four = l->quant.weight_bits == 4;
-    const size_t n = l->out * sdq__ly_k(l);
-    float *dw = delta ? sdq__ly_zeros(ctx, n) : sdq__tape_grad(ctx, &l->w);
-    float *ds = sdq__tape_grad(ctx, &l->sw), *g = four ? sdq__ly_zeros(ctx, n) : NULL;
+    const int delta = l->la.needs_grad || l->lb.needs_grad;
+    float *dw = delta ? sdq__ly_zeros(ctx, l->out * sdq__ly_k(l)) : sdq__tape_grad(ctx, &l->w);
+    float *ds = sdq__tape_grad(ctx, &l->sw), *sum = ds ? sdq__ly_zeros(ctx, l->out) : NULL;
     size_t i;
     for (i = 0; ctx->status == SDQ_OK && i < l->parts; i++) {
         const sdq__qinput *in = &keep->in[i];
@@ -6583,14 +6596,16 @@ static void sdq__ly_fake_weight_gradient(sdq_ctx *ctx, sdq_layer *l, const float
         w.q = in->q; w.ldq = in->ld; w.qs = in->s; w.qz = in->z;
         w.blocks = in->blocks;
         w.rows_per_scale = in->per_row ? 1 : in->rows / in->entries;
-        w.dy = dy; w.dw = four ? g : dw; w.ds = four ? NULL : ds;
+        w.dy = dy; w.dw = dw; w.ds = sum;
         w.m = sdq__t_rows(y); w.n = w.ldy = l->out;
         w.c = p->c; w.first = p->c0; w.ldw = l->in;
         w.w = weights;
-        w.sw = four ? NULL : sdq_f32(&l->sw);
+        w.sw = sdq_f32(&l->sw);
+        w.mult = l->quant.weight_bits == 4 ? l->mult : NULL;
+        w.group = sdq__ly_group_size(l);
         sdq__gemm_dw_run(ctx, &w);
     }
-    if (four && ctx->status == SDQ_OK) sdq__ly_ste_weight4(l, weights, g, dw, ds);
+    if (ds && sum) sdq__op_binary(ctx, ctx->k->add, ds, ds, sum, l->out);
     if (delta && ctx->status == SDQ_OK) sdq__ly_delta_gradient(ctx, l, dw);
     sdq_arena_release(ctx, mark);
 }
@@ -11449,19 +11464,25 @@ static sdq_status sdq__opt_reduce_one(sdq_ctx *ctx, const sdq_group *g, sdq_redu
     return sdq__opt_reduce(ctx, g, how, &span, 1);
 }
 
-/* Doubles keep their bits but for the last ones: as a float and what that leaves. */
-static sdq_status sdq__opt_reduce_reals(sdq_ctx *ctx, const sdq_group *g, const char *name,
-                                        double *v, size_t n) {
-    float both[2 * (SDQ_FIT_PARTS + 1)];
+/* Each number is known to one process and 0 in the others; afterwards all know all, to the bit: a
+ * double is the sum of three floats. Then every process adds them up in one order. */
+static sdq_status sdq__opt_share(sdq_ctx *ctx, const sdq_group *g, const char *name, double *v,
+                                 size_t n) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    float *p;
     size_t i;
-    if (!g || g->ranks < 2) return SDQ_OK;
-    for (i = 0; i < n; i++) {
-        both[2 * i] = (float)v[i];
-        both[2 * i + 1] = (float)(v[i] - (double)both[2 * i]);
+    if (ctx->status != SDQ_OK || !g || g->ranks < 2) return ctx->status;
+    p = SDQ__PUSH_N(ctx, float, 3 * n);
+    for (i = 0; p && i < n; i++) {
+        p[3 * i] = (float)v[i];
+        p[3 * i + 1] = (float)(v[i] - (double)p[3 * i]);
+        p[3 * i + 2] = (float)(v[i] - (double)p[3 * i] - (double)p[3 * i + 1]);
     }
-    SDQ__TRY(sdq__opt_reduce_one(ctx, g, SDQ_REDUCE_SUM, name, both, 2 * n));
-    for (i = 0; i < n; i++) v[i] = (double)both[2 * i] + (double)both[2 * i + 1];
-    return SDQ_OK;
+    if (p) (void)sdq__opt_reduce_one(ctx, g, SDQ_REDUCE_SUM, name, p, 3 * n);
+    for (i = 0; p && i < n; i++)
+        v[i] = (double)p[3 * i] + (double)p[3 * i + 1] + (double)p[3 * i + 2];
+    sdq_arena_release(ctx, mark);
+    return ctx->status;
 }
 
 /* The widest range of all processes, in the values of sdq__ly_state. */
@@ -11617,35 +11638,49 @@ static sdq_status sdq__opt_micro(sdq_ctx *ctx, const sdq__opt_loop *r, sdq_rng *
 
 static int sdq__opt_real(double x) { return x > -1e30 && x < 1e30; }
 
-/* The gradient of all micro-batches of all processes; the mean of their losses to info. */
-static sdq_status sdq__opt_gradient(sdq_ctx *ctx, sdq__opt_loop *r) {
+/* Loss and parts of the micro-batches of this process: value[micro-batch][SDQ__FIT_VALUES]. */
+enum { SDQ__FIT_VALUES = SDQ_FIT_PARTS + 1 };
+static sdq_status sdq__opt_micros(sdq_ctx *ctx, sdq__opt_loop *r, double *value) {
     const size_t all = r->micros * r->ranks;
     sdq__notes *n = &r->notes;
-    size_t m, i, bad = SIZE_MAX;
-    double sum[SDQ_FIT_PARTS + 1] = {0.0};
+    size_t m;
     n->share = 1.0 / (double)all;
-    for (i = 0; i < n->n; i++) n->sum[i] = 0.0;
-    for (m = r->rank; m < all; m += r->ranks) {
+    for (m = r->rank; m < all && ctx->status == SDQ_OK; m += r->ranks) {
+        double *v = value + m * SDQ__FIT_VALUES;
         sdq_rng rng;
-        double loss = 0.0;
         sdq__opt_rng(&rng, r->d->seed, r->o->step, m);
+        memset(n->sum, 0, sizeof n->sum);
         ctx->notes = n;
-        (void)sdq__opt_micro(ctx, r, &rng, 1.0f / (float)all, &loss);
+        (void)sdq__opt_micro(ctx, r, &rng, 1.0f / (float)all, &v[0]);
         ctx->notes = NULL;
-        if (ctx->status != SDQ_OK) return ctx->status;
-        if (!sdq__opt_real(loss) && bad == SIZE_MAX) bad = m;
-        sum[0] += loss;
+        memcpy(v + 1, n->sum, sizeof n->sum);
     }
-    memcpy(sum + 1, n->sum, sizeof n->sum);
-    SDQ__TRY(sdq__opt_reduce_reals(ctx, r->d->group, "the loss", sum, n->n + 1));
-    memcpy(r->info.part_loss, sum + 1, n->n * sizeof *sum);
-    memcpy(r->info.part, n->name, sizeof n->name);
-    r->info.parts = n->n;
+    return ctx->status;
+}
+
+/* The gradient of all micro-batches of all processes; the mean of their losses to info. */
+static sdq_status sdq__opt_gradient(sdq_ctx *ctx, sdq__opt_loop *r) {
+    const size_t all = r->micros * r->ranks, n = all * SDQ__FIT_VALUES;
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    double *value = SDQ__PUSH_N(ctx, double, n), sum[SDQ__FIT_VALUES] = {0.0};
+    size_t i, bad = all;
+    if (!value) return ctx->status;
+    for (i = 0; i < n; i++) value[i] = 0.0;
+    if (sdq__opt_micros(ctx, r, value) == SDQ_OK)
+        (void)sdq__opt_share(ctx, r->d->group, "the loss", value, n);
+    for (i = 0; i < n; i++) sum[i % SDQ__FIT_VALUES] += value[i];
+    for (i = all; i-- > 0;)
+        if (!sdq__opt_real(value[i * SDQ__FIT_VALUES])) bad = i;        /* the first of them */
+    sdq_arena_release(ctx, mark);
+    if (ctx->status != SDQ_OK) return ctx->status;
+    memcpy(r->info.part_loss, sum + 1, sizeof r->info.part_loss);
+    memcpy(r->info.part, r->notes.name, sizeof r->notes.name);
+    r->info.parts = r->notes.n;
     r->info.loss = sum[0];
-    if (!sdq__opt_real(sum[0]) && bad != SIZE_MAX) return sdq__opt_explain(ctx, r, bad);
-    if (!sdq__opt_real(sum[0]))
+    if (bad < all && bad % r->ranks == r->rank) return sdq__opt_explain(ctx, r, bad);
+    if (bad < all)
         return sdq__fail(ctx, SDQ_ERR_NUMERIC, "training: the loss of step %zu is not finite in"
-                         " another process; the last checkpoint is good", r->o->step);
+                         " process %zu; the last checkpoint is good", r->o->step, bad % r->ranks);
     return sdq__opt_reduce_gradients(ctx, r->d->group, r->o);
 }
 
@@ -11662,20 +11697,25 @@ static sdq_status sdq__opt_watch_loss(sdq_ctx *ctx, const sdq__opt_loop *r) {
 static sdq_status sdq__opt_validate(sdq_ctx *ctx, sdq__opt_loop *r) {
     const sdq_fit_desc *d = r->d;
     const size_t n = d->validate_batches ? d->validate_batches : 4;
+    const sdq_mark start = sdq_arena_mark(ctx);
+    double *loss = SDQ__PUSH_N(ctx, double, n), sum = 0.0;
     sdq_optim *o = r->o;
-    double sum = 0.0;
     size_t i;
+    if (!loss) return ctx->status;
+    for (i = 0; i < n; i++) loss[i] = 0.0;
     sdq_optim_swap_ema(o);
     for (i = r->rank; i < n && ctx->status == SDQ_OK; i += r->ranks) {
         const sdq_mark mark = sdq_arena_mark(ctx);
         sdq_rng rng;
         sdq__opt_rng(&rng, ~d->seed, 0, i);     /* not a stream that training draws from */
-        sum += sdq__opt_forward(ctx, d->validate, d->validate_user, &rng, i) / (double)n;
+        loss[i] = sdq__opt_forward(ctx, d->validate, d->validate_user, &rng, i) / (double)n;
         sdq_arena_release(ctx, mark);
     }
     sdq_optim_swap_ema(o);
+    (void)sdq__opt_share(ctx, d->group, "the validation loss", loss, n);
+    for (i = 0; i < n; i++) sum += loss[i];
+    sdq_arena_release(ctx, start);
     if (ctx->status != SDQ_OK) return ctx->status;
-    SDQ__TRY(sdq__opt_reduce_reals(ctx, d->group, "the validation loss", &sum, 1));
     r->info.validated = 1;
     r->info.validation = sum;
     if (!(sum < o->best)) return SDQ_OK;
@@ -19920,10 +19960,11 @@ SDQ__KERNEL void SDQ__K(quantize_s16)(int16_t *q, const float *x, size_t n, floa
         SDQ__N(store_s16)(q + i, SDQ__N(clamp)(SDQ__N(rint)(v), -most, most), n - i);
     }
 }
-SDQ__KERNEL float SDQ__K(ste_s8)(float *dw, const float *g, const float *w, size_t n, float inv) {
-    const SDQ__V s = SDQ__N(set1)(inv), lo = SDQ__N(set1)(-129.0f), hi = SDQ__N(set1)(128.0f);
-    const SDQ__V least = SDQ__N(set1)(-128.0f), most = SDQ__N(set1)(127.0f);
-    const SDQ__V zero = SDQ__N(set1)(0.0f);
+SDQ__KERNEL float SDQ__K(ste)(float *dw, const float *g, const float *w, size_t n, float inv,
+                              float low, float high) {
+    const SDQ__V lo = SDQ__N(set1)(low - 1.0f), hi = SDQ__N(set1)(high + 1.0f);
+    const SDQ__V least = SDQ__N(set1)(low), most = SDQ__N(set1)(high);
+    const SDQ__V s = SDQ__N(set1)(inv), zero = SDQ__N(set1)(0.0f);
     SDQ__V sum = zero;
     size_t i;
     for (i = 0; i < n; i += 16) {

@@ -6,7 +6,8 @@
  *
  * sdq.h knows no network: it asks for sums, minima and maxima over all processes, and reduce()
  * below gives them. A step has a fixed number of micro-batches (here 2), shared out among the
- * processes, so that any number of processes that divides it does the same training. Every process
+ * processes, so that any number of processes that divides it does the same training: to the bit
+ * with two processes and two micro-batches, else but for the order of a sum. Every process
  * draws the trajectories of its share of the prompts, calibrates on them and, at the end, compares
  * pictures of its share of the seeds. The last prompt is held out for validation.
  * OUT.state is the state: it must be on a disk that all machines see. OUT is written at the end.
@@ -149,8 +150,6 @@ static sdq_status train(work *w, char **argv, size_t steps, size_t batches) {
     w->recipe = sdq_recipe_default();
     w->recipe.range_conv = SDQ_RANGE_STATIC;
     w->recipe.bias_correction = 0;      /* it would need the states of all processes */
-    w->recipe.learn_scales = 0;         /* a zero point that jumps would tell runs apart that */
-    w->recipe.weight_scale = SDQ_WEIGHT_CURRENT;        /* differ in the last bit */
     st = prepare(w, argv[1]);
     if (st == SDQ_OK) st = fit(w, steps, batches, state);
     if (st == SDQ_OK) st = sdq_model_convert(w->ctx, w->student);

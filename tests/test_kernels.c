@@ -626,7 +626,8 @@ static void ste_once(const sdq__kernels *k, guarded *gd, guarded *gg, guarded *g
     float *dw = (float *)guard_place(gd, 4 * n, at_end);
     float *g = (float *)guard_place(gg, 4 * n, at_end);
     float *w = (float *)guard_place(gw, 4 * n, at_end);
-    const float inv = sdqt_uniform(10.0f, 200.0f);
+    const float high = n % 2 ? 127.0f : 7.0f, low = -high - 1.0f;
+    const float inv = high * sdqt_uniform(0.1f, 1.5f);
     float old[MAX_N], sum;
     double want = 0, mag = 0;
     size_t i;
@@ -634,20 +635,20 @@ static void ste_once(const sdq__kernels *k, guarded *gd, guarded *gg, guarded *g
         g[i] = sdqt_normal();
         w[i] = sdqt_normal();
         old[i] = dw[i] = sdqt_normal();
-        if (i % 7 == 0) w[i] = (float)(i % 2 ? -128 : 127) / inv;
+        if (i % 7 == 0) w[i] = (i % 2 ? low : high) / inv;
     }
-    sum = k->ste_s8(dw, g, w, n, inv);
+    sum = k->ste(dw, g, w, n, inv, low, high);
     for (i = 0; i < n; i++) {
         const float v = w[i] * inv;
-        const double t = rint((double)v), in = t >= -128 && t <= 127;
-        const double slope = in ? (double)(float)(t - (double)v) : t < 0 ? -128 : 127;
+        const double t = rint((double)v), in = t >= (double)low && t <= (double)high;
+        const double slope = in ? (double)(float)(t - (double)v) : (double)(t < 0 ? low : high);
         SDQT_THAT(dw[i] == (in ? old[i] + g[i] : old[i]), "ste n=%zu %.9g", n, (double)v);
         want += (double)g[i] * slope;
         mag += fabs((double)g[i] * slope);
     }
     SDQT_THAT(fabs((double)sum - want) <= 8.0 * U * mag + SUBNORMAL, "ste n=%zu sum %.9g want %.9g",
               n, (double)sum, want);
-    SDQT_THAT(guard_intact(gd, dw, 4 * n), "ste_s8 n=%zu writes outside", n);
+    SDQT_THAT(guard_intact(gd, dw, 4 * n), "ste n=%zu writes outside", n);
 }
 static void test_ste(int tier) {
     guarded gd = guard_new(4 * MAX_N), gg = guard_new(4 * MAX_N), gw = guard_new(4 * MAX_N);
@@ -1240,7 +1241,7 @@ static void test_gemm_s16(int tier) { qtiles(tier, SDQ__S16); }
 static void test_list(int tier) {
     static const char *const own[] = {
         "gemm_f32", "gemm_u8s8", "gemm_s8u8", "gemm_s16", "quantize_u8", "quantize_s8",
-        "quantize_s16", "quantize_rows", "dequantize_u8", "dequantize_s8", "ste_s8", "adamw8",
+        "quantize_s16", "quantize_rows", "dequantize_u8", "dequantize_s8", "ste", "adamw8",
         "from_f16", "from_bf16", "softmax_cols", "softmax_cols_u8", "softmax_cols_s16",
         "win_input", "win_weight", "win_output"};
     static const char *const names[] = {
