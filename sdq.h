@@ -160,8 +160,8 @@
  *        (sdq_schedule_search). Nothing else gives as much, and neither needs training.
  *     3. Few steps: a scheduler that does not amplify rounding. PNDM does: 34 dB in 20 steps, where
  *        DPM-Solver++, DDIM and Euler give 46 to 48.
- *     4. Static ranges everywhere: train the scales (train_set SCALES) a few hundred steps, +1.5 dB.
- *        With finer ranges training changes no picture.
+ *     4. Static ranges everywhere: train the scales (train_set SCALES) a few hundred steps: +1.5
+ *        dB. With finer ranges training changes no picture.
  *     5. 4 bits: weight_group 16 (+1.3 dB), and train all weights (train_set ALL, lr 3e-5, cosine,
  *        no average and no decay; +0.7, moments8 as good); scales or biases alone make it worse.
  *
