@@ -14,36 +14,6 @@
 #define STATE_B "test_optim.b.tmp"
 #define BEST "test_optim.best.tmp"
 
-/* An allocator that counts and can refuse the k-th call, or all from the k-th on. */
-typedef struct heap { size_t live, calls, fail_at, fails; } heap;
-
-static void *heap_alloc(void *user, size_t bytes) {
-    heap *h = (heap *)user;
-    void *p;
-    const size_t call = h->calls++;
-    if (call >= h->fail_at && call - h->fail_at < h->fails) return NULL;
-    p = malloc(bytes);
-    if (p) h->live++;
-    return p;
-}
-static void heap_release(void *user, void *p) {
-    ((heap *)user)->live--;
-    free(p);
-}
-static sdq_status make_ctx(int tier, int threads, heap *h, sdq_ctx **out) {
-    sdq_ctx_desc d;
-    memset(&d, 0, sizeof d);
-    d.tier = (sdq_tier)tier;
-    d.threads = threads;
-    if (h) { d.alloc = heap_alloc; d.release = heap_release; d.user = h; }
-    return sdq_ctx_create(&d, out);
-}
-static sdq_ctx *new_ctx(int tier, int threads) {
-    sdq_ctx *ctx;
-    if (make_ctx(tier, threads, NULL, &ctx) != SDQ_OK) { printf("no context\n"); exit(2); }
-    return ctx;
-}
-
 /* ---- golden values: torch's AdamW and clip_grad_norm_ in float64 ---- */
 
 /* Measured, relative to the norm of the array: weights 1.3e-7, first moments 2.4e-7. torch's
@@ -141,7 +111,7 @@ static void golden_clip(sdq_ctx *ctx, sdq_file *f, const char *name) {
 }
 
 static void test_golden(int tier) {
-    sdq_ctx *ctx = new_ctx(tier, 2);
+    sdq_ctx *ctx = sdqt_ctx(tier, 2);
     sdq_file *f = NULL;
     SDQT_CHECK(sdq_file_open(ctx, "tests/golden/ops.safetensors", &f) == SDQ_OK);
     if (f) {
@@ -179,7 +149,7 @@ static sdq_status one_step(sdq_ctx *ctx, one *s, float gradient) {
 
 /* The rate: a line up to lr, then constant, or half a cosine to 0 at `steps`. */
 static void test_schedule(int tier) {
-    sdq_ctx *ctx = new_ctx(tier, 1);
+    sdq_ctx *ctx = sdqt_ctx(tier, 1);
     sdq_optim_desc d;
     one s;
     size_t t;
@@ -211,7 +181,7 @@ static void test_schedule(int tier) {
 
 /* The first step of Adam moves a weight by the rate; lr_scale and decay are per leaf. */
 static void test_leaf_settings(int tier) {
-    sdq_ctx *ctx = new_ctx(tier, 1);
+    sdq_ctx *ctx = sdqt_ctx(tier, 1);
     sdq_optim_desc d;
     one s;
     memset(&d, 0, sizeof d);
@@ -240,7 +210,7 @@ static void scale_step(double *w, double *m, double *v, double g, int t, double 
 static void test_scales(int tier) {
     static const float size[] = {1e-6f, 3e-4f, 0.05f, 1, 17, 4e4f, 0.0011f};
     static const float slope[] = {3e-6f, -1e-3f, 2, -1e-5f, 500, -0.1f, 4e-4f};     /* of log w */
-    sdq_ctx *ctx = new_ctx(tier, 1);
+    sdq_ctx *ctx = sdqt_ctx(tier, 1);
     sdq_optim_desc d;
     one s;
     double w[7], m[7], v[7];
@@ -300,7 +270,7 @@ static void test_scales(int tier) {
 
 /* average += (1 - decay)(w - average), decay = min((1+t)/(10+t), ema), t = 1, 2, .. */
 static void test_ema(int tier) {
-    sdq_ctx *ctx = new_ctx(tier, 1);
+    sdq_ctx *ctx = sdqt_ctx(tier, 1);
     sdq_optim_desc d;
     one s;
     double want[7];
@@ -336,7 +306,7 @@ static void test_ema(int tier) {
 /* A gradient that is not finite changes nothing; nor do arguments that make no sense. */
 static void test_refusals(int tier) {
     static const float bad[] = {(float)INFINITY, (float)NAN, -(float)INFINITY, 1e30f};
-    sdq_ctx *ctx = new_ctx(tier, 1);
+    sdq_ctx *ctx = sdqt_ctx(tier, 1);
     sdq_optim_desc d;
     one s;
     float w[7], m[7], v[7], e[7];
@@ -485,7 +455,7 @@ static sdq_fit_desc fit_desc(job *j, size_t steps, size_t accumulate, const char
 /* A training in a process of its own: everything new, then up to `steps`. */
 static sdq_status train(int tier, int threads, size_t steps, size_t accumulate, const char *state,
                         size_t cancel_at, double *loss) {
-    sdq_ctx *ctx = new_ctx(tier, threads);
+    sdq_ctx *ctx = sdqt_ctx(tier, threads);
     job j;
     sdq_fit_desc d;
     sdq_status st;
@@ -558,7 +528,7 @@ static void test_resume(int tier) {
 
 /* Save, load into something new, save: equal bytes; the last save does not depend on save_every. */
 static void test_save_load(int tier) {
-    sdq_ctx *ctx = new_ctx(tier, 1);
+    sdq_ctx *ctx = sdqt_ctx(tier, 1);
     job j, k;
     sdq_fit_desc d;
     size_t i, n;
@@ -625,7 +595,7 @@ static sdq_tensor *half_loss(sdq_ctx *ctx, void *user, sdq_rng *rng, size_t step
     return x ? sdq_mse(ctx, x, sdq_tensor_2d(ctx, n, HIDDEN), NULL) : NULL;
 }
 static void test_accumulate(int tier) {
-    sdq_ctx *ctx = new_ctx(tier, 1);
+    sdq_ctx *ctx = sdqt_ctx(tier, 1);
     job whole, halves;
     sdq_fit_desc d;
     SDQT_CHECK(job_new(ctx, &whole) == SDQ_OK && job_new(ctx, &halves) == SDQ_OK);
@@ -654,7 +624,7 @@ static sdq_tensor *seen_loss(sdq_ctx *ctx, void *user, sdq_rng *rng, size_t step
 }
 static void test_random(int tier) {
     static seen s;
-    sdq_ctx *ctx = new_ctx(tier, 1);
+    sdq_ctx *ctx = sdqt_ctx(tier, 1);
     sdq_optim *o;
     sdq_fit_desc d;
     const size_t one_dim = 1;
@@ -689,7 +659,7 @@ static void test_bad_loss(int tier) {
     static const sdq_status want[] = {SDQ_ERR_NUMERIC, SDQ_ERR_ARGUMENT};
     int kind;
     for (kind = 0; kind < 2; kind++) {
-        sdq_ctx *ctx = new_ctx(tier, 1);
+        sdq_ctx *ctx = sdqt_ctx(tier, 1);
         job j;
         sdq_fit_desc d;
         float w[IN * HIDDEN];
@@ -769,7 +739,7 @@ static sdq_status long_job(sdq_ctx *ctx, job *j) {
  * that was stopped in between knows it. */
 static void test_validation(int tier) {
     static long_run a, b, c;
-    sdq_ctx *ctx = new_ctx(tier, 1);
+    sdq_ctx *ctx = sdqt_ctx(tier, 1);
     sdq_fit_desc d;
     size_t i;
     double low = 1e300;
@@ -838,7 +808,7 @@ static void test_validation(int tier) {
 
 /* The sentence of a run that breaks names what broke. */
 static void test_causes(int tier) {
-    sdq_ctx *ctx = new_ctx(tier, 1);
+    sdq_ctx *ctx = sdqt_ctx(tier, 1);
     int kind;
     for (kind = 0; kind < 4; kind++) {
         static const char *const want[] = {
@@ -878,7 +848,7 @@ static void test_causes(int tier) {
 
 /* A disk that is full in the middle of a state: the run stops, the state of before is whole. */
 static void test_disk_full(int tier) {
-    sdq_ctx *ctx = new_ctx(tier, 1);
+    sdq_ctx *ctx = sdqt_ctx(tier, 1);
     struct rlimit before, small;
     job j;
     sdq_fit_desc d;
@@ -956,7 +926,7 @@ static sdq_status pair_job(sdq_ctx *ctx, job *j) {
 /* One of two; its exit code is 0 when all went well. */
 static int pair_run(int tier, int fd, size_t rank, const char *state, size_t steps,
                     double *validation) {
-    sdq_ctx *ctx = new_ctx(tier, 1);
+    sdq_ctx *ctx = sdqt_ctx(tier, 1);
     static long_run r;
     wire l;
     sdq_group g;
@@ -1004,7 +974,7 @@ static int pair(int tier, const char *state, size_t steps, double *validation) {
 static void test_two_processes(int tier) {
     static long_run alone;
     double validation = 0.0;
-    sdq_ctx *ctx = new_ctx(tier, 1);
+    sdq_ctx *ctx = sdqt_ctx(tier, 1);
     sdq_fit_desc d;
     size_t i;
     clean();
@@ -1104,7 +1074,7 @@ static void edit_more(sdq_entry *e, size_t *n) {
 static void test_damaged(int tier) {
     static const char *const steps[] = {
         "", "x", "-1", "3 ", "0x3", "1e2", "99999999999999999999999"};
-    sdq_ctx *ctx = new_ctx(tier, 1);
+    sdq_ctx *ctx = sdqt_ctx(tier, 1);
     size_t n, i;
     unsigned char *good, *bad;
     sdq_fit_desc d;
@@ -1155,13 +1125,13 @@ static void test_damaged(int tier) {
 
 /* ---- no memory: every allocation of a training fails once, and all after it ---- */
 
-static int train_with(int tier, heap *h) {
+static int train_with(int tier, sdqt_heap *h) {
     sdq_ctx *ctx;
     job j;
     sdq_fit_desc d;
     sdq_status st;
     memset(&j, 0, sizeof j);
-    st = make_ctx(tier, 1, h, &ctx);
+    st = sdqt_ctx_of(h, tier, 1, &ctx);
     if (st == SDQ_OK) {
         st = job_new(ctx, &j);
         d = fit_desc(&j, 2, 2, STATE_B);
@@ -1183,7 +1153,7 @@ static int train_with(int tier, heap *h) {
 }
 
 static void test_no_memory(int tier) {
-    heap h;
+    sdqt_heap h;
     size_t k;
     int ok = 0, again;
     for (k = 0; !ok && k < 500; k++) {
@@ -1240,7 +1210,7 @@ static void descent_new(descent *r, int tier, int threads, int bytes) {
     d.ema = 0.9f;
     d.clip = 100.0f;
     d.moments8 = bytes;
-    r->ctx = new_ctx(tier, threads);
+    r->ctx = sdqt_ctx(tier, threads);
     SDQT_CHECK(sdq__t_init(r->ctx, &r->t, 1, &big) == SDQ_OK
                && sdq__t_init(r->ctx, &r->small, 1, &small) == SDQ_OK
                && sdq_optim_create(r->ctx, &d, &r->o) == SDQ_OK
