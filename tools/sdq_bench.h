@@ -528,7 +528,8 @@ static void bench_on_layer(void *user, const sdq_layer_work *w) {
     }
     r = &p->row[p->call[p->at++]];
     for (i = 0; i < SDQ_WORK_COUNT; i++) r->all[p->net][p->run] += w->seconds[i];
-    r->product[p->net][p->run] += w->seconds[w->int8 ? SDQ_WORK_INT8 : SDQ_WORK_FLOAT];
+    r->product[p->net][p->run] += w->seconds[w->int8 ? SDQ_WORK_INT8 : SDQ_WORK_FLOAT]
+                                + w->seconds[SDQ_WORK_WAIT];     /* for the others' part of it */
 }
 
 /* One profiled evaluation, and what is made once for many: the prompt's keys and values, the time

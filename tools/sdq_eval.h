@@ -464,8 +464,12 @@ static sdq_status eval_feature(eval *e, const sdq_image *im, float *out) {
 }
 
 /* Features of all pictures of a folder, fitted to the size that the model draws. */
-static sdq_status eval_real(eval *e, const char *folder, size_t side, float **out, size_t *n) {
+static sdq_status eval_real(eval *e, const char *folder, float **out, size_t *n) {
     job *j = e->j;
+    const sdq_model_info unet = sdq_model_get_info(j->pipe->unet);
+    const size_t f = sdq_model_get_info(j->pipe->vae).factor;
+    const size_t h = unet.sample_size ? unet.sample_size * f : 512;
+    const size_t w = unet.sample_width ? unet.sample_width * f : 512;
     sdq_dataset *data;
     float *all;
     sdq_status st = SDQ_OK;
@@ -478,7 +482,7 @@ static sdq_status eval_real(eval *e, const char *folder, size_t side, float **ou
     for (i = 0; i < count && st == SDQ_OK; i++) {
         sdq_image raw, im;
         st = sdq_dataset_image(j->ctx, data, i, &raw);
-        if (st == SDQ_OK) st = sdq_image_fit(j->ctx, &raw, side, side, &im);
+        if (st == SDQ_OK) st = sdq_image_fit(j->ctx, &raw, w, h, &im);
         sdq_image_free(j->ctx, &raw);
         if (st == SDQ_OK) st = eval_feature(e, &im, all + (*n + i) * e->dim);
         sdq_image_free(j->ctx, &im);
@@ -1167,7 +1171,7 @@ static sdq_status eval_captions(eval *e, int set, const char *folder, size_t wan
 }
 
 /* Captions of the held-out folders, spread evenly, and features of their pictures if wanted. */
-static sdq_status eval_held(eval *e, size_t side) {
+static sdq_status eval_held(eval *e) {
     job *j = e->j;
     char *copy = format_text(j, "%s", arg_text(&j->a, "held")), *s;
     size_t folders = 1, limit = 0;
@@ -1175,7 +1179,7 @@ static sdq_status eval_held(eval *e, size_t side) {
     for (s = copy; *s; s++) folders += *s == ',';
     for (s = strtok(copy, ","); s; s = strtok(NULL, ",")) {
         TRY(eval_captions(e, 0, s, limit ? (limit + folders - 1) / folders : 0));
-        if (e->dim) TRY(eval_real(e, s, side, &e->real[0], &e->reals[0]));
+        if (e->dim) TRY(eval_real(e, s, &e->real[0], &e->reals[0]));
     }
     return e->count[0] >= 2 ? SDQ_OK : fail(j, "%s: at least 2 held-out prompts are needed",
                                             arg_text(&j->a, "held"));
@@ -1184,14 +1188,11 @@ static sdq_status eval_held(eval *e, size_t side) {
 /* Prompts of both sets and features of the real pictures. */
 static sdq_status eval_data(eval *e) {
     job *j = e->j;
-    const sdq_model_info unet = sdq_model_get_info(j->pipe->unet);
-    const sdq_model_info vae = sdq_model_get_info(j->pipe->vae);
-    const size_t side = (unet.sample_size ? unet.sample_size : 64) * vae.factor;
-    e->dim = 16 * vae.latent;
-    TRY(eval_held(e, side));
+    e->dim = 16 * sdq_model_get_info(j->pipe->vae).latent;
+    TRY(eval_held(e));
     TRY(eval_captions(e, 1, e->data, e->count[0]));
     if (e->count[1] < 2) return fail(j, "%s: at least 2 training prompts are needed", e->data);
-    return eval_real(e, e->data, side, &e->real[1], &e->reals[1]);
+    return eval_real(e, e->data, &e->real[1], &e->reals[1]);
 }
 
 /* What eval and study begin with: arguments, the pipeline, the key, the folders. */

@@ -301,7 +301,7 @@ static sdq_status cmd_study(job *j) {
     TRY(study_choose(s));
     TRY(study_over(s));
     TRY(eval_open(e));
-    TRY(eval_held(e, 0));
+    TRY(eval_held(e));
     study_repeat(e);
     for (i = 0; i < e->n; i++) {
         TRY(study_row_run(s, i));
