@@ -19584,10 +19584,10 @@ typedef struct SDQ__N(segment) {
 
 /* f + the scaled integer sums acc. wsum: NULL, or the sums of the weights, which z, the zero point
  * of the row, multiplies. */
-SDQ__WORD SDQ__V SDQ__N(qsum)(SDQ__V f, const int32_t *acc, float s, const int32_t *z,
+SDQ__WORD SDQ__V SDQ__N(qsum)(SDQ__V f, const int32_t *acc, float s, int32_t z,
                               const int32_t *wsum) {
     const SDQ__I a = SDQ__N(int_load)(acc);
-    const SDQ__V v = wsum ? SDQ__N(unbias)(a, *z, wsum) : SDQ__N(to_float)(a);
+    const SDQ__V v = wsum ? SDQ__N(unbias)(a, z, wsum) : SDQ__N(to_float)(a);
     return SDQ__N(fma)(SDQ__N(set1)(s), v, f);
 }
 
@@ -19604,9 +19604,9 @@ SDQ__WORD void SDQ__N(qtile_end)(const sdq__qtile *t, const SDQ__N(segment) *s, 
     const int begun = s->g > 0, biased = t->bias != NULL, more = t->more;
     float *y = t->y + i * ldy + j;
     size_t r;
-    for (r = 0; r < rows; r++, acc += SDQ__NR, sum += SDQ__NR, z += wsum != NULL) {
+    for (r = 0; r < rows; r++, acc += SDQ__NR, sum += SDQ__NR) {
         SDQ__V f = begun ? SDQ__N(load)(sum, 16) : none;
-        f = SDQ__N(qsum)(f, acc, sx[r], z, wsum);
+        f = SDQ__N(qsum)(f, acc, sx[r], z ? z[r] : 0, wsum);
         if (!s->last) { SDQ__N(store)(sum, f, 16); continue; }
         f = biased ? SDQ__N(fma)(f, sw, bias) : SDQ__N(mul)(f, sw);
         if (res) f = SDQ__N(add)(f, SDQ__N(load)(res + r * ldr, n));

@@ -450,8 +450,8 @@ static sdq_status fit_case(env *e) {
         const size_t n = sdq_tensor_count(l->t);
         if (st == SDQ_OK) {
             add_tensor(e, l->t);
-            memset(l->m, 0, n * 4);
-            memset(l->v, 0, n * 4);
+            if (l->m) memset(l->m, 0, n * 4);       /* ranges have no moments */
+            if (l->v) memset(l->v, 0, n * 4);
         } else {
             for (k = 0; k < n && old[i][k] == sdq_f32(l->t)[k]; k++) {}
             SDQT_THAT(k == n, "%s changed in a step that failed", l->name);
