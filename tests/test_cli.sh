@@ -234,6 +234,9 @@ ok "going on does not calibrate again" again
 says "a state of another recipe" 1 "another model or recipe: range_conv=static there, range_conv=block here" \
     s train --recipe reference --model $model --data $data --size 16 --batch 2 --range-conv block --calib-batches 3 --steps 3 --state "$out/again.state" --out "$out/again"
 
+says "outputs without their ranges" 2 "--calibrate-on-data 1 along with it" \
+    s train --model $model --data $data --quantize-outputs 1 --out "$out/x"
+
 # Long runs. In this order: files of one test serve the next.
 qat() { "$sdq" train --model $model --data $data --batch 2 --calib-prompts 2 --calib-steps 3 --range-conv static "$@" --threads 1; }
 long() { qat --steps 6 --validate-every 2 --best "$out/best" --cache "$out/cache" --log "$out/long.csv" --out "$out/long" -q; }

@@ -722,6 +722,9 @@ static sdq_status quantizer_read_flags(job *j, quantizer *q, const char *model) 
     q->batch = 4;
     q->keep = keep_float(j);
     TRY(recipe_from_args(j, &q->recipe));
+    if (q->recipe.quantize_outputs && !q->recipe.calibrate_on_data)     /* seen in FAKE mode only */
+        return bad_value(j, "quantize-outputs", "1", "--calibrate-on-data 1 along with it (and --data),"
+                         " which observes the ranges of results");
     TRY(arg_size(j, "calib-prompts", &q->prompts));
     TRY(arg_size(j, "calib-steps", &q->steps));
     TRY(arg_size(j, "calib-batches", &q->batches));

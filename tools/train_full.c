@@ -14,7 +14,8 @@
  *   recipe=default     or reference, or static: static ranges, and every layer is quantized
  *   set=all            or small, scales, ranges, lora      rank=8    last=0 (blocks; 0: all)
  *   noise=1            weight of MSE(student, noise)
- *   validate=0         batches that are not trained on: MSE(student, teacher) before and after
+ *   validate=0         batches that are not trained on: MSE(student, teacher) before, after every
+ *                      tenth step and at the end
  *   packed=0           or 1: the student's weights stay packed halves; not with set=all
  *   mode=fake          or float: no quantization
  *   lr=1e-5            ema=0 (of the weights)    moments8=0 or 1
@@ -168,7 +169,7 @@ static void step(run *r, const options *o, long number) {
 }
 
 /* The mean over batches of their own seeds, far from those of the steps. */
-static void validate(run *r, const options *o, const char *when) {
+static void validate(run *r, const options *o, long steps) {
     double sum = 0.0;
     long i;
     for (i = 0; i < o->validate; i++) {
@@ -182,7 +183,8 @@ static void validate(run *r, const options *o, const char *when) {
         if (y) sum += (double)sdq_f32(y)[0];
         sdq_arena_release(r->ctx, mark);
     }
-    if (o->validate) printf("validation %s: %.6e\n", when, sum / (double)o->validate);
+    if (o->validate) printf("validation after %ld: %.6e\n", steps, sum / (double)o->validate);
+    fflush(stdout);
 }
 
 static sdq_status prepare(run *r, const options *o) {
@@ -320,9 +322,11 @@ int main(int argc, char **argv) {
         return (int)i;
     }
     if (prepare(&r, &o) == SDQ_OK) printf("loaded: peak %.2f GiB\n", peak_gib());
-    validate(&r, &o, "before");
-    for (i = 1; i <= o.steps && sdq_last_error(r.ctx) == SDQ_OK; i++) step(&r, &o, i);
-    validate(&r, &o, "after");
+    validate(&r, &o, 0);
+    for (i = 1; i <= o.steps && sdq_last_error(r.ctx) == SDQ_OK; i++) {
+        step(&r, &o, i);
+        if (i % 10 == 0 || i == o.steps) validate(&r, &o, i);
+    }
     if (sdq_last_error(r.ctx) != SDQ_OK)
         fprintf(stderr, "train_full: %s\n", sdq_error_text(r.ctx));
     i = sdq_last_error(r.ctx) != SDQ_OK;
