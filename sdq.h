@@ -157,8 +157,9 @@
  *     An average of the weights (ema) is 3.2 GiB more. packed: sdq_model_load_packed.
  *     So many weights want a small rate, for Adam moves all of them at once: with random weights,
  *     static ranges and batches of one, 30 steps of lr 3e-8 took the validation loss from 1.683e-4
- *     to 1.628e-4 (train_full recipe=static noise=0 validate=4 lr=3e-8 steps=30); ten times that
- *     made it rise. tools/kill_full.sh kills such a training and compares what it ends in.
+ *     to 1.628e-4 (train_full recipe=static noise=0 validate=4 lr=3e-8 steps=30), while 30 steps
+ *     of sdq train with 3e-7, learned scales and batches of two made one rise from 1.1e-4 to
+ *     6.7e-4. tools/kill_full.sh kills a training and compares what it ends in.
  *
  * What to do with a model of your own (measured in tools/STUDY.md)
  *     1. Quantize with the defaults and 8 prompts of the kind you draw; look at pictures of others.
