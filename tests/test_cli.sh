@@ -168,13 +168,18 @@ single8() { s quantize --model "$out/tiny2.st" --data $data --calib-prompts 1 --
 ok "int8 of a single file, used with both" single8
 four() { s quantize --model "$out/tiny2.st" --data $data --calib-prompts 1 --calib-steps 2 --weight-bits 4 --weight-group 4 --out "$out/q4" && one tiny2.st l1 "--unet $out/q4 -k 0" && ! cmp -s "$out/l1" "$out/l2" && told "$out/q4" "weight_bits=4 weight_group=4" "U8 "; }
 ok "weights of 4 bits" four
-study() { s study --model $model --data $data --held $data --rows static --row "mine:static:--steps 2 --batch 2" --prompts-limit 2 --steps 2 --trajectories 1 --calib-prompts 1 --out "$out/study" >"$out/table"; }
+study() { s study --model $model --data $data --held $data --rows static --row "mine:$over:--steps 2 --batch 2" --prompts-limit 2 --steps 2 --trajectories 1 --calib-prompts 1 --out "$out/study" "$@" >"$out/table"; }
 rows() { [ "$(cut -d, -f1 "$out/study/study.csv" | tr '\n' ' ')" = "row static mine " ] && grep -q '^| mine | .* | static |' "$out/table"; }
+over=static
 ok "a study" study
 ok "a study's rows" rows
 cp "$out/table" "$out/table1"
 ok "a study again" study
 ok "a study again is equal" cmp "$out/table" "$out/table1"
+over=
+ok "a study over another row" study --over static
+ok "a study over another row is equal" cmp "$out/table" "$out/table1"
+says "a study over no row" 2 "--over nix: expected one of the rows" study --over nix
 says "weights of 5 bits" 2 "8|4" s quantize --model "$out/tiny2.st" --data $data --weight-bits 5 --out "$out/q5"
 
 # What the command line says before it works.
