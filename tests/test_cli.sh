@@ -173,13 +173,18 @@ tables() { s bench --model "$out/$1" --runs 1 --layers all --json "$out/b.json" 
     /^all (int8|float) ones/ { c -= $4; kinds++ } / all of it/ { whole = $4 > 0 && $5 == "100.0%" } END { exit !(n > 10 && r == n && c == 0 && kinds == 2 && whole) }' "$out/b"; }
 ok "bench of a single file" tables tiny1.st
 ok "bench of a folder" tables tiny2
-study() { s study --model $model --data $data --held $data --rows static --row "mine:static:--steps 2 --batch 2" --prompts-limit 2 --steps 2 --trajectories 1 --calib-prompts 1 --out "$out/study" >"$out/table"; }
+study() { s study --model $model --data $data --held $data --rows static --row "mine:$over:--steps 2 --batch 2" --prompts-limit 2 --steps 2 --trajectories 1 --calib-prompts 1 --out "$out/study" "$@" >"$out/table"; }
 rows() { [ "$(cut -d, -f1 "$out/study/study.csv" | tr '\n' ' ')" = "row static mine " ] && grep -q '^| mine | .* | static |' "$out/table"; }
+over=static
 ok "a study" study
 ok "a study's rows" rows
 cp "$out/table" "$out/table1"
 ok "a study again" study
 ok "a study again is equal" cmp "$out/table" "$out/table1"
+over=
+ok "a study over another row" study --over static
+ok "a study over another row is equal" cmp "$out/table" "$out/table1"
+says "a study over no row" 2 "--over nix: expected one of the rows" study --over nix
 says "weights of 5 bits" 2 "8|4" s quantize --model "$out/tiny2.st" --data $data --weight-bits 5 --out "$out/q5"
 
 # What the command line says before it works.

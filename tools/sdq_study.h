@@ -40,7 +40,7 @@ static const eval_row study_rows[] = {
     ROW("all-static-scales", "all-static", ALL_STATIC "--train-set scales --steps 300")
     ROW("all-static-300", "all-static", ALL_STATIC "--steps 300")
     ROW("all-static-last-8", "all-static", ALL_STATIC "--train-set all --last-blocks 8 --steps 300")
-    ROW("all-static-lora", "all-static", ALL_STATIC LORA "--steps 300")
+    ROW("all-static-lora", "all-static", ALL_STATIC "--train-set lora --lora-rank 8 --steps 300")
     ROW("all-static-weights", "all-static", ALL_STATIC "--train-set all --steps 300")
     /* calibration prompts, with and without training on them */
     ROW("prompts-1", "static", STATIC "--calib-prompts 1")
