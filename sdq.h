@@ -2099,8 +2099,9 @@ static void sdq__par_task(sdq_profile *p, sdq_work work, sdq__task_fn fn, void *
 
 static void sdq__par_for(sdq_ctx *ctx, size_t tasks, sdq__task_fn fn, void *arg) {
     sdq_profile *p = ctx->profile;
-    const sdq_work work = sdq__par_work(p, 0, SDQ_WORK_WAIT);
+    sdq_work work;
     if (ctx->dry) return;
+    work = sdq__par_work(p, 0, SDQ_WORK_WAIT);
 #ifdef _OPENMP
     if (ctx->threads > 1 && tasks > 1) {
         const ptrdiff_t n = (ptrdiff_t)tasks;
@@ -4058,10 +4059,9 @@ static void sdq__qatt_product(const sdq__qatt *w, sdq__qtile t, const char *a, s
 }
 
 /* n queries of a panel in integers: groups of 4 bytes, [group][32][4]. */
-static void sdq__qatt_queries(const sdq__qatt *w, sdq__att_panel *a, const float *q, size_t n,
-                              int thread) {
+static void sdq__qatt_queries(const sdq__qatt *w, sdq__att_panel *a, const float *q, size_t n) {
     const size_t c = w->f->heads * w->f->d, ld = 4 * w->kgroups;
-    char *from = (char *)w->block[thread].q, *to = (char *)a->q;
+    char *from = (char *)w->block[a->thread].q, *to = (char *)a->q;
     size_t i, g;
     memset(to, 0, ld * SDQ__NR);
     memset(a->qz, 0, sizeof a->qz);
@@ -4138,7 +4138,7 @@ static void sdq__att_task(void *arg, size_t task, int thread) {
         const float *q = w->q + at + i * c;
         const size_t nq = sdq__u_min(SDQ__NR, n - i);
         sdq__att_begin(w, &a[i / SDQ__NR], more, thread);
-        if (w->ints) sdq__qatt_queries(w->ints, &a[i / SDQ__NR], q, nq, thread);
+        if (w->ints) sdq__qatt_queries(w->ints, &a[i / SDQ__NR], q, nq);
         else sdq__gemm_pack_t(a[i / SDQ__NR].q, q, c, nq, w->d);
     }
     for (j = 0; j < w->tk; j += SDQ__ATT_K)
@@ -4152,7 +4152,7 @@ static void sdq__att_task(void *arg, size_t task, int thread) {
     for (i = 0; i < n; i += SDQ__NR) {
         float *y = w->y + at + i * c, *lse = w->lse ? w->lse + head * w->tq + i0 + i : NULL;
         const size_t nq = sdq__u_min(SDQ__NR, n - i);
-        sdq__att_end(w, &a[i / SDQ__NR], y, lse, nq);
+        sdq__att_end(w, &a[i / SDQ__NR], y, w->ints ? NULL : lse, nq);
         if (w->ints)
             sdq__qatt_end(w->ints, &a[i / SDQ__NR], head, w->q + at + i * c, y, lse, nq);
     }
@@ -4875,9 +4875,10 @@ static void sdq__op_gn_stats(sdq_ctx *ctx, sdq__gn *w, size_t groups, float eps,
                              float *a, float *b, float *mc) {
     const size_t cg = w->c / groups;
     const double count = (double)(w->rows * cg);
-    const sdq_work was = sdq__par_work(ctx->profile, 0, SDQ_WORK_NORM);
+    sdq_work was;
     size_t e, g, j;
     if (ctx->dry) return;
+    was = sdq__par_work(ctx->profile, 0, SDQ_WORK_NORM);
     w->mean = mc;
     sdq__op_gn_run(ctx, w, SDQ__GN_SUM);
     for (e = 0; e < w->entries; e++)
@@ -18866,8 +18867,8 @@ done:
 #define SDQ__K(kernel) SDQ__CAT3(sdq__k_##kernel, _, SDQ__SUFFIX)   /* a kernel of the list */
 #define SDQ__V SDQ__N(float)            /* 16 floats */
 #define SDQ__I SDQ__N(int)              /* 16 int32 */
-#define SDQ__QA SDQ__N(quad_a)          /* 4 u8 of a row, in the form quad_dot wants them */
-#define SDQ__QB SDQ__N(quad_b)          /* 16 columns of 4 s8 */
+#define SDQ__QA SDQ__N(group_of_a)      /* 4 bytes of a row, in the form dot wants them */
+#define SDQ__QB SDQ__N(group_of_b)      /* 16 columns of 4 bytes */
 #define SDQ__KERNEL SDQ__TARGET static
 #if defined(__GNUC__)
 #if SDQ__TIER == 1                      /* loops: inlining is left to the compiler */
@@ -19000,7 +19001,7 @@ SDQ__WORD SDQ__V SDQ__N(load_bf16)(const uint16_t *p, size_t n) {
 typedef struct SDQ__V { __m256 a, b; } SDQ__V;              /* lanes 0-7, 8-15 */
 typedef struct SDQ__I { __m256i a, b; } SDQ__I;
 typedef struct SDQ__QA { __m256i even, odd; } SDQ__QA;      /* int16: a0 a2, a1 a3, repeated */
-typedef struct SDQ__QB { __m256i even_a, odd_a, even_b, odd_b; } SDQ__QB;
+typedef struct SDQ__QB { SDQ__QA a, b; } SDQ__QB;
 
 SDQ__WORD SDQ__V SDQ__N(pair)(__m256 a, __m256 b) { SDQ__V r; r.a = a; r.b = b; return r; }
 /* All ones in the lanes below n of the half that starts at lane `from`. */
@@ -19177,82 +19178,43 @@ SDQ__WORD SDQ__V SDQ__N(load_bf16)(const uint16_t *p, size_t n) {
                         SDQ__N(from_bf16)(_mm256_extracti128_si256(h, 1)));
 }
 
-/* int8 products: quad_dot adds a[0] b[4l] + .. + a[3] b[4l + 3] to lane l, exactly. vpmaddwd of
- * int16 makes a0 b0 + a2 b2 and a1 b1 + a3 b3; 2 * 255 * 128 is far from overflow. (vpmaddubsw
- * would need no widening, but its int16 sums saturate.) */
+/* Integer products: dot adds a[0] b[4l] + .. + a[3] b[4l + 3] to lane l, exactly, or of int16
+ * a[0] b[2l] + a[1] b[2l + 1]; kind tells which bytes are signed, and is a constant at every use.
+ * vpmaddwd of bytes widened to int16 makes a0 b0 + a2 b2 and a1 b1 + a3 b3; 2 * 255 * 128 is far
+ * from overflow. (vpmaddubsw would need no widening, but its int16 sums saturate.) */
 SDQ__WORD SDQ__I SDQ__N(int0)(void) {
     SDQ__I r;
     r.a = r.b = _mm256_setzero_si256();
     return r;
 }
-SDQ__WORD SDQ__QA SDQ__N(quad_a_load)(const uint8_t *p) {
+/* even and odd bytes of groups as int16; int16 themselves stay. */
+SDQ__WORD SDQ__QA SDQ__N(group)(__m256i x, sdq__group kind, sdq__group signed_kind) {
     SDQ__QA r;
-    int32_t q;
-    __m256i x;
-    memcpy(&q, p, 4);
-    x = _mm256_set1_epi32(q);
-    r.even = _mm256_and_si256(x, _mm256_set1_epi32(0x00ff00ff));
-    r.odd = _mm256_srli_epi16(x, 8);
+    r.even = r.odd = x;
+    if (kind == SDQ__S16) return r;
+    r.even = kind == signed_kind ? _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8)
+                                 : _mm256_and_si256(x, _mm256_set1_epi32(0x00ff00ff));
+    r.odd = kind == signed_kind ? _mm256_srai_epi16(x, 8) : _mm256_srli_epi16(x, 8);
     return r;
 }
-SDQ__WORD SDQ__QB SDQ__N(quad_b_load)(const int8_t *p) {
-    const __m256i x = _mm256_loadu_si256((const __m256i *)(const void *)p);
-    const __m256i y = _mm256_loadu_si256((const __m256i *)(const void *)(p + 32));
-    SDQ__QB r;
-    r.even_a = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8);
-    r.odd_a = _mm256_srai_epi16(x, 8);
-    r.even_b = _mm256_srai_epi16(_mm256_slli_epi16(y, 8), 8);
-    r.odd_b = _mm256_srai_epi16(y, 8);
-    return r;
-}
-SDQ__WORD SDQ__I SDQ__N(quad_dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b) {
-    acc.a = _mm256_add_epi32(acc.a, _mm256_madd_epi16(a.even, b.even_a));
-    acc.b = _mm256_add_epi32(acc.b, _mm256_madd_epi16(a.even, b.even_b));
-    acc.a = _mm256_add_epi32(acc.a, _mm256_madd_epi16(a.odd, b.odd_a));
-    acc.b = _mm256_add_epi32(acc.b, _mm256_madd_epi16(a.odd, b.odd_b));
-    return acc;
-}
-/* The same with a signed and b not. */
-SDQ__WORD SDQ__QA SDQ__N(signed_a_load)(const uint8_t *p) {
-    SDQ__QA r;
-    int32_t q;
-    __m256i x;
-    memcpy(&q, p, 4);
-    x = _mm256_set1_epi32(q);
-    r.even = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8);
-    r.odd = _mm256_srai_epi16(x, 8);
-    return r;
-}
-SDQ__WORD SDQ__QB SDQ__N(unsigned_b_load)(const int8_t *p) {
-    const __m256i x = _mm256_loadu_si256((const __m256i *)(const void *)p);
-    const __m256i y = _mm256_loadu_si256((const __m256i *)(const void *)(p + 32));
-    SDQ__QB r;
-    r.even_a = _mm256_and_si256(x, _mm256_set1_epi32(0x00ff00ff));
-    r.odd_a = _mm256_srli_epi16(x, 8);
-    r.even_b = _mm256_and_si256(y, _mm256_set1_epi32(0x00ff00ff));
-    r.odd_b = _mm256_srli_epi16(y, 8);
-    return r;
-}
-SDQ__WORD SDQ__I SDQ__N(signed_dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b) {
-    return SDQ__N(quad_dot)(acc, a, b);
-}
-/* Pairs of int16, instead: a[0] b[2l] + a[1] b[2l + 1]. */
-SDQ__WORD SDQ__QA SDQ__N(pair_a_load)(const uint8_t *p) {
-    SDQ__QA r;
+SDQ__WORD SDQ__QA SDQ__N(load_a)(const uint8_t *p, sdq__group kind) {
     int32_t q;
     memcpy(&q, p, 4);
-    r.even = r.odd = _mm256_set1_epi32(q);
-    return r;
+    return SDQ__N(group)(_mm256_set1_epi32(q), kind, SDQ__S8U8);
 }
-SDQ__WORD SDQ__QB SDQ__N(pair_b_load)(const int8_t *p) {
+SDQ__WORD SDQ__QB SDQ__N(load_b)(const int8_t *p, sdq__group kind) {
+    const __m256i *from = (const __m256i *)(const void *)p;
     SDQ__QB r;
-    r.even_a = r.odd_a = _mm256_loadu_si256((const __m256i *)(const void *)p);
-    r.even_b = r.odd_b = _mm256_loadu_si256((const __m256i *)(const void *)(p + 32));
+    r.a = SDQ__N(group)(_mm256_loadu_si256(from), kind, SDQ__U8S8);
+    r.b = SDQ__N(group)(_mm256_loadu_si256(from + 1), kind, SDQ__U8S8);
     return r;
 }
-SDQ__WORD SDQ__I SDQ__N(pair_dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b) {
-    acc.a = _mm256_add_epi32(acc.a, _mm256_madd_epi16(a.even, b.even_a));
-    acc.b = _mm256_add_epi32(acc.b, _mm256_madd_epi16(a.even, b.even_b));
+SDQ__WORD SDQ__I SDQ__N(dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b, sdq__group kind) {
+    acc.a = _mm256_add_epi32(acc.a, _mm256_madd_epi16(a.even, b.a.even));
+    acc.b = _mm256_add_epi32(acc.b, _mm256_madd_epi16(a.even, b.b.even));
+    if (kind == SDQ__S16) return acc;
+    acc.a = _mm256_add_epi32(acc.a, _mm256_madd_epi16(a.odd, b.a.odd));
+    acc.b = _mm256_add_epi32(acc.b, _mm256_madd_epi16(a.odd, b.b.odd));
     return acc;
 }
 SDQ__WORD SDQ__I SDQ__N(int_load)(const int32_t *p) {
@@ -19375,7 +19337,7 @@ SDQ__WORD SDQ__V SDQ__N(load_bf16)(const uint16_t *p, size_t n) {
 }
 
 SDQ__WORD SDQ__I SDQ__N(int0)(void) { return _mm512_setzero_si512(); }
-SDQ__WORD __m512i SDQ__N(quad_set1)(const uint8_t *p) {
+SDQ__WORD __m512i SDQ__N(set4)(const uint8_t *p) {
     int32_t q;
     memcpy(&q, p, 4);
     return _mm512_set1_epi32(q);
@@ -19383,71 +19345,40 @@ SDQ__WORD __m512i SDQ__N(quad_set1)(const uint8_t *p) {
 #if SDQ__TIER == 4      /* vpdpbusd: u8 * s8, four products added to an int32, no saturation */
 typedef __m512i SDQ__QA;
 typedef __m512i SDQ__QB;
-SDQ__WORD SDQ__QA SDQ__N(quad_a_load)(const uint8_t *p) { return SDQ__N(quad_set1)(p); }
-SDQ__WORD SDQ__QB SDQ__N(quad_b_load)(const int8_t *p) { return _mm512_loadu_si512(p); }
-SDQ__WORD SDQ__I SDQ__N(quad_dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b) {
-    return _mm512_dpbusd_epi32(acc, a, b);
+SDQ__WORD SDQ__QA SDQ__N(load_a)(const uint8_t *p, sdq__group kind) {
+    (void)kind;
+    return SDQ__N(set4)(p);
 }
-SDQ__WORD SDQ__QA SDQ__N(signed_a_load)(const uint8_t *p) { return SDQ__N(quad_set1)(p); }
-SDQ__WORD SDQ__QB SDQ__N(unsigned_b_load)(const int8_t *p) { return _mm512_loadu_si512(p); }
-SDQ__WORD SDQ__I SDQ__N(signed_dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b) {
-    return _mm512_dpbusd_epi32(acc, b, a);
+SDQ__WORD SDQ__QB SDQ__N(load_b)(const int8_t *p, sdq__group kind) {
+    (void)kind;
+    return _mm512_loadu_si512(p);
 }
-SDQ__WORD SDQ__QA SDQ__N(pair_a_load)(const uint8_t *p) { return SDQ__N(quad_set1)(p); }
-SDQ__WORD SDQ__QB SDQ__N(pair_b_load)(const int8_t *p) { return _mm512_loadu_si512(p); }
-SDQ__WORD SDQ__I SDQ__N(pair_dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b) {
-    return _mm512_dpwssd_epi32(acc, a, b);
+SDQ__WORD SDQ__I SDQ__N(dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b, sdq__group kind) {
+    if (kind == SDQ__S16) return _mm512_dpwssd_epi32(acc, a, b);
+    return kind == SDQ__U8S8 ? _mm512_dpbusd_epi32(acc, a, b) : _mm512_dpbusd_epi32(acc, b, a);
 }
 #else                   /* vpmaddwd, as in the AVX2 tier */
 typedef struct SDQ__QA { __m512i even, odd; } SDQ__QA;
-typedef struct SDQ__QB { __m512i even, odd; } SDQ__QB;
-SDQ__WORD SDQ__QA SDQ__N(quad_a_load)(const uint8_t *p) {
-    const __m512i x = SDQ__N(quad_set1)(p);
+typedef SDQ__QA SDQ__QB;
+SDQ__WORD SDQ__QA SDQ__N(group)(__m512i x, sdq__group kind, sdq__group signed_kind) {
     SDQ__QA r;
-    r.even = _mm512_and_si512(x, _mm512_set1_epi32(0x00ff00ff));
-    r.odd = _mm512_srli_epi16(x, 8);
+    r.even = r.odd = x;
+    if (kind == SDQ__S16) return r;
+    r.even = kind == signed_kind ? _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8)
+                                 : _mm512_and_si512(x, _mm512_set1_epi32(0x00ff00ff));
+    r.odd = kind == signed_kind ? _mm512_srai_epi16(x, 8) : _mm512_srli_epi16(x, 8);
     return r;
 }
-SDQ__WORD SDQ__QB SDQ__N(quad_b_load)(const int8_t *p) {
-    const __m512i x = _mm512_loadu_si512(p);
-    SDQ__QB r;
-    r.even = _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8);
-    r.odd = _mm512_srai_epi16(x, 8);
-    return r;
+SDQ__WORD SDQ__QA SDQ__N(load_a)(const uint8_t *p, sdq__group kind) {
+    return SDQ__N(group)(SDQ__N(set4)(p), kind, SDQ__S8U8);
 }
-SDQ__WORD SDQ__I SDQ__N(quad_dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b) {
+SDQ__WORD SDQ__QB SDQ__N(load_b)(const int8_t *p, sdq__group kind) {
+    return SDQ__N(group)(_mm512_loadu_si512(p), kind, SDQ__U8S8);
+}
+SDQ__WORD SDQ__I SDQ__N(dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b, sdq__group kind) {
     acc = _mm512_add_epi32(acc, _mm512_madd_epi16(a.even, b.even));
+    if (kind == SDQ__S16) return acc;
     return _mm512_add_epi32(acc, _mm512_madd_epi16(a.odd, b.odd));
-}
-SDQ__WORD SDQ__QA SDQ__N(signed_a_load)(const uint8_t *p) {
-    const __m512i x = SDQ__N(quad_set1)(p);
-    SDQ__QA r;
-    r.even = _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8);
-    r.odd = _mm512_srai_epi16(x, 8);
-    return r;
-}
-SDQ__WORD SDQ__QB SDQ__N(unsigned_b_load)(const int8_t *p) {
-    const __m512i x = _mm512_loadu_si512(p);
-    SDQ__QB r;
-    r.even = _mm512_and_si512(x, _mm512_set1_epi32(0x00ff00ff));
-    r.odd = _mm512_srli_epi16(x, 8);
-    return r;
-}
-SDQ__WORD SDQ__I SDQ__N(signed_dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b) {
-    return SDQ__N(quad_dot)(acc, a, b);
-}
-SDQ__WORD SDQ__QA SDQ__N(pair_a_load)(const uint8_t *p) {
-    SDQ__QA r;
-    r.even = r.odd = SDQ__N(quad_set1)(p);
-    return r;
-}
-SDQ__WORD SDQ__QB SDQ__N(pair_b_load)(const int8_t *p) {
-    SDQ__QB r;
-    r.even = r.odd = _mm512_loadu_si512(p);
-    return r;
-}
-SDQ__WORD SDQ__I SDQ__N(pair_dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b) {
-    return _mm512_add_epi32(acc, _mm512_madd_epi16(a.even, b.even));
 }
 #endif
 SDQ__WORD SDQ__I SDQ__N(int_load)(const int32_t *p) { return _mm512_loadu_si512(p); }
@@ -19482,14 +19413,12 @@ SDQ__KERNEL void SDQ__K(gemm_f32)(const sdq__ftile *t) {
 }
 
 /* acc[j] += the products of a group: four bytes of a row, or two int16. */
-static void SDQ__N(quads)(int32_t *acc, const uint8_t *a, const int8_t *b) {
+static void SDQ__N(quads)(int32_t *acc, const uint8_t *a, const int8_t *b, sdq__group kind) {
     size_t j;
-    for (j = 0; j < 4 * SDQ__NR; j++) acc[j / 4] += (int32_t)a[j % 4] * (int32_t)b[j];
-}
-static void SDQ__N(signed_quads)(int32_t *acc, const uint8_t *a, const int8_t *b) {
-    size_t j;
-    for (j = 0; j < 4 * SDQ__NR; j++)
-        acc[j / 4] += (int32_t)(int8_t)a[j % 4] * (int32_t)(uint8_t)b[j];
+    for (j = 0; j < 4 * SDQ__NR; j++) {
+        const uint8_t x = a[j % 4];
+        acc[j / 4] += kind == SDQ__U8S8 ? x * b[j] : (int8_t)x * (uint8_t)b[j];
+    }
 }
 /* Columns that do not exist (nr..31) may hold anything: their sums wrap, as in the instructions. */
 static void SDQ__N(pairs)(int32_t *acc, const uint8_t *a, const int8_t *b) {
@@ -19509,8 +19438,7 @@ static void SDQ__N(qrow)(const sdq__qtile *t, size_t g, size_t i, sdq__group kin
         const uint8_t *a = t->a[n / t->quads * t->mr + i] + n % t->quads * 4;
         const int8_t *b = t->b + n * 4 * SDQ__NR;
         if (kind == SDQ__S16) SDQ__N(pairs)(acc, a, b);
-        else if (kind == SDQ__U8S8) SDQ__N(quads)(acc, a, b);
-        else SDQ__N(signed_quads)(acc, a, b);
+        else SDQ__N(quads)(acc, a, b, kind);
     }
     for (j = 0; j < SDQ__NR; j++) {
         if (t->wsum) acc[j] -= t->z[g * t->mr + i] * t->wsum[g * SDQ__NR + j];
@@ -19565,20 +19493,6 @@ SDQ__WORD void SDQ__N(fetch)(const void *p, size_t ahead) {
     const char *at = (const char *)((uintptr_t)p + ahead);
     _mm_prefetch(at, _MM_HINT_T0);
     _mm_prefetch((const char *)((uintptr_t)at + 64), _MM_HINT_T0);
-}
-
-/* A group of 4 bytes of the kinds of sdq__group. */
-SDQ__WORD SDQ__QA SDQ__N(group_a)(const uint8_t *p, sdq__group kind) {
-    if (kind == SDQ__S16) return SDQ__N(pair_a_load)(p);
-    return kind == SDQ__U8S8 ? SDQ__N(quad_a_load)(p) : SDQ__N(signed_a_load)(p);
-}
-SDQ__WORD SDQ__QB SDQ__N(group_b)(const int8_t *p, sdq__group kind) {
-    if (kind == SDQ__S16) return SDQ__N(pair_b_load)(p);
-    return kind == SDQ__U8S8 ? SDQ__N(quad_b_load)(p) : SDQ__N(unsigned_b_load)(p);
-}
-SDQ__WORD SDQ__I SDQ__N(group_dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b, sdq__group kind) {
-    if (kind == SDQ__S16) return SDQ__N(pair_dot)(acc, a, b);
-    return kind == SDQ__U8S8 ? SDQ__N(quad_dot)(acc, a, b) : SDQ__N(signed_dot)(acc, a, b);
 }
 
 /* Where a segment begins: segment g, quad q of the tap that a points to. */
@@ -19640,13 +19554,13 @@ SDQ__WORD void SDQ__N(qtile)(const sdq__qtile *t, const SDQ__N(segment) *s, size
 #undef SDQ__ROW
         run = sdq__u_min(left, t->quads - q);
         for (k = 0; k < run; k++, b += 4 * SDQ__NR) {
-            const SDQ__QB bl = SDQ__N(group_b)(b, kind);
-            const SDQ__QB bh = wide ? SDQ__N(group_b)(b + 64, kind) : bl;
+            const SDQ__QB bl = SDQ__N(load_b)(b, kind);
+            const SDQ__QB bh = wide ? SDQ__N(load_b)(b + 64, kind) : bl;
             SDQ__N(fetch)(b, SDQ__AHEAD);
 #define SDQ__ROW(r) if (rows > r) { \
-                const SDQ__QA x = SDQ__N(group_a)(a##r + 4 * k, kind); \
-                l##r = SDQ__N(group_dot)(l##r, x, bl, kind); \
-                if (wide) h##r = SDQ__N(group_dot)(h##r, x, bh, kind); \
+                const SDQ__QA x = SDQ__N(load_a)(a##r + 4 * k, kind); \
+                l##r = SDQ__N(dot)(l##r, x, bl, kind); \
+                if (wide) h##r = SDQ__N(dot)(h##r, x, bh, kind); \
             }
             SDQ__ROWS(SDQ__ROW)
 #undef SDQ__ROW
