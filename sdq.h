@@ -2425,19 +2425,19 @@ typedef struct sdq__adamw_step {
        const float *g, size_t n, float mean, float rstd), EXACT) \
     /* s = exp(s - m) with m = max s, whose sum is returned; n > 0 */ \
     X(float, softmax, (float *s, size_t n), EXACT) \
-    /* an online softmax down the 32 columns of s[n][32], n > 0: \
-       v = s*scale; m' = max(m, max v); s = exp(v - m'); alpha = exp(m - m'); \
-       l = fma(l, alpha, sum s); m = m' */ \
+    /* an online softmax to the base 2 down the 32 columns of s[n][32], n > 0: \
+       m' = max(m, (max s)*scale); s = 2^fma(s, scale, -m'); alpha = 2^(m - m'); \
+       l = fma(l, alpha, sum s); m = m'. 2^x below -127 is 0 */ \
     X(void, softmax_cols, \
       (float *s, size_t n, float scale, float *m, float *l, float *alpha), EXACT) \
     /* the same with bytes for the product that follows, p[n / 4][32][4], where the last group is \
-       filled up with zeros: t = (max s)*scale; p = rint(255 exp(s*scale - t)), exp to 1.1 in \
-       10^4, NaN gives 0; m' = max(m, t); alpha = exp(m - m'); beta = exp(t - m'); \
+       filled up with zeros: t = (max s)*scale; p = rint(255 2^fma(s, scale, -t)), 2^x to 1.1 in \
+       10^4, NaN gives 0; m' = max(m, t); alpha = 2^(m - m'); beta = 2^(t - m'); \
        l = fma(l, alpha, beta * sum p); m = m' */ \
     X(void, softmax_cols_u8, \
       (uint8_t *p, const float *s, size_t n, float scale, float *m, float *l, float *alpha, \
        float *beta), EXACT) \
-    /* the same with p[n / 2][32][2] = rint(2048 exp(s*scale - t)), exp to 3 in 10^6 */ \
+    /* the same with p[n / 2][32][2] = rint(2048 2^fma(s, scale, -t)), 2^x to 3 in 10^6 */ \
     X(void, softmax_cols_s16, \
       (int16_t *p, const float *s, size_t n, float scale, float *m, float *l, float *alpha, \
        float *beta), EXACT) \
@@ -3833,7 +3833,7 @@ typedef struct sdq__att {
     float *y, *lse;                     /* lse: [n][heads][tq] */
     float *scratch;
     size_t n, tq, tk, heads, d, scratch_size;
-    float scale;
+    float scale, scale2;                /* 1 / sqrt(d); the same / ln 2: softmax is to the base 2 */
     int causal;
     const struct sdq__qatt *ints;       /* NULL, or integer products */
     sdq_profile *profile;
@@ -3846,7 +3846,7 @@ typedef struct sdq__att {
 
 /* 32 queries of a task. */
 typedef struct sdq__att_panel {
-    float m[SDQ__NR], l[SDQ__NR];       /* largest score so far; sum of weights relative to it */
+    float m[SDQ__NR], l[SDQ__NR];       /* largest score / ln 2; sum of weights relative to it */
     float alpha[SDQ__NR];               /* what the last tile made of sums before it */
     float *q, *y;                       /* [d][32]: queries, weighted sums of values */
     float qs[SDQ__NR], beta[SDQ__NR];   /* integers: scales of queries, of the tile's weights */
@@ -3892,12 +3892,16 @@ static void sdq__att_tile(const sdq__att *w, sdq__att_panel *a, const float *key
     sdq__gemm_small(w->k, key + j * c, c, 1, a->q, w->d, s, SDQ__NR, nk, SDQ__NR, w->d, 0);
     if (w->causal) sdq__att_hide(s, i, j, nk);
     was = sdq__par_work(w->profile, a->thread, SDQ_WORK_SOFTMAX);
-    w->k->softmax_cols(s, nk, w->scale, a->m, a->l, a->alpha);
+    w->k->softmax_cols(s, nk, w->scale2, a->m, a->l, a->alpha);
     (void)sdq__par_work(w->profile, a->thread, was);
     if (j > 0) sdq__att_rescale(w, a);
     sdq__gemm_small(w->k, v + j * c, 1, c, s, nk, a->y, SDQ__NR, w->d, SDQ__NR, nk, j > 0);
 }
 
+/* log of the sum of exp of the scores of query i; its weights add up to l. */
+static float sdq__att_lse(const sdq__att_panel *a, size_t i, float l) {
+    return (float)(0.69314718055994531 * (double)a->m[i] + log((double)l));
+}
 /* n queries of a panel: y[i][c] = the sums over their weights. */
 static void sdq__att_end(const sdq__att *w, const sdq__att_panel *a, float *y, float *lse,
                          size_t n) {
@@ -3905,7 +3909,7 @@ static void sdq__att_end(const sdq__att *w, const sdq__att_panel *a, float *y, f
     for (i = 0; i < n; i++) {
         const float inv = 1.0f / a->l[i];
         for (j = 0; j < w->d; j++) y[i * w->heads * w->d + j] = a->y[j * SDQ__NR + i] * inv;
-        if (lse) lse[i] = a->m[i] + (float)log((double)a->l[i]);
+        if (lse) lse[i] = sdq__att_lse(a, i, a->l[i]);
     }
 }
 
@@ -4094,8 +4098,8 @@ static void sdq__qatt_tile(const sdq__qatt *w, sdq__att_panel *a, size_t head, s
                       w->ksum ? w->ksum + key : NULL, nk);
     was = sdq__par_work(w->f->profile, a->thread, SDQ_WORK_SOFTMAX);
     if (w->bits == 8)
-        k->softmax_cols_u8((uint8_t *)p, s, nk, w->f->scale, a->m, a->l, a->alpha, a->beta);
-    else k->softmax_cols_s16((int16_t *)p, s, nk, w->f->scale, a->m, a->l, a->alpha, a->beta);
+        k->softmax_cols_u8((uint8_t *)p, s, nk, w->f->scale2, a->m, a->l, a->alpha, a->beta);
+    else k->softmax_cols_s16((int16_t *)p, s, nk, w->f->scale2, a->m, a->l, a->alpha, a->beta);
     (void)sdq__par_work(w->f->profile, a->thread, was);
     if (j > 0) sdq__att_rescale(w->f, a);
     t.b = (const int8_t *)p;
@@ -4117,8 +4121,8 @@ static void sdq__qatt_end(const sdq__qatt *w, const sdq__att_panel *a, size_t he
     for (i = 0; i < n; i++) {
         w->f->k->add(y + i * c, y + i * c, vmid, d);
         if (lse)
-            lse[i] = fmaf(w->f->scale, w->f->k->dot(q + i * c, kmid, d), a->m[i])
-                   + (float)log((double)(a->l[i] / w->weight_most));
+            lse[i] = fmaf(w->f->scale, w->f->k->dot(q + i * c, kmid, d),
+                          sdq__att_lse(a, i, a->l[i] / w->weight_most));
     }
 }
 
@@ -4164,6 +4168,7 @@ static void sdq__att_forward(sdq_ctx *ctx, sdq__att *w) {
     w->profile = ctx->profile;
     w->k = ctx->k;
     w->scale = 1.0f / sqrtf((float)w->d);
+    w->scale2 = w->scale * 1.44269504f;
     w->scratch_size = sdq__att_scratch(w);
     w->scratch = SDQ__PUSH_N(ctx, float, (size_t)ctx->threads * w->scratch_size);
     if (w->scratch)
@@ -18937,6 +18942,8 @@ SDQ__WORD float SDQ__N(lane0)(SDQ__V v) { return v.f[0]; }
 SDQ__WORD float SDQ__N(two_to)(float n) {
     return sdq__u_float((sdq__u_bits(n + 12582912.0f) - 0x4b400000u + 127u) << 23);
 }
+/* 2^n for t = n + 1.5 * 2^23, n integral, -126 <= n <= 127; 0 for n = -127. */
+SDQ__WORD SDQ__V SDQ__N(power2)(SDQ__V t) { SDQ__LANES(SDQ__N(two_to)(t.f[l] - 12582912.0f)); }
 SDQ__WORD SDQ__V SDQ__N(scale2)(SDQ__V p, SDQ__V n) {
     SDQ__LANES(p.f[l] * SDQ__N(two_to)(nearbyintf(n.f[l] * 0.5f))
                * SDQ__N(two_to)(n.f[l] - nearbyintf(n.f[l] * 0.5f)));
@@ -19078,6 +19085,13 @@ SDQ__WORD float SDQ__N(lane0)(SDQ__V v) { return _mm256_cvtss_f32(v.a); }
 SDQ__WORD __m256 SDQ__N(two_to)(__m256 n) {
     const __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
     return _mm256_castsi256_ps(_mm256_slli_epi32(e, 23));
+}
+SDQ__WORD __m256 SDQ__N(power2_of)(__m256 t) {
+    const __m256i e = _mm256_slli_epi32(_mm256_castps_si256(t), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(e, _mm256_set1_epi32(0x3f800000)));
+}
+SDQ__WORD SDQ__V SDQ__N(power2)(SDQ__V t) {
+    return SDQ__N(pair)(SDQ__N(power2_of)(t.a), SDQ__N(power2_of)(t.b));
 }
 SDQ__WORD SDQ__V SDQ__N(scale2)(SDQ__V p, SDQ__V n) {
     const SDQ__V h = SDQ__N(rint)(SDQ__N(mul)(n, SDQ__N(set1)(0.5f))), g = SDQ__N(sub)(n, h);
@@ -19231,9 +19245,8 @@ SDQ__WORD SDQ__V SDQ__N(to_float)(SDQ__I v) {
     return SDQ__N(pair)(_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b));
 }
 /* (float)(acc - z * w) */
-SDQ__WORD SDQ__V SDQ__N(unbias)(SDQ__I acc, int32_t z, const int32_t *w) {
+SDQ__WORD SDQ__V SDQ__N(unbias)(SDQ__I acc, int32_t z, SDQ__I x) {
     const __m256i zv = _mm256_set1_epi32(z);
-    const SDQ__I x = SDQ__N(int_load)(w);
     const __m256i a = _mm256_sub_epi32(acc.a, _mm256_mullo_epi32(zv, x.a));
     const __m256i b = _mm256_sub_epi32(acc.b, _mm256_mullo_epi32(zv, x.b));
     return SDQ__N(pair)(_mm256_cvtepi32_ps(a), _mm256_cvtepi32_ps(b));
@@ -19294,6 +19307,10 @@ SDQ__WORD SDQ__V SDQ__N(down)(SDQ__V v, int n) {
     }
 }
 SDQ__WORD float SDQ__N(lane0)(SDQ__V v) { return _mm512_cvtss_f32(v); }
+SDQ__WORD SDQ__V SDQ__N(power2)(SDQ__V t) {
+    const __m512i e = _mm512_slli_epi32(_mm512_castps_si512(t), 23);
+    return _mm512_castsi512_ps(_mm512_add_epi32(e, _mm512_set1_epi32(0x3f800000)));
+}
 SDQ__WORD SDQ__V SDQ__N(scale2)(SDQ__V p, SDQ__V n) { return _mm512_scalef_ps(p, n); }
 SDQ__WORD SDQ__V SDQ__N(load_u8)(const uint8_t *p, size_t n) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(SDQ__N(mask)(n), p)));
@@ -19384,8 +19401,8 @@ SDQ__WORD SDQ__I SDQ__N(dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b, sdq__group kind) 
 SDQ__WORD SDQ__I SDQ__N(int_load)(const int32_t *p) { return _mm512_loadu_si512(p); }
 SDQ__WORD void SDQ__N(int_store)(int32_t *p, SDQ__I v) { _mm512_storeu_si512(p, v); }
 SDQ__WORD SDQ__V SDQ__N(to_float)(SDQ__I v) { return _mm512_cvtepi32_ps(v); }
-SDQ__WORD SDQ__V SDQ__N(unbias)(SDQ__I acc, int32_t z, const int32_t *w) {
-    const __m512i zw = _mm512_mullo_epi32(_mm512_set1_epi32(z), SDQ__N(int_load)(w));
+SDQ__WORD SDQ__V SDQ__N(unbias)(SDQ__I acc, int32_t z, SDQ__I w) {
+    const __m512i zw = _mm512_mullo_epi32(_mm512_set1_epi32(z), w);
     return _mm512_cvtepi32_ps(_mm512_sub_epi32(acc, zw));
 }
 #endif
@@ -19503,37 +19520,49 @@ typedef struct SDQ__N(segment) {
     int last;
 } SDQ__N(segment);
 
-/* f + the scaled integer sums acc. wsum: NULL, or the sums of the weights, which z, the zero point
- * of the row, multiplies. */
-SDQ__WORD SDQ__V SDQ__N(qsum)(SDQ__V f, const int32_t *acc, float s, int32_t z,
-                              const int32_t *wsum) {
-    const SDQ__I a = SDQ__N(int_load)(acc);
-    const SDQ__V v = wsum ? SDQ__N(unbias)(a, z, wsum) : SDQ__N(to_float)(a);
-    return SDQ__N(fma)(SDQ__N(set1)(s), v, f);
-}
-
-/* Rows i.., columns j..j+15, of which n exist, after a segment, whose integer sums are acc: the
- * float sums are kept in sum until the last one; then * sw, + bias, + res, + y. */
-SDQ__WORD void SDQ__N(qtile_end)(const sdq__qtile *t, const SDQ__N(segment) *s, size_t i, size_t j,
-                                 size_t rows, const int32_t *acc, float *sum, size_t n) {
-    const size_t at = s->g * t->mr + i, ldy = t->ldy, ldr = t->ldr;
+/* Rows i.., 16 columns j.., of which n exist, after a segment, whose integer sums are acc: the float
+ * sums f = f + s (acc - z wsum) are kept in sum from the first segment to the last; then * sw, +
+ * bias, + res, + y. begun, last and zeros (wsum is given) are constants at every use. */
+SDQ__WORD void SDQ__N(qtile_cols)(const sdq__qtile *t, size_t g, size_t i, size_t j, size_t rows,
+                                  const int32_t *acc, float *sum, size_t n, int begun, int last,
+                                  int zeros) {
+    const size_t at = g * t->mr + i, ldy = t->ldy, ldr = t->ldr;
     const SDQ__V none = SDQ__N(set1)(0.0f), sw = SDQ__N(load)(t->sw + j, n);
     const SDQ__V bias = t->bias ? SDQ__N(load)(t->bias + j, n) : none;
-    const int32_t *wsum = t->wsum ? t->wsum + s->g * SDQ__NR + j : NULL;
-    const int32_t *z = wsum ? t->z + at : NULL;
-    const float *sx = t->s + at, *res = t->res ? t->res + i * ldr + j : NULL;
-    const int begun = s->g > 0, biased = t->bias != NULL, more = t->more;
+    const SDQ__I wsum = zeros ? SDQ__N(int_load)(t->wsum + g * SDQ__NR + j) : SDQ__N(int0)();
+    const int32_t *z = zeros ? t->z + at : NULL;
+    const float *s = t->s + at, *res = t->res ? t->res + i * ldr + j : NULL;
+    const int biased = t->bias != NULL, more = t->more;
     float *y = t->y + i * ldy + j;
     size_t r;
-    for (r = 0; r < rows; r++, acc += SDQ__NR, sum += SDQ__NR) {
-        SDQ__V f = begun ? SDQ__N(load)(sum, 16) : none;
-        f = SDQ__N(qsum)(f, acc, sx[r], z ? z[r] : 0, wsum);
-        if (!s->last) { SDQ__N(store)(sum, f, 16); continue; }
+    for (r = 0; r < rows; r++) {
+        const SDQ__I x = SDQ__N(int_load)(acc + r * SDQ__NR);
+        SDQ__V f = begun ? SDQ__N(load)(sum + r * SDQ__NR, 16) : none;
+        f = SDQ__N(fma)(SDQ__N(set1)(s[r]), zeros ? SDQ__N(unbias)(x, z[r], wsum)
+                                                  : SDQ__N(to_float)(x), f);
+        if (!last) { SDQ__N(store)(sum + r * SDQ__NR, f, 16); continue; }
         f = biased ? SDQ__N(fma)(f, sw, bias) : SDQ__N(mul)(f, sw);
         if (res) f = SDQ__N(add)(f, SDQ__N(load)(res + r * ldr, n));
         if (more) f = SDQ__N(add)(f, SDQ__N(load)(y + r * ldy, n));
         SDQ__N(store)(y + r * ldy, f, n);
     }
+}
+SDQ__TARGET static void SDQ__N(qtile_end)(const sdq__qtile *t, const SDQ__N(segment) *s, size_t i,
+                                          size_t j, size_t rows, const int32_t *acc, float *sum) {
+    const size_t g = s->g, to = sdq__u_min(t->nr, j + 16 * SDQ__TILE_VECS);
+#define SDQ__END(n, begun, last) \
+    if (t->wsum) SDQ__N(qtile_cols)(t, g, i, j, rows, acc, sum, n, begun, last, 1); \
+    else SDQ__N(qtile_cols)(t, g, i, j, rows, acc, sum, n, begun, last, 0)
+    for (; j < to; j += 16, acc += 16, sum += 16) {
+        const size_t n = to - j;
+        if (!s->last && g > 0) { SDQ__END(16, 1, 0); }
+        else if (!s->last) { SDQ__END(16, 0, 0); }
+        else if (g > 0 && n >= 16) { SDQ__END(16, 1, 1); }
+        else if (g > 0) { SDQ__END(n, 1, 1); }
+        else if (n >= 16) { SDQ__END(16, 0, 1); }
+        else { SDQ__END(n, 0, 1); }
+    }
+#undef SDQ__END
 }
 
 /* The integer sums of one segment. Segments and taps are two cuts of one sequence of quads: a
@@ -19577,17 +19606,13 @@ SDQ__WORD void SDQ__N(qtile)(const sdq__qtile *t, const SDQ__N(segment) *s, size
 SDQ__WORD void SDQ__N(qtile_of)(const sdq__qtile *t, const SDQ__N(segment) *s, size_t i, size_t j,
                                 float *sum, size_t n, sdq__group kind) {
     SDQ__ALIGNED int32_t acc[SDQ__MR][SDQ__NR];
-    size_t r, c;
+    size_t r;
     for (r = 0; r < n && s->last; r++) SDQ__N(fetch)(t->y + (i + r) * t->ldy + j, 0);
 #define SDQ__QTILE(rows, wide, full) \
     SDQ__N(qtile)(t, s, i, j, acc[0], kind, rows, wide, full)
     SDQ__PICK(SDQ__QTILE, SDQ__QTILE_ROWS);
 #undef SDQ__QTILE
-    for (c = 0; c < 16 * SDQ__TILE_VECS && j + c < t->nr; c += 16) {
-        const size_t cols = t->nr - j - c;
-        if (cols >= 16) SDQ__N(qtile_end)(t, s, i, j + c, n, acc[0] + c, sum + c, 16);
-        else SDQ__N(qtile_end)(t, s, i, j + c, n, acc[0] + c, sum + c, cols);
-    }
+    SDQ__N(qtile_end)(t, s, i, j, n, acc[0], sum);
 }
 
 SDQ__WORD void SDQ__N(qtiles)(const sdq__qtile *t, sdq__group kind) {
@@ -19729,6 +19754,25 @@ SDQ__WORD SDQ__V SDQ__N(exp)(SDQ__V x) {
     q = SDQ__N(fma)(q, r, SDQ__N(set1)(0.49999994f));
     q = SDQ__N(fma)(q, SDQ__N(mul)(r, r), r);
     return SDQ__N(scale2)(SDQ__N(add)(SDQ__N(set1)(1.0f), q), n);
+}
+
+/* x + 1.5 * 2^23, whose low bits are rint(x); *r receives x - rint(x). */
+SDQ__WORD SDQ__V SDQ__N(split2)(SDQ__V x, SDQ__V *r) {
+    const SDQ__V magic = SDQ__N(set1)(12582912.0f), t = SDQ__N(add)(x, magic);
+    *r = SDQ__N(sub)(x, SDQ__N(sub)(t, magic));
+    return t;
+}
+/* 2^x for x <= 127, to 1.5e-7; 2^0 is 1 exactly, below -127 it is 0. 2^r, |r| <= 0.5, by minimax of
+ * the relative error. Of its 15 operations 7 need the units that multiply. */
+SDQ__WORD SDQ__V SDQ__N(exp2)(SDQ__V x) {
+    SDQ__V r, q = SDQ__N(set1)(0.00132647262f);
+    const SDQ__V t = SDQ__N(split2)(SDQ__N(max)(SDQ__N(set1)(-127.0f), x), &r);
+    q = SDQ__N(fma)(q, r, SDQ__N(set1)(0.00967151262f));
+    q = SDQ__N(fma)(q, r, SDQ__N(set1)(0.0555073375f));
+    q = SDQ__N(fma)(q, r, SDQ__N(set1)(0.240222421f));
+    q = SDQ__N(fma)(q, r, SDQ__N(set1)(0.693146978f));
+    q = SDQ__N(fma)(q, r, SDQ__N(set1)(1.0f));
+    return SDQ__N(mul)(q, SDQ__N(power2)(t));
 }
 
 /* x sigmoid(x) = x / (1 + exp(-x)). -inf gives NaN, as inf / inf does. */
@@ -20314,12 +20358,11 @@ SDQ__KERNEL void SDQ__K(softmax_cols)(float *s, size_t n, float scale, float *m,
     for (c = 0; c < SDQ__NR; c += 16) {
         const SDQ__V old = SDQ__N(load)(m + c, 16), sums = SDQ__N(load)(l + c, 16);
         const SDQ__V top = SDQ__N(max)(SDQ__N(mul)(SDQ__N(highest_rows)(s + c, n), vs), old);
-        const SDQ__V a = SDQ__N(exp)(SDQ__N(sub)(old, top));
+        const SDQ__V a = SDQ__N(exp2)(SDQ__N(sub)(old, top)), shift = SDQ__N(neg)(top);
         SDQ__V sum = SDQ__N(set1)(0.0f);
         for (i = 0; i < n; i++) {
             float *at = s + i * SDQ__NR + c;
-            const SDQ__V v = SDQ__N(mul)(SDQ__N(load)(at, 16), vs);
-            const SDQ__V e = SDQ__N(exp)(SDQ__N(sub)(v, top));
+            const SDQ__V e = SDQ__N(exp2)(SDQ__N(fma)(SDQ__N(load)(at, 16), vs, shift));
             SDQ__N(store)(at, e, 16);
             sum = SDQ__N(add)(sum, e);
         }
@@ -20328,17 +20371,17 @@ SDQ__KERNEL void SDQ__K(softmax_cols)(float *s, size_t n, float scale, float *m,
         SDQ__N(store)(l + c, SDQ__N(fma)(sums, a, sum), 16);
     }
 }
-/* top 2^x, x <= 0; NaN is as small as can be. To 1.1 in 10^4, which is enough for bytes, or, fine,
- * to 3 in 10^6: 2^r, |r| <= 0.5, by minimax of the relative error. */
-SDQ__WORD SDQ__V SDQ__N(weight)(SDQ__V x, float top, int fine) {
-    const SDQ__V y = SDQ__N(max)(x, SDQ__N(set1)(-30.0f)), n = SDQ__N(rint)(y);
-    const SDQ__V r = SDQ__N(sub)(y, n);
-    SDQ__V q = SDQ__N(set1)(fine ? 0.00958285574f : 0.0549809409f);
-    if (fine) q = SDQ__N(fma)(q, r, SDQ__N(set1)(0.0559064299f));
-    q = SDQ__N(fma)(q, r, SDQ__N(set1)(fine ? 0.240240991f : 0.242214225f));
-    q = SDQ__N(fma)(q, r, SDQ__N(set1)(fine ? 0.693124175f : 0.693287098f));
-    q = SDQ__N(fma)(q, r, SDQ__N(set1)(1.0f));
-    return SDQ__N(rint)(SDQ__N(mul)(SDQ__N(scale2)(q, n), SDQ__N(set1)(top)));
+/* rint(most 2^x), x <= 0; NaN gives 0. 2^x to 1.1 in 10^4, which is enough for bytes, or, fine, to
+ * 3 in 10^6. */
+SDQ__WORD SDQ__V SDQ__N(weight)(SDQ__V x, float most, int fine) {
+    const SDQ__V magic = SDQ__N(set1)(12582912.0f);
+    SDQ__V r, q = SDQ__N(set1)(most * (fine ? 0.00958285574f : 0.0549809409f));
+    const SDQ__V t = SDQ__N(split2)(SDQ__N(max)(x, SDQ__N(set1)(-30.0f)), &r);
+    if (fine) q = SDQ__N(fma)(q, r, SDQ__N(set1)(most * 0.0559064299f));
+    q = SDQ__N(fma)(q, r, SDQ__N(set1)(most * (fine ? 0.240240991f : 0.242214225f)));
+    q = SDQ__N(fma)(q, r, SDQ__N(set1)(most * (fine ? 0.693124175f : 0.693287098f)));
+    q = SDQ__N(fma)(q, r, SDQ__N(set1)(most));
+    return SDQ__N(sub)(SDQ__N(fma)(q, SDQ__N(power2)(t), magic), magic);
 }
 /* Weight i of 16 columns; those behind the last are 0. Adds it to *sum. */
 SDQ__WORD SDQ__V SDQ__N(weight_row)(const float *s, size_t i, size_t n, SDQ__V scale, SDQ__V shift,
@@ -20351,31 +20394,31 @@ SDQ__WORD SDQ__V SDQ__N(weight_row)(const float *s, size_t i, size_t n, SDQ__V s
     return w;
 }
 /* 16 columns: the weights, in groups of 4 bytes; returns their sums. top: the maxima, scaled. */
-SDQ__WORD SDQ__V SDQ__N(weights)(char *p, const float *s, size_t n, float scale, SDQ__V top,
+SDQ__WORD SDQ__V SDQ__N(weights)(char *p, const float *s, size_t n, SDQ__V scale, SDQ__V top,
                                  int fine) {
-    const SDQ__V vs = SDQ__N(set1)(scale * 1.44269504f);
-    const SDQ__V shift = SDQ__N(mul)(top, SDQ__N(set1)(-1.44269504f));
+    const SDQ__V shift = SDQ__N(neg)(top);
     SDQ__V sum = SDQ__N(set1)(0.0f);
     size_t i;
     for (i = 0; i < n; i += fine ? 2 : 4, p += 4 * SDQ__NR) {
-        const SDQ__V a = SDQ__N(weight_row)(s, i, n, vs, shift, &sum, fine);
-        const SDQ__V b = SDQ__N(weight_row)(s, i + 1, n, vs, shift, &sum, fine);
+        const SDQ__V a = SDQ__N(weight_row)(s, i, n, scale, shift, &sum, fine);
+        const SDQ__V b = SDQ__N(weight_row)(s, i + 1, n, scale, shift, &sum, fine);
         SDQ__V c, d;
         if (fine) { SDQ__N(store_pairs)(p, a, b); continue; }
-        c = SDQ__N(weight_row)(s, i + 2, n, vs, shift, &sum, fine);
-        d = SDQ__N(weight_row)(s, i + 3, n, vs, shift, &sum, fine);
+        c = SDQ__N(weight_row)(s, i + 2, n, scale, shift, &sum, fine);
+        d = SDQ__N(weight_row)(s, i + 3, n, scale, shift, &sum, fine);
         SDQ__N(store_quads)(p, a, b, c, d);
     }
     return sum;
 }
 SDQ__WORD void SDQ__N(softmax_int)(char *p, const float *s, size_t n, float scale, float *m,
                                    float *l, float *alpha, float *beta, int fine) {
+    const SDQ__V vs = SDQ__N(set1)(scale);
     size_t c;
     for (c = 0; c < SDQ__NR; c += 16) {
-        const SDQ__V t = SDQ__N(mul)(SDQ__N(highest_rows)(s + c, n), SDQ__N(set1)(scale));
-        const SDQ__V sum = SDQ__N(weights)(p + 4 * c, s + c, n, scale, t, fine);
+        const SDQ__V t = SDQ__N(mul)(SDQ__N(highest_rows)(s + c, n), vs);
+        const SDQ__V sum = SDQ__N(weights)(p + 4 * c, s + c, n, vs, t, fine);
         const SDQ__V old = SDQ__N(load)(m + c, 16), top = SDQ__N(max)(t, old);
-        const SDQ__V a = SDQ__N(exp)(SDQ__N(sub)(old, top)), b = SDQ__N(exp)(SDQ__N(sub)(t, top));
+        const SDQ__V a = SDQ__N(exp2)(SDQ__N(sub)(old, top)), b = SDQ__N(exp2)(SDQ__N(sub)(t, top));
         const SDQ__V sums = SDQ__N(fma)(SDQ__N(load)(l + c, 16), a, SDQ__N(mul)(b, sum));
         SDQ__N(store)(m + c, top, 16);
         SDQ__N(store)(alpha + c, a, 16);

@@ -866,7 +866,7 @@ static void test_winograd(int tier) {
 }
 
 /* softmax_cols, _u8 and _s16 against their definition, and the same bits as on the scalar tier;
- * nothing is written behind the rows. top exp(x) may fall to either side of an edge. */
+ * nothing is written behind the rows. top 2^x may fall to either side of an edge. */
 typedef enum { COLS_F32, COLS_U8, COLS_S16 } cols_kind;
 typedef struct cols { float m[32], l[32], alpha[32], beta[32]; } cols;
 
@@ -894,16 +894,16 @@ static void cols_check_int(cols_kind kind, const void *p, const float *s, size_t
     all = fmax(top, old);
     for (i = 0; i < n; i++) {
         const double v = (double)s[i * 32 + j];
-        const double e = isnan(v) ? 0 : most * exp(v * (double)0.7f - top);
+        const double e = isnan(v) ? 0 : most * exp2(v * (double)0.7f - top);
         const int q = cols_weight(p, kind, i, j);
         SDQT_THAT(fabs(q - e) < 0.5 + error * e, "weight %d for %g", q, e);
         sum += q;
     }
     for (; i % per; i++) SDQT_CHECK(cols_weight(p, kind, i, j) == 0);
     SDQT_NEAR(c->m[j], all, 1e-6 * fabs(all));
-    SDQT_NEAR(c->alpha[j], exp(old - all), 2e-6 * (1 + fabs(all)));
-    SDQT_NEAR(c->beta[j], exp(top - all), 2e-6 * (1 + fabs(all)));
-    SDQT_NEAR(c->l[j], (double)before->l[j] * exp(old - all) + sum * exp(top - all),
+    SDQT_NEAR(c->alpha[j], exp2(old - all), 2e-6 * (1 + fabs(all)));
+    SDQT_NEAR(c->beta[j], exp2(top - all), 2e-6 * (1 + fabs(all)));
+    SDQT_NEAR(c->l[j], (double)before->l[j] * exp2(old - all) + sum * exp2(top - all),
               3e-6 * (most + 45 + sum) * 20);
 }
 /* The same of floats: e are the weights, s the scores they were. */
@@ -914,16 +914,16 @@ static void cols_check(const float *e, const float *s, size_t n, size_t j, const
     size_t i;
     for (i = 0; i < n; i++) top = fmax(top, (double)(s[i * 32 + j] * 0.7f));
     for (i = 0; i < n; i++) {
-        const double v = (double)s[i * 32 + j], x = exp(v * (double)0.7f - top);
+        const double v = (double)s[i * 32 + j], x = exp2(v * (double)0.7f - top);
         if (isnan(v)) SDQT_CHECK(isnan(e[i * 32 + j]));
         else SDQT_NEAR(e[i * 32 + j], x, 6e-7 * x * (1 + fabs(v < -1e30 ? 0 : v) + fabs(top)));
         sum += x;
     }
     w = 1 + fabs(old > -1e30 ? old : 0) + fabs(top);
     SDQT_NEAR(c->m[j], top, 0);
-    SDQT_NEAR(c->alpha[j], exp(old - top), 6e-7 * w);
+    SDQT_NEAR(c->alpha[j], exp2(old - top), 6e-7 * w);
     if (isnan(sum)) SDQT_CHECK(isnan(c->l[j]));
-    else SDQT_NEAR(c->l[j], (double)before->l[j] * exp(old - top) + sum,
+    else SDQT_NEAR(c->l[j], (double)before->l[j] * exp2(old - top) + sum,
                    1e-6 * w * ((double)before->l[j] + sum) * 5);
 }
 static void cols_once(const sdq__kernels *k, cols_kind kind, guarded *gs, guarded *gp, size_t n) {

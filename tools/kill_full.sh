@@ -4,14 +4,16 @@
 #
 #     tools/kill_full.sh MODEL [flags of sdq train ..]
 #
-# With the model of build/random_sd at full size (about 10 minutes on two idle cores, 6 GiB):
+# With the model of build/random_sd at full size, on two idle cores (all weights: about 20 minutes and
+# 18 GB; the last four blocks: 10 minutes and 6 GB):
 #
-#     tools/kill_full.sh sd15 --last-blocks 4 --train-set all
+#     tools/kill_full.sh sd15 --train-set all
+#     tools/kill_full.sh sd15 --train-set all --last-blocks 4
 #
 # STEPS (6) and KILLS (5): how many; SEED (1): other moments; OUT (build/kill_full): where files go,
 # 12 bytes per trained weight for each of two states. Trajectories are sampled once, for both runs.
 sdq=${SDQ:-build/sdq} out=${OUT:-build/kill_full} steps=${STEPS:-6} kills=${KILLS:-5} seed=${SEED:-1}
-[ $# -gt 0 ] || { sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -gt 0 ] || { sed -n '2,15s/^# \{0,1\}//p' "$0"; exit 2; }
 model=$1; shift
 mkdir -p "$out" && rm -f "$out"/whole* "$out"/killed* || exit 1
 printf 'a red apple\na fox in the snow\n' >"$out/prompts.txt"
@@ -45,7 +47,7 @@ while [ $killed -lt "$kills" ] && [ $tries -lt $((kills * 10)) ]; do
     sleep "$moment"; kill -9 $pid 2>/dev/null; wait $pid 2>/dev/null
     if [ $? = 137 ]; then
         killed=$((killed + 1))
-        at=$(head -c 4000 "$out/killed.state" | sed -n 's/.*"step":"\([0-9]*\)".*/\1/p')
+        at=$(head -c 4000 "$out/killed.state" | LC_ALL=C sed -n 's/.*"step":"\([0-9]*\)".*/\1/p')
         echo "kill $killed: the state has $at steps"
     else                    # it was done before: once more from the start
         rm -f "$out"/killed.safetensors "$out"/killed.state
