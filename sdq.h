@@ -2878,6 +2878,37 @@ static const char *sdq__t_shape(const sdq_tensor *t, char *buf) {
     return buf;
 }
 
+/* Copy rows of `bytes` bytes; ldd and lds lie between their beginnings. Threads take turns: a copy
+ * waits for memory, and two wait for half as long. */
+#define SDQ__COPY_BYTES ((size_t)1 << 16)   /* of a task */
+typedef struct sdq__copy {
+    char *dst;
+    const char *src;
+    size_t ldd, lds, bytes, rows;
+} sdq__copy;
+static size_t sdq__copy_rows_of_task(const sdq__copy *w) {
+    return sdq__u_div_up(SDQ__COPY_BYTES, w->bytes ? w->bytes : 1);
+}
+static void sdq__copy_task(void *arg, size_t task, int thread) {
+    const sdq__copy *w = (const sdq__copy *)arg;
+    const size_t per = sdq__copy_rows_of_task(w), end = sdq__u_min(w->rows, (task + 1) * per);
+    const int dense = w->ldd == w->bytes && w->lds == w->bytes;
+    const size_t step = dense ? per : 1;
+    size_t r;
+    (void)thread;
+    for (r = task * per; r < end; r += step)
+        memcpy(w->dst + r * w->ldd, w->src + r * w->lds, w->bytes * sdq__u_min(step, end - r));
+}
+static void sdq__copy_rows(sdq_ctx *ctx, void *dst, size_t ldd, const void *src, size_t lds,
+                           size_t bytes, size_t rows) {
+    const sdq_work was = sdq__par_work(ctx->profile, 0, SDQ_WORK_COPY);
+    sdq__copy w;
+    w.dst = (char *)dst; w.src = (const char *)src;
+    w.ldd = ldd; w.lds = lds; w.bytes = bytes; w.rows = rows;
+    sdq__par_for(ctx, sdq__u_div_up(rows, sdq__copy_rows_of_task(&w)), sdq__copy_task, &w);
+    (void)sdq__par_work(ctx->profile, 0, was);
+}
+
 /* Release the arena to the mark but keep y: its data moves down to where the mark is. While the
  * tape records everything stays where it is, because backward needs it. */
 static sdq_tensor *sdq__keep(sdq_ctx *ctx, sdq_mark mark, sdq_tensor *y) {
@@ -2891,11 +2922,11 @@ static sdq_tensor *sdq__keep(sdq_ctx *ctx, sdq_mark mark, sdq_tensor *y) {
     head = SDQ__PUSH_N(ctx, sdq_tensor, 1);
     y = head;
     if (y) {
-        const sdq_work was = sdq__par_work(ctx->profile, 0, SDQ_WORK_COPY);
-        void *data = sdq__push(ctx, bytes);
+        char *data = (char *)sdq__push(ctx, bytes), *from = (char *)old.data;
         if (!data) return NULL;
-        if (!ctx->dry) memmove(data, old.data, bytes);
-        (void)sdq__par_work(ctx->profile, 0, was);
+        if (from >= data + bytes || data >= from + bytes)
+            sdq__copy_rows(ctx, data, 1, from, 1, 1, bytes);
+        else if (from != data && !ctx->dry) memmove(data, from, bytes);
         old.data = data;
         *y = old;
         y->q = NULL;
@@ -5133,9 +5164,22 @@ static void sdq__op_upsample_back(sdq_ctx *ctx, sdq__node *n) {
                 ctx->k->add(d, d, y->grad + ((e * y->dim[1] + i) * y->dim[2] + j) * c, c);
             }
 }
+/* A row of y. */
+static void sdq__op_upsample_task(void *arg, size_t row, int thread) {
+    sdq_tensor *const *t = (sdq_tensor *const *)arg;
+    const sdq_tensor *x = t[0], *y = t[1];
+    const size_t h = y->dim[1], w = y->dim[2], c = x->dim[3];
+    const size_t i = row / h * x->dim[1] + sdq__op_up_src(row % h, x->dim[1], h);
+    size_t j;
+    (void)thread;
+    for (j = 0; j < w; j++)
+        memcpy(sdq_f32(y) + (row * w + j) * c,
+               sdq_f32(x) + (i * x->dim[2] + sdq__op_up_src(j, x->dim[2], w)) * c,
+               c * sizeof(float));
+}
 SDQ_API sdq_tensor *sdq_upsample(sdq_ctx *ctx, sdq_tensor *x, size_t h, size_t w) {
-    size_t dim[4], e, i, j, c;
-    sdq_tensor *y;
+    size_t dim[4];
+    sdq_tensor *t[2];
     sdq_work was;
     if (!x) return NULL;
     if (x->rank != 4 || h < x->dim[1] || w < x->dim[2]) {
@@ -5146,19 +5190,14 @@ SDQ_API sdq_tensor *sdq_upsample(sdq_ctx *ctx, sdq_tensor *x, size_t h, size_t w
     memcpy(dim, x->dim, sizeof dim);
     dim[1] = h;
     dim[2] = w;
-    c = dim[3];
-    y = sdq__t_raw(ctx, SDQ_F32, 4, dim);
-    if (!y) return NULL;
+    t[0] = x;
+    t[1] = sdq__t_raw(ctx, SDQ_F32, 4, dim);
+    if (!t[1]) return NULL;
     was = sdq__par_work(ctx->profile, 0, SDQ_WORK_COPY);
-    for (e = 0; !ctx->dry && e < dim[0]; e++)
-        for (i = 0; i < h; i++)
-            for (j = 0; j < w; j++)
-                memcpy(sdq_f32(y) + ((e * h + i) * w + j) * c,
-                       sdq_f32(x) + ((e * x->dim[1] + sdq__op_up_src(i, x->dim[1], h)) * x->dim[2]
-                                     + sdq__op_up_src(j, x->dim[2], w)) * c, c * sizeof(float));
+    sdq__par_for(ctx, dim[0] * h, sdq__op_upsample_task, t);
     (void)sdq__par_work(ctx->profile, 0, was);
-    (void)sdq__tape_push(ctx, sdq__op_upsample_back, y, x, NULL, NULL, NULL);
-    return y;
+    (void)sdq__tape_push(ctx, sdq__op_upsample_back, t[1], x, NULL, NULL, NULL);
+    return t[1];
 }
 
 /* ---- concat and slice of channels ---- */
@@ -5175,8 +5214,7 @@ static void sdq__op_concat_back(sdq_ctx *ctx, sdq__node *n) {
 }
 SDQ_API sdq_tensor *sdq_concat(sdq_ctx *ctx, sdq_tensor *a, sdq_tensor *b) {
     sdq_tensor *y;
-    sdq_work was;
-    size_t ca, cb, r, rows;
+    size_t ca, cb, rows;
     int fits, i;
     if (!a || !b) return NULL;
     ca = sdq__t_chan(a);
@@ -5192,12 +5230,8 @@ SDQ_API sdq_tensor *sdq_concat(sdq_ctx *ctx, sdq_tensor *a, sdq_tensor *b) {
     }
     y = sdq__t_chans(ctx, a, ca + cb);
     if (!y) return NULL;
-    was = sdq__par_work(ctx->profile, 0, SDQ_WORK_COPY);
-    for (r = 0; !ctx->dry && r < rows; r++) {
-        memcpy(sdq_f32(y) + r * (ca + cb), sdq_f32(a) + r * ca, ca * sizeof(float));
-        memcpy(sdq_f32(y) + r * (ca + cb) + ca, sdq_f32(b) + r * cb, cb * sizeof(float));
-    }
-    (void)sdq__par_work(ctx->profile, 0, was);
+    sdq__copy_rows(ctx, sdq_f32(y), (ca + cb) * 4, sdq_f32(a), ca * 4, ca * 4, rows);
+    sdq__copy_rows(ctx, sdq_f32(y) + ca, (ca + cb) * 4, sdq_f32(b), cb * 4, cb * 4, rows);
     (void)sdq__tape_push(ctx, sdq__op_concat_back, y, a, b, NULL, NULL);
     return y;
 }
@@ -5211,7 +5245,7 @@ static void sdq__op_slice_back(sdq_ctx *ctx, sdq__node *n) {
 SDQ_API sdq_tensor *sdq_slice(sdq_ctx *ctx, sdq_tensor *x, size_t first, size_t count) {
     sdq_tensor *y;
     sdq__node *n;
-    size_t c, r, rows;
+    size_t c;
     if (!x) return NULL;
     c = sdq__t_chan(x);
     if (first > c || count > c - first || count == 0) {
@@ -5220,9 +5254,7 @@ SDQ_API sdq_tensor *sdq_slice(sdq_ctx *ctx, sdq_tensor *x, size_t first, size_t 
     }
     y = sdq__t_chans(ctx, x, count);
     if (!y) return NULL;
-    rows = sdq__t_rows(x);
-    for (r = 0; r < rows; r++)
-        memcpy(sdq_f32(y) + r * count, sdq_f32(x) + r * c + first, count * sizeof(float));
+    sdq__copy_rows(ctx, sdq_f32(y), count * 4, sdq_f32(x) + first, c * 4, count * 4, sdq__t_rows(x));
     n = sdq__tape_push(ctx, sdq__op_slice_back, y, x, NULL, NULL, NULL);
     if (n) n->i[0] = first;
     return y;
