@@ -2355,7 +2355,8 @@ typedef struct sdq__adamw_step {
     X(void, dequantize_u8, (float *y, const uint8_t *q, size_t n, float s, int32_t z), EXACT) \
     /* element-wise */ \
     X(void, add, (float *y, const float *a, const float *b, size_t n), EXACT) \
-    X(void, mul, (float *y, const float *a, const float *b, size_t n), EXACT) \
+    /* y[n][32] *= a[j] */ \
+    X(void, mul_cols, (float *y, const float *a, size_t n), EXACT) \
     /* y = x*s */ \
     X(void, scale, \
       (float *y, const float *x, size_t n, float s), EXACT) \
@@ -3300,23 +3301,23 @@ static void sdq__gemm_run(sdq_ctx *ctx, sdq__gemm *w, int geglu) {
 static void sdq__gemm_small(const struct sdq__kernels *kern, const float *a, size_t lda,
                             size_t astep, const float *b, size_t bk, float *y, size_t ldy, size_t m,
                             size_t n, size_t k, int more) {
+    const float *row[SDQ__MR];
+    sdq__ftile t;
     size_t p, i, r;
+    memset(&t, 0, sizeof t);
+    t.a = row;
+    t.astep = astep;
+    t.taps = 1;
+    t.kc = k;
+    t.ldy = ldy;
+    t.more = more;
     for (p = 0; p * SDQ__NR < n; p++) {
+        t.nr = sdq__u_min(SDQ__NR, n - p * SDQ__NR);
+        t.b = b + p * bk * SDQ__NR;
         for (i = 0; i < m; i += SDQ__MR) {
-            const float *row[SDQ__MR];
-            sdq__ftile t;
-            memset(&t, 0, sizeof t);
             t.mr = sdq__u_min(SDQ__MR, m - i);
-            t.nr = sdq__u_min(SDQ__NR, n - p * SDQ__NR);
-            t.taps = 1;
-            t.kc = k;
             for (r = 0; r < t.mr; r++) row[r] = a + (i + r) * lda;
-            t.a = row;
-            t.astep = astep;
-            t.b = b + p * bk * SDQ__NR;
             t.y = y + i * ldy + p * SDQ__NR;
-            t.ldy = ldy;
-            t.more = more;
             kern->gemm_f32(&t);
         }
     }
@@ -3910,9 +3911,7 @@ static void sdq__att_hide(float *s, size_t i, size_t j, size_t nk) {
 static void sdq__att_rescale(const sdq__att *w, const sdq__att_panel *a) {
     size_t i;
     for (i = 0; i < SDQ__NR && a->alpha[i] == 1.0f; i++) {}
-    if (i == SDQ__NR) return;
-    for (i = 0; i < w->d; i++)
-        w->k->mul(a->y + i * SDQ__NR, a->y + i * SDQ__NR, a->alpha, SDQ__NR);
+    if (i < SDQ__NR) w->k->mul_cols(a->y, a->alpha, w->d);
 }
 
 /* Queries i.. of a panel against nk keys from j on; key and v: of the head. */
@@ -20001,11 +20000,12 @@ SDQ__KERNEL void SDQ__K(add)(float *y, const float *a, const float *b, size_t n)
         SDQ__N(store)(y + i, SDQ__N(add)(va, vb), n - i);
     }
 }
-SDQ__KERNEL void SDQ__K(mul)(float *y, const float *a, const float *b, size_t n) {
+SDQ__KERNEL void SDQ__K(mul_cols)(float *y, const float *a, size_t n) {
+    const SDQ__V l = SDQ__N(load)(a, 16), h = SDQ__N(load)(a + 16, 16);
     size_t i;
-    for (i = 0; i < n; i += 16) {
-        const SDQ__V va = SDQ__N(load)(a + i, n - i), vb = SDQ__N(load)(b + i, n - i);
-        SDQ__N(store)(y + i, SDQ__N(mul)(va, vb), n - i);
+    for (i = 0; i < n; i++, y += SDQ__NR) {
+        SDQ__N(store)(y, SDQ__N(mul)(SDQ__N(load)(y, 16), l), 16);
+        SDQ__N(store)(y + 16, SDQ__N(mul)(SDQ__N(load)(y + 16, 16), h), 16);
     }
 }
 SDQ__KERNEL void SDQ__K(scale)(float *y, const float *x, size_t n, float s) {

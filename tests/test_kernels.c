@@ -125,8 +125,6 @@ typedef struct row_kernel {
 
 RUN(add, O(0), I(0), I(1), N)
 EACH(add, IN(0) + IN(1), fabs(IN(0) + IN(1)))
-RUN(mul, O(0), I(0), I(1), N)
-EACH(mul, IN(0) * IN(1), fabs(IN(0) * IN(1)))
 RUN(scale, O(0), I(0), N, r->p[0])
 EACH(scale, IN(0) * P(0), fabs(IN(0) * P(0)))
 RUN(axpy, O(0), I(0), N, r->p[0])
@@ -375,7 +373,6 @@ static void oracle_adamw(const row *r) {
     {#name, ins, outs, mats, scalars, bound, granted, run_##name, oracle_##name},
 static const row_kernel row_kernels[] = {
     ROW(add, 2, 1, 0, 0, 1.0, SUBNORMAL)
-    ROW(mul, 2, 1, 0, 0, 1.0, SUBNORMAL)
     ROW(scale, 1, 1, 0, 0, 1.0, SUBNORMAL)
     ROW(axpy, 1, 1, 0, 0, 1.0, SUBNORMAL)
     ROW(lerp, 1, 1, 0, 0, 2.0, SUBNORMAL)
@@ -972,6 +969,23 @@ static void test_softmax_cols(int tier) {
     guard_free(&gp);
 }
 
+static void test_mul_cols(int tier) {
+    const sdq__kernels *k = sdq__k_table((sdq_tier)tier);
+    guarded g = guard_new(128 * 50);
+    float a[32], old[32 * 50];
+    size_t n, i;
+    for (n = 1; n <= 50; n++) {
+        float *y = (float *)guard_place(&g, 128 * n, 1);
+        for (i = 0; i < 32; i++) a[i] = sdqt_normal();
+        for (i = 0; i < 32 * n; i++) old[i] = y[i] = sdqt_normal();
+        k->mul_cols(y, a, n);
+        for (i = 0; i < 32 * n; i++)
+            SDQT_THAT(same(y[i], old[i] * a[i % 32]), "mul_cols: column %zu of %zu", i % 32, n);
+        SDQT_CHECK(guard_intact(&g, y, 128 * n));
+    }
+    guard_free(&g);
+}
+
 /* ---- half precision: all 65536 values ---- */
 
 static double f16_oracle(unsigned h) {
@@ -1243,7 +1257,7 @@ static void test_list(int tier) {
         "gemm_f32", "gemm_u8s8", "gemm_s8u8", "gemm_s16", "quantize_u8", "quantize_s8",
         "quantize_s16", "quantize_rows", "dequantize_u8", "dequantize_s8", "ste", "adamw8",
         "from_f16", "from_bf16", "softmax_cols", "softmax_cols_u8", "softmax_cols_s16",
-        "win_input", "win_weight", "win_output"};
+        "mul_cols", "win_input", "win_weight", "win_output"};
     static const char *const names[] = {
 #define SDQ__X(ret, name, args, cls) #name,
         SDQ__KERNEL_LIST(SDQ__X)
@@ -1270,6 +1284,7 @@ static const sdqt_case cases[] = {
     {"quantize", test_quantize, 1},
     {"quantize_rows", test_quantize_rows, 1},
     {"softmax_cols", test_softmax_cols, 1},
+    {"mul_cols", test_mul_cols, 1},
     {"ste", test_ste, 1},
     {"adamw8", test_adamw8, 1},
     {"winograd", test_winograd, 1},
