@@ -90,8 +90,8 @@
  *     sampler's own trajectories; prompts only) -> sdq_calibrate_states -> [training] ->
  *     sdq_model_convert -> sdq_model_save_int8. Finer ranges are worth more than anything else
  *     (range_conv, range_linear: STATIC, PICTURE, POSITION, BLOCK), then float layers near the end
- *     of the network (quantize_shortcuts, quantize_last_self). attention_bits is for speed: 16
- *     lose nothing that can be measured, 8 a third of a decibel.
+ *     of the network (quantize_shortcuts, quantize_last_self). attention_bits is for speed: the
+ *     default of 16 loses nothing that can be measured against 32 (float), 8 a third of a decibel.
  *     The decoder needs no calibration: sdq_pipeline_desc.vae_int8.
  *     weight_bits 4 makes a file of half the size and costs a good part of the likeness (28 dB for
  *     46 in the emoji model, 29 to 30 with weight_group 16 and training); it is as fast as 8 bits
@@ -1451,8 +1451,8 @@ typedef struct sdq_recipe {
     int quantize_context;       /* keys and values of cross-attention in int8 */
     int quantize_shortcuts;     /* shortcuts of the last up block in int8 */
     int quantize_last_self;     /* self-attention layers of the last up block in int8 */
-    int attention_bits;         /* products of self-attention: 32 (float), 16 (faster; an evaluation
-                                 * is off by as much as with 32) or 8 (faster still); 0: 32 */
+    int attention_bits;         /* products of self-attention: 32 (float), 16 (faster where pictures
+                                 * are large, and as good) or 8 (faster still); 0: 32 */
     int split_skip;             /* halves of concat(hidden, skip) get their own ranges */
     int bias_correction;
     int learn_scales;           /* LSQ: weight scales and static input scales are trained */
@@ -2882,17 +2882,17 @@ static const char *sdq__t_shape(const sdq_tensor *t, char *buf) {
 /* Copy rows of `bytes` bytes; ldd and lds lie between their beginnings. Threads take turns: a copy
  * waits for memory, and two wait for half as long. */
 #define SDQ__COPY_BYTES ((size_t)1 << 16)   /* of a task */
-typedef struct sdq__copy {
+typedef struct sdq__t_rowcopy {
     char *dst;
     const char *src;
     size_t ldd, lds, bytes, rows;
-} sdq__copy;
-static size_t sdq__copy_rows_of_task(const sdq__copy *w) {
+} sdq__t_rowcopy;
+static size_t sdq__t_copy_rows(const sdq__t_rowcopy *w) {
     return sdq__u_div_up(SDQ__COPY_BYTES, w->bytes ? w->bytes : 1);
 }
-static void sdq__copy_task(void *arg, size_t task, int thread) {
-    const sdq__copy *w = (const sdq__copy *)arg;
-    const size_t per = sdq__copy_rows_of_task(w), end = sdq__u_min(w->rows, (task + 1) * per);
+static void sdq__t_copy_task(void *arg, size_t task, int thread) {
+    const sdq__t_rowcopy *w = (const sdq__t_rowcopy *)arg;
+    const size_t per = sdq__t_copy_rows(w), end = sdq__u_min(w->rows, (task + 1) * per);
     const int dense = w->ldd == w->bytes && w->lds == w->bytes;
     const size_t step = dense ? per : 1;
     size_t r;
@@ -2900,13 +2900,13 @@ static void sdq__copy_task(void *arg, size_t task, int thread) {
     for (r = task * per; r < end; r += step)
         memcpy(w->dst + r * w->ldd, w->src + r * w->lds, w->bytes * sdq__u_min(step, end - r));
 }
-static void sdq__copy_rows(sdq_ctx *ctx, void *dst, size_t ldd, const void *src, size_t lds,
+static void sdq__t_copy(sdq_ctx *ctx, void *dst, size_t ldd, const void *src, size_t lds,
                            size_t bytes, size_t rows) {
     const sdq_work was = sdq__par_work(ctx->profile, 0, SDQ_WORK_COPY);
-    sdq__copy w;
+    sdq__t_rowcopy w;
     w.dst = (char *)dst; w.src = (const char *)src;
     w.ldd = ldd; w.lds = lds; w.bytes = bytes; w.rows = rows;
-    sdq__par_for(ctx, sdq__u_div_up(rows, sdq__copy_rows_of_task(&w)), sdq__copy_task, &w);
+    sdq__par_for(ctx, sdq__u_div_up(rows, sdq__t_copy_rows(&w)), sdq__t_copy_task, &w);
     (void)sdq__par_work(ctx->profile, 0, was);
 }
 
@@ -2926,7 +2926,7 @@ static sdq_tensor *sdq__keep(sdq_ctx *ctx, sdq_mark mark, sdq_tensor *y) {
         char *data = (char *)sdq__push(ctx, bytes), *from = (char *)old.data;
         if (!data) return NULL;
         if (from >= data + bytes || data >= from + bytes)
-            sdq__copy_rows(ctx, data, 1, from, 1, 1, bytes);
+            sdq__t_copy(ctx, data, 1, from, 1, 1, bytes);
         else if (from != data && !ctx->dry) memmove(data, from, bytes);
         old.data = data;
         *y = old;
@@ -5229,8 +5229,8 @@ SDQ_API sdq_tensor *sdq_concat(sdq_ctx *ctx, sdq_tensor *a, sdq_tensor *b) {
     }
     y = sdq__t_chans(ctx, a, ca + cb);
     if (!y) return NULL;
-    sdq__copy_rows(ctx, sdq_f32(y), (ca + cb) * 4, sdq_f32(a), ca * 4, ca * 4, rows);
-    sdq__copy_rows(ctx, sdq_f32(y) + ca, (ca + cb) * 4, sdq_f32(b), cb * 4, cb * 4, rows);
+    sdq__t_copy(ctx, sdq_f32(y), (ca + cb) * 4, sdq_f32(a), ca * 4, ca * 4, rows);
+    sdq__t_copy(ctx, sdq_f32(y) + ca, (ca + cb) * 4, sdq_f32(b), cb * 4, cb * 4, rows);
     (void)sdq__tape_push(ctx, sdq__op_concat_back, y, a, b, NULL, NULL);
     return y;
 }
@@ -5253,7 +5253,8 @@ SDQ_API sdq_tensor *sdq_slice(sdq_ctx *ctx, sdq_tensor *x, size_t first, size_t 
     }
     y = sdq__t_chans(ctx, x, count);
     if (!y) return NULL;
-    sdq__copy_rows(ctx, sdq_f32(y), count * 4, sdq_f32(x) + first, c * 4, count * 4, sdq__t_rows(x));
+    sdq__t_copy(ctx, sdq_f32(y), count * 4, sdq_f32(x) + first, c * 4, count * 4,
+                   sdq__t_rows(x));
     n = sdq__tape_push(ctx, sdq__op_slice_back, y, x, NULL, NULL, NULL);
     if (n) n->i[0] = first;
     return y;
@@ -17242,6 +17243,7 @@ SDQ_API sdq_recipe sdq_recipe_default(void) {
     r.range_linear = SDQ_RANGE_POSITION;
     r.range_conv = SDQ_RANGE_POSITION;
     r.quantize_last_self = 1;
+    r.attention_bits = 16;
     r.split_skip = 1;
     r.bias_correction = 1;
     r.learn_scales = 1;
@@ -19551,9 +19553,9 @@ typedef struct SDQ__N(segment) {
     int last;
 } SDQ__N(segment);
 
-/* Rows i.., 16 columns j.., of which n exist, after a segment, whose integer sums are acc: the float
- * sums f = f + s (acc - z wsum) are kept in sum from the first segment to the last; then * sw, +
- * bias, + res, + y. begun, last and zeros (wsum is given) are constants at every use. */
+/* Rows i.., 16 columns j.., of which n exist, after a segment, whose integer sums are acc: the
+ * float sums f = f + s (acc - z wsum) are kept in sum from the first segment to the last; then
+ * * sw, + bias, + res, + y. begun, last and zeros (wsum is given) are constants at every use. */
 SDQ__WORD void SDQ__N(qtile_cols)(const sdq__qtile *t, size_t g, size_t i, size_t j, size_t rows,
                                   const int32_t *acc, float *sum, size_t n, int begun, int last,
                                   int zeros) {

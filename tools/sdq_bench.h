@@ -397,17 +397,16 @@ typedef struct bench_net {
 /* The first two are those whose time is told apart; DEFAULT ranges are the recipe's. */
 static const bench_net bench_nets[] = {
     {"float", SDQ_FLOAT, SDQ_RANGE_DEFAULT, SDQ_RANGE_DEFAULT, 0, NULL, NULL, NULL},
-    {"int8, the recipe's ranges", SDQ_INT8, SDQ_RANGE_DEFAULT, SDQ_RANGE_DEFAULT, 0, NULL, NULL,
-     NULL},
+    {"int8, the recipe", SDQ_INT8, SDQ_RANGE_DEFAULT, SDQ_RANGE_DEFAULT, 0, NULL, NULL, NULL},
     {"int8, static ranges for 3x3", SDQ_INT8, SDQ_RANGE_STATIC, SDQ_RANGE_POSITION, 0, NULL, NULL,
      NULL},
     {"int8, a range per picture", SDQ_INT8, SDQ_RANGE_PICTURE, SDQ_RANGE_POSITION, 0, NULL, NULL,
      NULL},
     {"int8, a range per block", SDQ_INT8, SDQ_RANGE_BLOCK, SDQ_RANGE_BLOCK, 0, NULL, NULL, NULL},
-    {"static ranges, attention int8", SDQ_INT8, SDQ_RANGE_STATIC, SDQ_RANGE_POSITION, 8, NULL,
-     NULL, NULL},
-    {"recipe's ranges, attention int8", SDQ_INT8, SDQ_RANGE_DEFAULT, SDQ_RANGE_DEFAULT, 8, NULL,
-     NULL, NULL},
+    {"int8, attention in float", SDQ_INT8, SDQ_RANGE_DEFAULT, SDQ_RANGE_DEFAULT, 32, NULL, NULL,
+     NULL},
+    {"int8, attention in 8 bits", SDQ_INT8, SDQ_RANGE_DEFAULT, SDQ_RANGE_DEFAULT, 8, NULL, NULL,
+     NULL},
 };
 
 static sdq_status bench_net_make(job *j, bench_net *b, const char *folder, sdq_unet_input *in,

@@ -189,7 +189,8 @@ static sdq_status study_net(eval *e, eval_result *r) {
     job *j = e->j;
     const int train = strstr(r->row.recipe, "--steps") != NULL;
     const char *line = format_text(
-        j, "--model %s%s --data %s --calib-prompts %s --calib-steps %zu --calib-guidance %g %s",
+        j, "--model %s%s --data %s --calib-prompts %s --calib-steps %zu --calib-guidance %g "
+           ATT32 " %s",
         e->model, prediction_flag(j), e->data, arg_text(&j->a, "calib-prompts"), e->d.steps,
         (double)e->d.guidance, r->row.recipe);
     const uint64_t h = hash_text(hash_model(j, e->model), line);
