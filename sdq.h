@@ -2901,7 +2901,7 @@ static void sdq__t_copy_task(void *arg, size_t task, int thread) {
         memcpy(w->dst + r * w->ldd, w->src + r * w->lds, w->bytes * sdq__u_min(step, end - r));
 }
 static void sdq__t_copy(sdq_ctx *ctx, void *dst, size_t ldd, const void *src, size_t lds,
-                           size_t bytes, size_t rows) {
+                        size_t bytes, size_t rows) {
     const sdq_work was = sdq__par_work(ctx->profile, 0, SDQ_WORK_COPY);
     sdq__t_rowcopy w;
     w.dst = (char *)dst; w.src = (const char *)src;
