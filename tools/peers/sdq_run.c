@@ -225,12 +225,13 @@ static int ascending(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-/* What is timed: the product of an input that is u8 already, as oneDNN's is; the same with the
- * quantizing of a float input; that with a static range. */
+/* What is timed: the product of an input that is u8 already, with a range per position or, as
+ * oneDNN's, one for all; the same two with the quantizing of a float input. */
 typedef struct layer_way { const char *name; sdq_range range; int ready; } layer_way;
-enum { LAYER_WAYS = 3 };
+enum { LAYER_WAYS = 4 };
 static const layer_way layer_ways[LAYER_WAYS] = {
     {"", SDQ_RANGE_POSITION, 1},
+    {"static_", SDQ_RANGE_STATIC, 1},
     {"float_", SDQ_RANGE_POSITION, 0},
     {"float_static_", SDQ_RANGE_STATIC, 0},
 };
