@@ -2910,11 +2910,12 @@ static void sdq__copy_rows(sdq_ctx *ctx, void *dst, size_t ldd, const void *src,
 }
 
 /* Release the arena to the mark but keep y: its data moves down to where the mark is. While the
- * tape records everything stays where it is, because backward needs it. */
+ * tape records everything stays where it is, because backward needs it, and so does a tensor that
+ * is there as bytes only. */
 static sdq_tensor *sdq__keep(sdq_ctx *ctx, sdq_mark mark, sdq_tensor *y) {
     sdq_tensor old, *head;
     size_t bytes;
-    if (ctx->recording) return y;
+    if (ctx->recording || (y && !y->data)) return y;
     if (!y) { sdq_arena_release(ctx, mark); return NULL; }
     old = *y;
     bytes = sdq_tensor_count(y) * sdq__u_dtype_size(y->dtype);
@@ -6381,35 +6382,36 @@ static void sdq__ly_minmax_task(void *arg, size_t task, int thread) {
                      &w->mx[task]);
 }
 
-/* Rows r..r+rows by the scale of their entry. */
-static void sdq__ly_quantize_entry(const sdq__qrun *w, size_t r, size_t rows) {
+/* Rows r..r+rows, which begin at x, by the scale of their entry. */
+static void sdq__ly_quantize_entry(const sdq__qrun *w, const float *x, size_t r, size_t rows) {
     sdq__qinput *o = w->out;
-    for (; rows > 0; r++, rows--) {
+    for (; rows > 0; r++, rows--, x += w->ldx) {
         const size_t e = r / (o->rows / o->entries);
         const sdq__qparam p = sdq__q_from_scale(o->s[e], o->z[e]);
-        w->k->quantize_u8(o->q + r * o->ld, w->x + r * w->ldx + w->part->c0, w->part->c, p.inv,
-                          p.z);
+        w->k->quantize_u8(o->q + r * o->ld, x, w->part->c, p.inv, p.z);
     }
 }
 /* Each of them, and each block of its channels, by a scale of its own. */
-static void sdq__ly_quantize_own(const sdq__qrun *w, size_t r, size_t rows) {
+static void sdq__ly_quantize_own(const sdq__qrun *w, const float *x, size_t r, size_t rows) {
     sdq__qinput *o = w->out;
     const size_t c = w->part->c, step = w->range == SDQ_RANGE_BLOCK ? SDQ__NR : c;
     size_t b;
     for (b = 0; b < o->blocks; b++) {
         const size_t at = r * o->blocks + b, j = b * step;
-        w->k->quantize_rows(o->q + r * o->ld + j, o->ld, w->x + r * w->ldx + w->part->c0 + j,
-                            w->ldx, rows, sdq__u_min(step, c - j), o->s + at, o->z + at,
-                            o->blocks);
+        w->k->quantize_rows(o->q + r * o->ld + j, o->ld, x + j, w->ldx, rows,
+                            sdq__u_min(step, c - j), o->s + at, o->z + at, o->blocks);
     }
+}
+static void sdq__ly_quantize_from(const sdq__qrun *w, const float *x, size_t r, size_t rows) {
+    const size_t c = w->part->c, ld = w->out->ld;
+    size_t i;
+    if (w->out->per_row) sdq__ly_quantize_own(w, x + w->part->c0, r, rows);
+    else sdq__ly_quantize_entry(w, x + w->part->c0, r, rows);
+    for (i = r; c < ld && i < r + rows; i++) memset(w->out->q + i * ld + c, 0, ld - c);
 }
 static void sdq__ly_quantize_rows(void *arg, size_t r, size_t rows) {
     const sdq__qrun *w = (const sdq__qrun *)arg;
-    const size_t c = w->part->c, ld = w->out->ld;
-    size_t i;
-    if (w->out->per_row) sdq__ly_quantize_own(w, r, rows);
-    else sdq__ly_quantize_entry(w, r, rows);
-    for (i = r; c < ld && i < r + rows; i++) memset(w->out->q + i * ld + c, 0, ld - c);
+    sdq__ly_quantize_from(w, w->x + r * w->ldx, r, rows);
 }
 
 /* Scales per entry: the static one, or that of each picture. */
@@ -6502,16 +6504,67 @@ static int sdq__ly_takes(const sdq_layer *l, const sdq__qinput *q) {
             || (range == SDQ_RANGE_BLOCK && q->blocks == ld / SDQ__NR));
 }
 
+/* Whether l takes what was quantized before. */
+static int sdq__ly_takes_bytes(const sdq_layer *l, const sdq_tensor *x, sdq_mode mode) {
+    const sdq_range range = sdq__ly_range(l);
+    return mode == SDQ_INT8 && l->quant.enabled && l->parts == 1 && sdq__t_chan(x) == l->in
+        && (range == SDQ_RANGE_POSITION || range == SDQ_RANGE_BLOCK);
+}
+
 /* Several layers are going to read x: quantize it once, if it will be done the same way by all. */
 static sdq_tensor *sdq__ly_share(sdq_ctx *ctx, const sdq_layer *l, sdq_tensor *x, sdq_mode mode) {
-    const sdq_range range = sdq__ly_range(l);
     sdq__qinput *q;
-    if (!x || mode != SDQ_INT8 || !l->quant.enabled || l->parts != 1 || sdq__t_chan(x) != l->in
-        || (range != SDQ_RANGE_POSITION && range != SDQ_RANGE_BLOCK)) return x;
+    if (!x || !sdq__ly_takes_bytes(l, x, mode)) return x;
     q = SDQ__PUSH_N(ctx, sdq__qinput, 1);
     if (!q || sdq__ly_quantize_input(ctx, l, &l->part[0], x, q) != SDQ_OK) return NULL;
     x->q = q;
     return x;
+}
+
+/* silu(a x + b), a and b [entries][c], for a layer that takes bytes: floats of a few rows at a time
+ * only, which stay in the first cache. */
+typedef struct sdq__qaffine {
+    sdq__qrun run;
+    const float *a, *b;
+    float *rows;                /* SDQ__Q_ROWS of them per thread */
+} sdq__qaffine;
+
+static void sdq__ly_affine_task(void *arg, size_t task, int thread) {
+    const sdq__qaffine *w = (const sdq__qaffine *)arg;
+    const sdq__qinput *o = w->run.out;
+    const size_t c = w->run.ldx, r = task * SDQ__Q_ROWS, n = sdq__u_min(SDQ__Q_ROWS, o->rows - r);
+    float *x = w->rows + (size_t)thread * SDQ__Q_ROWS * c;
+    size_t i;
+    for (i = 0; i < n; i++) {
+        const size_t e = (r + i) / (o->rows / o->entries);
+        w->run.k->affine_silu(x + i * c, w->run.x + (r + i) * c, w->a + e * c, w->b + e * c, c);
+    }
+    sdq__ly_quantize_from(&w->run, x, r, n);
+}
+
+/* The result has bytes and no floats. */
+static sdq_tensor *sdq__ly_affine(sdq_ctx *ctx, const sdq_layer *l, const sdq_tensor *x,
+                                  const float *a, const float *b) {
+    sdq_tensor *y = SDQ__PUSH_N(ctx, sdq_tensor, 1);
+    sdq__qinput *q = SDQ__PUSH_N(ctx, sdq__qinput, 1);
+    const sdq_work was = sdq__par_work(ctx->profile, 0, SDQ_WORK_NORM);
+    sdq__qaffine w;
+    sdq_mark mark;
+    if (!y || !q || sdq__ly_quantize_begin(ctx, l, &l->part[0], x, &w.run, q) != SDQ_OK)
+        return NULL;
+    w.a = a;
+    w.b = b;
+    mark = sdq_arena_mark(ctx);
+    w.rows = SDQ__PUSH_N(ctx, float, (size_t)ctx->threads * SDQ__Q_ROWS * w.run.ldx);
+    if (!w.rows) return NULL;
+    sdq__par_for(ctx, sdq__u_div_up(q->rows, SDQ__Q_ROWS), sdq__ly_affine_task, &w);
+    sdq_arena_release(ctx, mark);
+    (void)sdq__par_work(ctx->profile, 0, was);
+    *y = *x;
+    y->data = NULL;
+    y->grad = NULL;
+    y->q = q;
+    return y;
 }
 
 static void sdq__ly_quantize_weight_task(void *arg, size_t o, int thread) {
@@ -12992,6 +13045,40 @@ static sdq_tensor *sdq__md_normalize(sdq_ctx *ctx, const sdq__norm *n, sdq_tenso
     return sdq_group_norm(ctx, x, n->gamma, n->beta, n->groups, n->eps, silu);
 }
 
+/* A group norm as y = a x + b, each [entries][c]. */
+typedef struct sdq__md_affine { float *a, *b; } sdq__md_affine;
+
+static int sdq__md_stats(sdq_ctx *ctx, const sdq__norm *n, const sdq_tensor *x,
+                         sdq__md_affine *out) {
+    const size_t groups = (size_t)n->groups, entries = sdq__t_entries(x);
+    const size_t count = entries * sdq__t_chan(x);
+    sdq_mark mark;
+    float *mean, *rstd, *mc;
+    sdq__gn w;
+    sdq__op_gn_begin(ctx, &w, x, 1);
+    out->a = SDQ__PUSH_N(ctx, float, count);
+    out->b = SDQ__PUSH_N(ctx, float, count);
+    mark = sdq_arena_mark(ctx);
+    mean = SDQ__PUSH_N(ctx, float, entries * groups);
+    rstd = SDQ__PUSH_N(ctx, float, entries * groups);
+    mc = SDQ__PUSH_N(ctx, float, count);
+    w.part = SDQ__PUSH_N(ctx, float, w.chunks * count);
+    if (ctx->status != SDQ_OK) return 0;
+    sdq__op_gn_stats(ctx, &w, groups, n->eps, sdq_f32(n->gamma), sdq_f32(n->beta), mean, rstd,
+                     out->a, out->b, mc);
+    sdq_arena_release(ctx, mark);
+    return 1;
+}
+
+/* silu(group norm(x)) as layer l wants to read it: as bytes if it can. */
+static sdq_tensor *sdq__md_normalize_for(sdq_ctx *ctx, const sdq_layer *l, const sdq__norm *n,
+                                         sdq_tensor *x, sdq_mode mode) {
+    sdq__md_affine f;
+    if (!x || ctx->recording || !sdq__ly_takes_bytes(l, x, mode))
+        return sdq__md_normalize(ctx, n, x, 1);
+    return sdq__md_stats(ctx, n, x, &f) ? sdq__ly_affine(ctx, l, x, f.a, f.b) : NULL;
+}
+
 /* PyTorch starts a Linear or Conv2d with U(-v,v), v = sqrt(3) gain / sqrt(fan in), and
  * gain = sqrt(2 / (1 + 5)) (He et al. 2015 with slope sqrt(5)); its bias with 1/sqrt(fan in). */
 static void sdq__md_layer_params(sdq__builder *b, const char *name, const sdq_layer_desc *d,
@@ -13126,10 +13213,10 @@ static sdq_tensor *sdq__bk_resnet(sdq_ctx *ctx, const sdq__resnet *r, sdq_tensor
                                   sdq_tensor *time, sdq_mode mode) {
     const sdq_mark mark = sdq_arena_mark(ctx);
     sdq_tensor *h, *shortcut;
-    h = sdq__md_normalize(ctx, &r->norm1, x, 1);
+    h = sdq__md_normalize_for(ctx, r->conv1, &r->norm1, x, mode);
     h = sdq__keep(ctx, mark, sdq_layer_forward(ctx, r->conv1, h, NULL, mode));
     if (r->time) h = sdq_add_vector(ctx, h, time);
-    h = sdq__keep(ctx, mark, sdq__md_normalize(ctx, &r->norm2, h, 1));
+    h = sdq__keep(ctx, mark, sdq__md_normalize_for(ctx, r->conv2, &r->norm2, h, mode));
     shortcut = r->shortcut ? sdq_layer_forward(ctx, r->shortcut, x, NULL, mode) : x;
     return sdq__keep(ctx, mark, sdq_layer_forward(ctx, r->conv2, h, shortcut, mode));
 }
@@ -14350,36 +14437,15 @@ static int sdq__va_put(const sdq_ctx *ctx, float *y, const sdq_tensor *t, const 
     return t != NULL;
 }
 
-/* A group norm of a whole picture as y = a x + b. */
-typedef struct sdq__va_affine { float *a, *b; } sdq__va_affine;
-
-static int sdq__va_stats(sdq_ctx *ctx, const sdq__norm *n, const sdq_tensor *x,
-                         sdq__va_affine *out) {
-    const size_t c = sdq__t_chan(x), groups = (size_t)n->groups;
-    sdq_mark mark;
-    float *mean, *rstd, *mc;
-    sdq__gn w;
-    sdq__op_gn_begin(ctx, &w, x, 1);
-    out->a = SDQ__PUSH_N(ctx, float, c);
-    out->b = SDQ__PUSH_N(ctx, float, c);
-    mark = sdq_arena_mark(ctx);
-    mean = SDQ__PUSH_N(ctx, float, groups);
-    rstd = SDQ__PUSH_N(ctx, float, groups);
-    mc = SDQ__PUSH_N(ctx, float, c);
-    w.part = SDQ__PUSH_N(ctx, float, w.chunks * c);
-    if (ctx->status != SDQ_OK) return 0;
-    sdq__op_gn_stats(ctx, &w, groups, n->eps, sdq_f32(n->gamma), sdq_f32(n->beta), mean, rstd,
-                     out->a, out->b, mc);
-    sdq_arena_release(ctx, mark);
-    return 1;
-}
-
-/* Rows first..last of x, normalized and through SiLU. */
-static sdq_tensor *sdq__va_normed(sdq_ctx *ctx, const sdq_tensor *x, const sdq__va_band *b,
-                                  const sdq__va_affine *f) {
+/* Rows first..last of x, normalized and through SiLU, for layer l. */
+static sdq_tensor *sdq__va_normed(sdq_ctx *ctx, const sdq_layer *l, const sdq_tensor *x,
+                                  const sdq__va_band *b, const sdq__md_affine *f, sdq_mode mode) {
     const sdq_tensor *rows = sdq__va_rows(ctx, x, b->first, b->last);
-    sdq_tensor *y = rows ? sdq__t_like(ctx, rows) : NULL;
+    const int bytes = rows && sdq__ly_takes_bytes(l, rows, mode);
+    sdq_tensor *y = bytes ? sdq__ly_affine(ctx, l, rows, f->a, f->b)
+                  : rows ? sdq__t_like(ctx, rows) : NULL;
     sdq__gn w;
+    if (bytes) return y;
     if (!y) return NULL;
     sdq__op_gn_begin(ctx, &w, rows, 1);
     sdq__op_gn_apply(ctx, &w, f->a, f->b, y);
@@ -14389,13 +14455,13 @@ static sdq_tensor *sdq__va_normed(sdq_ctx *ctx, const sdq_tensor *x, const sdq__
 /* layer(silu(norm(x))) to y. */
 static int sdq__va_band_layer(sdq_ctx *ctx, const sdq__norm *n, sdq_layer *l, const sdq_tensor *x,
                               float *y, size_t bytes, sdq_mode mode) {
-    sdq__va_affine f;
+    sdq__md_affine f;
     sdq__va_band b;
-    int ok = sdq__va_stats(ctx, n, x, &f);
+    int ok = sdq__md_stats(ctx, n, x, &f);
     for (b.to = 0; ok && sdq__va_cut(x, 1, bytes, &b);) {
         const sdq_mark mark = sdq_arena_mark(ctx);
-        ok = sdq__va_put(ctx, y, sdq_layer_forward(ctx, l, sdq__va_normed(ctx, x, &b, &f), NULL,
-                                                   mode), &b);
+        sdq_tensor *t = sdq__va_normed(ctx, l, x, &b, &f, mode);
+        ok = sdq__va_put(ctx, y, sdq_layer_forward(ctx, l, t, NULL, mode), &b);
         sdq_arena_release(ctx, mark);
     }
     return ok;
@@ -14406,14 +14472,14 @@ static sdq_tensor *sdq__va_band_resnet(sdq_ctx *ctx, const sdq__resnet *r, sdq_t
                                        size_t bytes, sdq_mode mode) {
     const sdq_mark mark = sdq_arena_mark(ctx);
     sdq_tensor *h = sdq__t_chans(ctx, x, r->out);
-    sdq__va_affine f;
+    sdq__md_affine f;
     sdq__va_band b;
     int ok = h && sdq__va_band_layer(ctx, &r->norm1, r->conv1, x, sdq_f32(h), bytes,
                                      mode)
-          && sdq__va_stats(ctx, &r->norm2, h, &f);
+          && sdq__md_stats(ctx, &r->norm2, h, &f);
     for (b.to = 0; ok && sdq__va_cut(h, 1, bytes, &b);) {
         const sdq_mark inner = sdq_arena_mark(ctx);
-        sdq_tensor *t = sdq__va_normed(ctx, h, &b, &f);
+        sdq_tensor *t = sdq__va_normed(ctx, r->conv2, h, &b, &f, mode);
         /* the rows before b.from have been replaced: what they become here is not wanted */
         sdq_tensor *res = sdq__va_rows(ctx, x, b.first, b.last);
         if (r->shortcut) res = sdq_layer_forward(ctx, r->shortcut, res, NULL, mode);
