@@ -2911,11 +2911,12 @@ static void sdq__t_copy(sdq_ctx *ctx, void *dst, size_t ldd, const void *src, si
 }
 
 /* Release the arena to the mark but keep y: its data moves down to where the mark is. While the
- * tape records everything stays where it is, because backward needs it. */
+ * tape records everything stays where it is, because backward needs it, and so does a tensor that
+ * is there as bytes only. */
 static sdq_tensor *sdq__keep(sdq_ctx *ctx, sdq_mark mark, sdq_tensor *y) {
     sdq_tensor old, *head;
     size_t bytes;
-    if (ctx->recording) return y;
+    if (ctx->recording || (y && !y->data)) return y;
     if (!y) { sdq_arena_release(ctx, mark); return NULL; }
     old = *y;
     bytes = sdq_tensor_count(y) * sdq__u_dtype_size(y->dtype);
@@ -3609,7 +3610,10 @@ static void sdq__gemm_colsum(sdq_ctx *ctx, float *out, const float *x, size_t ro
  * Same loops, bytes instead of floats. A quantized input has rows of ldq bytes and scales either
  * per entry of the batch (one range for a picture, or a static one) or per row and block of
  * channels. With scales per entry one int32 sum runs over all taps, and the padding is filled
- * with the zero point; with scales per row each tap (and block) is a segment of its own. */
+ * with the zero point; with scales per row each tap (and block) is a segment of its own.
+ *
+ * The result can be a quarter of the pixels of a picture twice as large (see >>layer, upsampling):
+ * pixel (y,x) of the product is then pixel (2y+dy, 2x+dx) of that picture. */
 
 typedef struct sdq__qinput {    /* a quantized tensor */
     uint8_t *q;                 /* [rows][ld] */
@@ -3637,6 +3641,9 @@ typedef struct sdq__qgemm {
     void (*fill)(void *arg, size_t first, size_t rows);     /* NULL, or makes rows of x->q */
     void *fill_arg;
     float *pair;                /* as in sdq__gemm */
+    int spread;                 /* the result is a quarter, dy, dx in {0,1}, of a picture */
+    size_t dy, dx;
+    float *strip;               /* spread: a panel of the result, [plan.rows][32] per thread */
     sdq_profile *profile;
     size_t m, ldy;
     sdq__plan plan;
@@ -3732,6 +3739,20 @@ static void sdq__qgemm_panel(const sdq__qgemm *w, int thread, size_t m0, size_t 
     }
 }
 
+/* The same, spread over the rows of y. */
+static void sdq__qgemm_panel_spread(const sdq__qgemm *w, int thread, size_t m0, size_t m1,
+                                    size_t p) {
+    float *strip = w->strip + (size_t)thread * w->plan.rows * SDQ__NR;
+    const size_t col = p * SDQ__NR, nr = sdq__u_min(SDQ__NR, w->w->n - col);
+    sdq__pixel at = sdq__gemm_pixel(&w->g, m0);
+    size_t m;
+    sdq__qgemm_panel(w, thread, m0, m1, p, strip, SDQ__NR);
+    for (m = m0; m < m1; m++, strip += SDQ__NR, sdq__gemm_next(&w->g, &at)) {
+        const size_t y = (at.b * w->g.oh + at.y) * 2 + w->dy, x = at.x * 2 + w->dx;
+        memcpy(w->y + (y * 2 * w->g.ow + x) * w->ldy + col, strip, nr * sizeof *strip);
+    }
+}
+
 static void sdq__qgemm_task(void *arg, size_t task, int thread) {
     const sdq__qgemm *w = (const sdq__qgemm *)arg;
     const sdq__part at = sdq__gemm_part(&w->plan, task);
@@ -3751,7 +3772,8 @@ static void sdq__qgemm_task(void *arg, size_t task, int thread) {
     for (p = at.p0; p < at.p1; p++) {
         float *y = w->y + at.m0 * w->ldy + p * SDQ__NR, *pair;
         if (!w->pair) {
-            sdq__qgemm_panel(w, thread, at.m0, at.m1, p, y, w->ldy);
+            if (w->spread) sdq__qgemm_panel_spread(w, thread, at.m0, at.m1, p);
+            else sdq__qgemm_panel(w, thread, at.m0, at.m1, p, y, w->ldy);
             continue;
         }
         pair = w->pair + (size_t)thread * w->plan.rows * 2 * SDQ__NR;
@@ -3787,6 +3809,8 @@ static void sdq__qgemm_run(sdq_ctx *ctx, sdq__qgemm *w, int geglu) {
                              w->w->segs > w->w->taps ? SDQ__GEMM_MB : SDQ__GEMM_MB_MOST);
     w->scratch = sdq__push(ctx, (size_t)ctx->threads * sdq__qgemm_scratch(w));
     w->pair = geglu ? sdq__gemm_pairs(ctx, w->plan.rows) : NULL;
+    if (w->spread)
+        w->strip = SDQ__PUSH_N(ctx, float, (size_t)ctx->threads * w->plan.rows * SDQ__NR);
     if (w->fill && (w->w->taps > 1 || w->plan.groups > 1)) {
         sdq__qgemm_fill(ctx, w);
         w->fill = NULL;
@@ -5591,6 +5615,15 @@ SDQ_API sdq_tensor *sdq_sample_gaussian(sdq_ctx *ctx, sdq_tensor *moments, sdq_t
  * A part is a range of input channels with its own activation ranges: one, or two when the input
  * is a concatenation whose halves differ (Q-Diffusion, arXiv 2302.04304). The second part's
  * product adds to the first's.
+ *
+ * A 3x3 convolution can have its input upsampled by 2 first, nearest: pixel (i,j) of what it reads
+ * is x[i/2][j/2]. Of result (2y+p, 2x+q) tap (a,b) reads x[y + (p+a-1)/2][x + (q+b-1)/2], rounded
+ * down: two rows, two columns. INT8 therefore computes four convolutions of 2x2 on x itself, one
+ * for each phase (p,q), with 4/9 of the products, and the upsampled picture is never made:
+ *   y[2y+p][2x+q] = sum over u, v in {0,1} of x[y+p-1+u][x+q-1+v] wpq[u][v] + b
+ *   wpq[u][v] = sum of w[a][b] over (a+1-p)/2 = u and (b+1-q)/2 = v
+ * Each is a layer of its own, wpq quantized like any weights. FLOAT upsamples: Winograd needs
+ * fewer products (2.25 of each result, not 4). FAKE would not be INT8, so there is none.
  * ======================================================================== */
 
 typedef struct sdq__qpart {
@@ -5606,6 +5639,9 @@ struct sdq_layer {
     char *name;
     size_t in, out, kh, kw, stride, pad[4];
     size_t concat;              /* channels of the first half of a concatenated input; 0: none */
+    int upsamples;              /* by 2, before it convolves */
+    sdq_layer *phase[4];        /* then INT8 is these: phase (p,q) at 2p + q, without a bias, */
+    int spreads;                /*   whose results go to every second pixel each way */
     sdq_tensor w, b;            /* [out,kh,kw,in], [out]; data NULL when absent */
     float *wp;                  /* FLOAT: packed once, when w is not there to change, */
     uint16_t *wh;               /* or the same as halves, if that is exact: what the file had */
@@ -5624,6 +5660,7 @@ struct sdq_layer {
 
 static size_t sdq__ly_taps(const sdq_layer *l) { return l->kh * l->kw; }
 static int sdq__ly_frozen(const sdq_layer *l) { return l->wp || l->wh; }
+static int sdq__ly_is_int8(const sdq_layer *l) { return l->part[0].w.b || l->phase[0]; }
 static size_t sdq__ly_k(const sdq_layer *l) { return sdq__ly_taps(l) * l->in; }
 
 SDQ_API sdq_tensor *sdq_layer_weight(sdq_layer *l) { return l->w.data ? &l->w : NULL; }
@@ -5641,6 +5678,7 @@ static void sdq__ly_free_weight(sdq_ctx *ctx, sdq__qweight *w) {
 SDQ_API void sdq_layer_free(sdq_ctx *ctx, sdq_layer *l) {
     size_t i;
     if (!l) return;
+    for (i = 0; i < 4; i++) sdq_layer_free(ctx, l->phase[i]);
     for (i = 0; i < 2; i++) {
         sdq__ly_free_weight(ctx, &l->part[i].w);
         sdq__t_free(ctx, &l->part[i].s);
@@ -5730,7 +5768,7 @@ SDQ_API sdq_status sdq_layer_create(sdq_ctx *ctx, const sdq_layer_desc *desc, sd
 
 SDQ_API sdq_quant sdq_layer_quant(const sdq_layer *l) { return l->quant; }
 SDQ_API sdq_status sdq_layer_set_quant(sdq_ctx *ctx, sdq_layer *l, const sdq_quant *quant) {
-    if (l->part[0].w.b)
+    if (sdq__ly_is_int8(l))
         return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: has no float weights any more", l->name);
     if ((unsigned)quant->range >= SDQ_RANGE_COUNT)
         return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: range %d", l->name, (int)quant->range);
@@ -5740,6 +5778,9 @@ SDQ_API sdq_status sdq_layer_set_quant(sdq_ctx *ctx, sdq_layer *l, const sdq_qua
     if (quant->weight_bits == 4 && quant->weight_scale == SDQ_WEIGHT_MOVING)
         return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: weights of 4 bits have no moving scales;"
                          " choose current or fixed ones", l->name);
+    if (l->upsamples && quant->enabled && (quant->split || quant->quantize_output))
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: upsamples its input, which cannot be"
+                         " split, nor can its result be quantized", l->name);
     l->quant = *quant;
     l->out_seen = 0;
     memset(l->sw.data, 0, l->out * sizeof(float));      /* fixed scales are made anew */
@@ -5755,6 +5796,8 @@ static void sdq__ly_set_split(sdq_layer *l, size_t hidden) {    /* input = conca
     l->quant.split = l->concat = hidden;
     sdq__ly_set_parts(l);
 }
+/* A 3x3 convolution with a row of zeros around its input convolves the upsampled input. */
+static void sdq__ly_set_upsamples(sdq_layer *l) { l->upsamples = 1; }
 SDQ_API int sdq_layer_input_range(const sdq_layer *l, int part, float *scale, int32_t *zero) {
     const sdq__qpart *p = &l->part[part > 0];
     if (!p->seen) return 0;
@@ -5800,8 +5843,9 @@ static sdq_tensor *sdq__ly_result(sdq_ctx *ctx, const sdq_layer *l, sdq_tensor *
     }
     if (sdq__ly_taps(l) > 1) {
         const sdq__geom g = sdq__ly_geom(l, x);
+        const size_t up = l->upsamples ? 2 : 1;
         size_t dim[4];
-        dim[0] = g.n; dim[1] = g.oh; dim[2] = g.ow; dim[3] = l->out;
+        dim[0] = g.n; dim[1] = up * g.oh; dim[2] = up * g.ow; dim[3] = l->out;
         y = sdq__t_raw(ctx, SDQ_F32, 4, dim);
     } else {
         y = sdq__t_chans(ctx, x, geglu ? l->out / 2 : l->out);
@@ -6338,35 +6382,36 @@ static void sdq__ly_minmax_task(void *arg, size_t task, int thread) {
                      &w->mx[task]);
 }
 
-/* Rows r..r+rows by the scale of their entry. */
-static void sdq__ly_quantize_entry(const sdq__qrun *w, size_t r, size_t rows) {
+/* Rows r..r+rows, which begin at x, by the scale of their entry. */
+static void sdq__ly_quantize_entry(const sdq__qrun *w, const float *x, size_t r, size_t rows) {
     sdq__qinput *o = w->out;
-    for (; rows > 0; r++, rows--) {
+    for (; rows > 0; r++, rows--, x += w->ldx) {
         const size_t e = r / (o->rows / o->entries);
         const sdq__qparam p = sdq__q_from_scale(o->s[e], o->z[e]);
-        w->k->quantize_u8(o->q + r * o->ld, w->x + r * w->ldx + w->part->c0, w->part->c, p.inv,
-                          p.z);
+        w->k->quantize_u8(o->q + r * o->ld, x, w->part->c, p.inv, p.z);
     }
 }
 /* Each of them, and each block of its channels, by a scale of its own. */
-static void sdq__ly_quantize_own(const sdq__qrun *w, size_t r, size_t rows) {
+static void sdq__ly_quantize_own(const sdq__qrun *w, const float *x, size_t r, size_t rows) {
     sdq__qinput *o = w->out;
     const size_t c = w->part->c, step = w->range == SDQ_RANGE_BLOCK ? SDQ__NR : c;
     size_t b;
     for (b = 0; b < o->blocks; b++) {
         const size_t at = r * o->blocks + b, j = b * step;
-        w->k->quantize_rows(o->q + r * o->ld + j, o->ld, w->x + r * w->ldx + w->part->c0 + j,
-                            w->ldx, rows, sdq__u_min(step, c - j), o->s + at, o->z + at,
-                            o->blocks);
+        w->k->quantize_rows(o->q + r * o->ld + j, o->ld, x + j, w->ldx, rows,
+                            sdq__u_min(step, c - j), o->s + at, o->z + at, o->blocks);
     }
+}
+static void sdq__ly_quantize_from(const sdq__qrun *w, const float *x, size_t r, size_t rows) {
+    const size_t c = w->part->c, ld = w->out->ld;
+    size_t i;
+    if (w->out->per_row) sdq__ly_quantize_own(w, x + w->part->c0, r, rows);
+    else sdq__ly_quantize_entry(w, x + w->part->c0, r, rows);
+    for (i = r; c < ld && i < r + rows; i++) memset(w->out->q + i * ld + c, 0, ld - c);
 }
 static void sdq__ly_quantize_rows(void *arg, size_t r, size_t rows) {
     const sdq__qrun *w = (const sdq__qrun *)arg;
-    const size_t c = w->part->c, ld = w->out->ld;
-    size_t i;
-    if (w->out->per_row) sdq__ly_quantize_own(w, r, rows);
-    else sdq__ly_quantize_entry(w, r, rows);
-    for (i = r; c < ld && i < r + rows; i++) memset(w->out->q + i * ld + c, 0, ld - c);
+    sdq__ly_quantize_from(w, w->x + r * w->ldx, r, rows);
 }
 
 /* Scales per entry: the static one, or that of each picture. */
@@ -6459,16 +6504,67 @@ static int sdq__ly_takes(const sdq_layer *l, const sdq__qinput *q) {
             || (range == SDQ_RANGE_BLOCK && q->blocks == ld / SDQ__NR));
 }
 
+/* Whether l takes what was quantized before. */
+static int sdq__ly_takes_bytes(const sdq_layer *l, const sdq_tensor *x, sdq_mode mode) {
+    const sdq_range range = sdq__ly_range(l);
+    return mode == SDQ_INT8 && l->quant.enabled && l->parts == 1 && sdq__t_chan(x) == l->in
+        && (range == SDQ_RANGE_POSITION || range == SDQ_RANGE_BLOCK);
+}
+
 /* Several layers are going to read x: quantize it once, if it will be done the same way by all. */
 static sdq_tensor *sdq__ly_share(sdq_ctx *ctx, const sdq_layer *l, sdq_tensor *x, sdq_mode mode) {
-    const sdq_range range = sdq__ly_range(l);
     sdq__qinput *q;
-    if (!x || mode != SDQ_INT8 || !l->quant.enabled || l->parts != 1 || sdq__t_chan(x) != l->in
-        || (range != SDQ_RANGE_POSITION && range != SDQ_RANGE_BLOCK)) return x;
+    if (!x || !sdq__ly_takes_bytes(l, x, mode)) return x;
     q = SDQ__PUSH_N(ctx, sdq__qinput, 1);
     if (!q || sdq__ly_quantize_input(ctx, l, &l->part[0], x, q) != SDQ_OK) return NULL;
     x->q = q;
     return x;
+}
+
+/* silu(a x + b), a and b [entries][c], for a layer that takes bytes: floats of a few rows at a time
+ * only, which stay in the first cache. */
+typedef struct sdq__qaffine {
+    sdq__qrun run;
+    const float *a, *b;
+    float *rows;                /* SDQ__Q_ROWS of them per thread */
+} sdq__qaffine;
+
+static void sdq__ly_affine_task(void *arg, size_t task, int thread) {
+    const sdq__qaffine *w = (const sdq__qaffine *)arg;
+    const sdq__qinput *o = w->run.out;
+    const size_t c = w->run.ldx, r = task * SDQ__Q_ROWS, n = sdq__u_min(SDQ__Q_ROWS, o->rows - r);
+    float *x = w->rows + (size_t)thread * SDQ__Q_ROWS * c;
+    size_t i;
+    for (i = 0; i < n; i++) {
+        const size_t e = (r + i) / (o->rows / o->entries);
+        w->run.k->affine_silu(x + i * c, w->run.x + (r + i) * c, w->a + e * c, w->b + e * c, c);
+    }
+    sdq__ly_quantize_from(&w->run, x, r, n);
+}
+
+/* The result has bytes and no floats. */
+static sdq_tensor *sdq__ly_affine(sdq_ctx *ctx, const sdq_layer *l, const sdq_tensor *x,
+                                  const float *a, const float *b) {
+    sdq_tensor *y = SDQ__PUSH_N(ctx, sdq_tensor, 1);
+    sdq__qinput *q = SDQ__PUSH_N(ctx, sdq__qinput, 1);
+    const sdq_work was = sdq__par_work(ctx->profile, 0, SDQ_WORK_NORM);
+    sdq__qaffine w;
+    sdq_mark mark;
+    if (!y || !q || sdq__ly_quantize_begin(ctx, l, &l->part[0], x, &w.run, q) != SDQ_OK)
+        return NULL;
+    w.a = a;
+    w.b = b;
+    mark = sdq_arena_mark(ctx);
+    w.rows = SDQ__PUSH_N(ctx, float, (size_t)ctx->threads * SDQ__Q_ROWS * w.run.ldx);
+    if (!w.rows) return NULL;
+    sdq__par_for(ctx, sdq__u_div_up(q->rows, SDQ__Q_ROWS), sdq__ly_affine_task, &w);
+    sdq_arena_release(ctx, mark);
+    (void)sdq__par_work(ctx->profile, 0, was);
+    *y = *x;
+    y->data = NULL;
+    y->grad = NULL;
+    y->q = q;
+    return y;
 }
 
 static void sdq__ly_quantize_weight_task(void *arg, size_t o, int thread) {
@@ -6512,8 +6608,11 @@ static void sdq__ly_product(sdq_ctx *ctx, const sdq_layer *l, const sdq_tensor *
     w.res = part == 0 && res ? sdq_f32(res) : NULL;
     w.y = sdq_f32(y);
     w.ldy = sdq__t_chan(y);
-    w.m = sdq__t_rows(y);
+    w.m = w.g.n * w.g.oh * w.g.ow;
     w.more = part > 0;
+    w.spread = l->spreads;
+    w.dy = l->pad[2];           /* of a phase (p,q): p and q, see sdq__ly_phase */
+    w.dx = l->pad[3];
     sdq__qgemm_run(ctx, &w, w.ldy < l->out);
 }
 
@@ -6524,6 +6623,21 @@ static sdq_status sdq__ly_alloc_weight(sdq_ctx *ctx, sdq__qweight *w, int heap) 
     w->b = heap ? SDQ__NEW_N(ctx, int8_t, bytes) : SDQ__PUSH_N(ctx, int8_t, bytes);
     w->sum = heap ? SDQ__NEW_N(ctx, int32_t, sums) : SDQ__PUSH_N(ctx, int32_t, sums);
     return w->b && w->sum ? SDQ_OK : ctx->status;
+}
+
+/* The four phases of a layer that upsamples. */
+static sdq_status sdq__ly_forward_phases(sdq_ctx *ctx, const sdq_layer *l, const sdq_tensor *x,
+                                         sdq_tensor *y) {
+    sdq__qinput in;
+    sdq__qrun run;
+    size_t i;
+    SDQ__TRY(sdq__ly_quantize_begin(ctx, l->phase[0], &l->phase[0]->part[0], x, &run, &in));
+    for (i = 0; i < 4; i++) {
+        sdq_layer phase = *l->phase[i];
+        phase.b = l->b;
+        sdq__ly_product(ctx, &phase, x, 0, &in, i ? NULL : &run, &phase.part[0].w, NULL, y);
+    }
+    return ctx->status;
 }
 
 /* The published recipe quantizes results: y = (clamp(rint(y/s) + z) - z) s, in place. While the
@@ -6755,16 +6869,32 @@ static sdq_tensor *sdq__ly_forward_fake(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *
     return y;
 }
 
+/* What a layer that upsamples cannot do. */
+static int sdq__ly_upsample_fits(sdq_ctx *ctx, const sdq_layer *l, const sdq_tensor *res,
+                                 sdq_mode mode) {
+    const int quantized = mode != SDQ_FLOAT && l->quant.enabled;
+    const char *why = mode == SDQ_FAKE && quantized ? "there is no FAKE mode of it"
+                    : res && quantized ? "INT8 mode adds no residual to it"
+                    : l->phase[0] && !quantized ? "its float weights are gone, INT8 mode is left"
+                    : NULL;
+    if (why) sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "layer %s: upsamples its input; %s", l->name, why);
+    return !why;
+}
+
 static sdq_tensor *sdq__ly_evaluate(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *x, sdq_tensor *res,
                                     sdq_mode mode, int geglu) {
     sdq_tensor *y;
     sdq_mark mark;
     if (!x || ctx->status != SDQ_OK) return NULL;
+    if (l->upsamples && !sdq__ly_upsample_fits(ctx, l, res, mode)) return NULL;
     y = sdq__ly_result(ctx, l, x, res, geglu);
     if (!y) return NULL;
+    mark = sdq_arena_mark(ctx);
     if (mode == SDQ_FLOAT || !l->quant.enabled) {
-        sdq__node *n =
-            sdq__tape_push(ctx, sdq__ly_float_back, y, x, res, &l->w, l->b.data ? &l->b : NULL);
+        sdq__node *n;
+        if (l->upsamples) x = sdq_upsample(ctx, x, y->dim[1], y->dim[2]);
+        if (!x) return NULL;
+        n = sdq__tape_push(ctx, sdq__ly_float_back, y, x, res, &l->w, l->b.data ? &l->b : NULL);
         if (n) n->p[0] = l;
         if (n && !l->w.data && !sdq__ly_frozen(l) && x->needs_grad) {
             sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: gradients need float weights", l->name);
@@ -6772,6 +6902,7 @@ static sdq_tensor *sdq__ly_evaluate(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *x, s
         }
         if (l->observe && !ctx->replay && l->quant.enabled) sdq__ly_observe_input(ctx, l, x);
         sdq__ly_forward_float(ctx, l, x, res, y);
+        if (!ctx->recording) sdq_arena_release(ctx, mark);
         return ctx->status == SDQ_OK ? y : NULL;
     }
     if (mode == SDQ_FAKE) {
@@ -6779,13 +6910,13 @@ static sdq_tensor *sdq__ly_evaluate(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *x, s
         sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: FAKE mode needs float weights", l->name);
         return NULL;
     }
-    if (!l->part[0].w.b) {
+    if (!sdq__ly_is_int8(l)) {
         sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: has no int8 weights; convert the model first",
                   l->name);
         return NULL;
     }
-    mark = sdq_arena_mark(ctx);
-    if (sdq__ly_forward_quant(ctx, l, x, res, y, 0, NULL) != SDQ_OK) return NULL;
+    if (l->upsamples ? sdq__ly_forward_phases(ctx, l, x, y) != SDQ_OK
+                     : sdq__ly_forward_quant(ctx, l, x, res, y, 0, NULL) != SDQ_OK) return NULL;
     sdq_arena_release(ctx, mark);
     return y;
 }
@@ -6860,6 +6991,22 @@ static sdq_tensor *sdq__ly_geglu(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *x, sdq_
                    : sdq_geglu(ctx, sdq_layer_forward(ctx, l, x, NULL, mode));
 }
 
+/* What the int8 weights were made from. */
+static void sdq__ly_drop_weights(sdq_ctx *ctx, sdq_layer *l) {
+    size_t i;
+    sdq__free(ctx, l->w.data);
+    sdq__free(ctx, l->wp);
+    sdq__free(ctx, l->wh);
+    l->wp = NULL;
+    l->wh = NULL;
+    for (i = 0; i < 3; i++) {
+        sdq_tensor *t = i == 0 ? &l->w : i == 1 ? &l->la : &l->lb;
+        if (i) sdq__free(ctx, t->data);
+        t->data = NULL;
+        t->needs_grad = 0;
+    }
+}
+
 /* Pack the int8 weights q [out,kh,kw,in] into the parts; all of them or none. */
 static sdq_status sdq__ly_set_int8(sdq_ctx *ctx, sdq_layer *l, const int8_t *q) {
     sdq_status st = SDQ_OK;
@@ -6874,18 +7021,84 @@ static sdq_status sdq__ly_set_int8(sdq_ctx *ctx, sdq_layer *l, const int8_t *q) 
         for (i = 0; i < l->parts; i++) sdq__ly_free_weight(ctx, &l->part[i].w);
         return st;
     }
-    sdq__free(ctx, l->w.data);
-    sdq__free(ctx, l->wp);
-    sdq__free(ctx, l->wh);
-    l->wp = NULL;
-    l->wh = NULL;
-    for (i = 0; i < 3; i++) {       /* what the int8 weights were made from */
-        sdq_tensor *t = i == 0 ? &l->w : i == 1 ? &l->la : &l->lb;
-        if (i) sdq__free(ctx, t->data);
-        t->data = NULL;
-        t->needs_grad = 0;
-    }
+    sdq__ly_drop_weights(ctx, l);
     return SDQ_OK;
+}
+
+/* ---- the phases of a layer that upsamples ---- */
+
+/* Phase (p,q) without weights: as the layer is, with the range of its input. Its padding lets row
+ * y read y+p-1 and y+p: 1-p rows above, p below. */
+static sdq_status sdq__ly_phase(sdq_ctx *ctx, const sdq_layer *l, int p, int q, sdq_layer **out) {
+    sdq_layer_desc d;
+    sdq__qpart *part;
+    memset(&d, 0, sizeof d);
+    d.name = l->name;
+    d.in = l->in;
+    d.out = l->out;
+    d.kernel = 2;
+    d.pad[0] = 1 - p; d.pad[1] = 1 - q; d.pad[2] = p; d.pad[3] = q;
+    d.no_bias = 1;
+    SDQ__TRY(sdq__ly_create(ctx, &d, 1, out));
+    (*out)->spreads = 1;
+    (*out)->quant = l->quant;
+    (*out)->quant.range = sdq__ly_range(l);
+    sdq__ly_set_parts(*out);
+    part = &(*out)->part[0];
+    part->seen = l->part[0].seen;
+    part->z = l->part[0].z;
+    if (!ctx->dry) sdq_f32(&part->s)[0] = sdq_f32(&l->part[0].s)[0];
+    return SDQ_OK;
+}
+
+typedef struct sdq__fold {
+    const struct sdq__kernels *k;
+    const float *w;
+    float *dst;
+    size_t in, p, q;
+} sdq__fold;
+
+/* Output channel o of w[out][3][3][in] -> dst[out][2][2][in]. */
+static void sdq__ly_fold_task(void *arg, size_t o, int thread) {
+    const sdq__fold *f = (const sdq__fold *)arg;
+    float *dst = f->dst + o * 4 * f->in;
+    size_t a, b;
+    (void)thread;
+    memset(dst, 0, 4 * f->in * sizeof *dst);
+    for (a = 0; a < 3; a++)
+        for (b = 0; b < 3; b++) {
+            float *to = dst + ((a + 1 - f->p) / 2 * 2 + (b + 1 - f->q) / 2) * f->in;
+            f->k->add(to, to, f->w + (o * 9 + a * 3 + b) * f->in, f->in);
+        }
+}
+
+/* All four of them or none. */
+static sdq_status sdq__ly_set_phases(sdq_ctx *ctx, sdq_layer *l, const float *w) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    sdq__fold f;
+    size_t i;
+    f.k = ctx->k; f.w = w; f.in = l->in;
+    f.dst = SDQ__PUSH_N(ctx, float, l->out * 4 * l->in);
+    for (i = 0; i < 4 && ctx->status == SDQ_OK; i++) {
+        const int8_t *q = NULL;
+        f.p = i / 2;
+        f.q = i % 2;
+        if (sdq__ly_phase(ctx, l, (int)f.p, (int)f.q, &l->phase[i]) != SDQ_OK) break;
+        sdq__par_for(ctx, l->out, sdq__ly_fold_task, &f);
+        if (sdq__ly_weight_scales(ctx, l->phase[i], f.dst) == SDQ_OK)
+            q = sdq__ly_quantize_weights(ctx, l->phase[i], f.dst);
+        if (q) (void)sdq__ly_set_int8(ctx, l->phase[i], q);
+    }
+    sdq_arena_release(ctx, mark);
+    if (ctx->status == SDQ_OK) {
+        sdq__ly_drop_weights(ctx, l);
+        return SDQ_OK;
+    }
+    for (i = 0; i < 4; i++) {
+        sdq_layer_free(ctx, l->phase[i]);
+        l->phase[i] = NULL;
+    }
+    return ctx->status;
 }
 
 SDQ_API sdq_status sdq_layer_convert(sdq_ctx *ctx, sdq_layer *l) {
@@ -6901,9 +7114,13 @@ SDQ_API sdq_status sdq_layer_convert(sdq_ctx *ctx, sdq_layer *l) {
                          l->name);
     sdq__ly_follow(l);
     w = sdq__ly_weights(ctx, l);
-    st = w ? sdq__ly_weight_scales(ctx, l, w) : ctx->status;
-    q = st == SDQ_OK ? sdq__ly_quantize_weights(ctx, l, w) : NULL;
-    if (q) st = sdq__ly_set_int8(ctx, l, q);
+    if (l->upsamples) {
+        st = w ? sdq__ly_set_phases(ctx, l, w) : ctx->status;
+    } else {
+        st = w ? sdq__ly_weight_scales(ctx, l, w) : ctx->status;
+        q = st == SDQ_OK ? sdq__ly_quantize_weights(ctx, l, w) : NULL;
+        if (q) st = sdq__ly_set_int8(ctx, l, q);
+    }
     sdq_arena_release(ctx, mark);
     return st == SDQ_OK ? ctx->status : st;
 }
@@ -12828,6 +13045,40 @@ static sdq_tensor *sdq__md_normalize(sdq_ctx *ctx, const sdq__norm *n, sdq_tenso
     return sdq_group_norm(ctx, x, n->gamma, n->beta, n->groups, n->eps, silu);
 }
 
+/* A group norm as y = a x + b, each [entries][c]. */
+typedef struct sdq__md_affine { float *a, *b; } sdq__md_affine;
+
+static int sdq__md_stats(sdq_ctx *ctx, const sdq__norm *n, const sdq_tensor *x,
+                         sdq__md_affine *out) {
+    const size_t groups = (size_t)n->groups, entries = sdq__t_entries(x);
+    const size_t count = entries * sdq__t_chan(x);
+    sdq_mark mark;
+    float *mean, *rstd, *mc;
+    sdq__gn w;
+    sdq__op_gn_begin(ctx, &w, x, 1);
+    out->a = SDQ__PUSH_N(ctx, float, count);
+    out->b = SDQ__PUSH_N(ctx, float, count);
+    mark = sdq_arena_mark(ctx);
+    mean = SDQ__PUSH_N(ctx, float, entries * groups);
+    rstd = SDQ__PUSH_N(ctx, float, entries * groups);
+    mc = SDQ__PUSH_N(ctx, float, count);
+    w.part = SDQ__PUSH_N(ctx, float, w.chunks * count);
+    if (ctx->status != SDQ_OK) return 0;
+    sdq__op_gn_stats(ctx, &w, groups, n->eps, sdq_f32(n->gamma), sdq_f32(n->beta), mean, rstd,
+                     out->a, out->b, mc);
+    sdq_arena_release(ctx, mark);
+    return 1;
+}
+
+/* silu(group norm(x)) as layer l wants to read it: as bytes if it can. */
+static sdq_tensor *sdq__md_normalize_for(sdq_ctx *ctx, const sdq_layer *l, const sdq__norm *n,
+                                         sdq_tensor *x, sdq_mode mode) {
+    sdq__md_affine f;
+    if (!x || ctx->recording || !sdq__ly_takes_bytes(l, x, mode))
+        return sdq__md_normalize(ctx, n, x, 1);
+    return sdq__md_stats(ctx, n, x, &f) ? sdq__ly_affine(ctx, l, x, f.a, f.b) : NULL;
+}
+
 /* PyTorch starts a Linear or Conv2d with U(-v,v), v = sqrt(3) gain / sqrt(fan in), and
  * gain = sqrt(2 / (1 + 5)) (He et al. 2015 with slope sqrt(5)); its bias with 1/sqrt(fan in). */
 static void sdq__md_layer_params(sdq__builder *b, const char *name, const sdq_layer_desc *d,
@@ -12962,10 +13213,10 @@ static sdq_tensor *sdq__bk_resnet(sdq_ctx *ctx, const sdq__resnet *r, sdq_tensor
                                   sdq_tensor *time, sdq_mode mode) {
     const sdq_mark mark = sdq_arena_mark(ctx);
     sdq_tensor *h, *shortcut;
-    h = sdq__md_normalize(ctx, &r->norm1, x, 1);
+    h = sdq__md_normalize_for(ctx, r->conv1, &r->norm1, x, mode);
     h = sdq__keep(ctx, mark, sdq_layer_forward(ctx, r->conv1, h, NULL, mode));
     if (r->time) h = sdq_add_vector(ctx, h, time);
-    h = sdq__keep(ctx, mark, sdq__md_normalize(ctx, &r->norm2, h, 1));
+    h = sdq__keep(ctx, mark, sdq__md_normalize_for(ctx, r->conv2, &r->norm2, h, mode));
     shortcut = r->shortcut ? sdq_layer_forward(ctx, r->shortcut, x, NULL, mode) : x;
     return sdq__keep(ctx, mark, sdq_layer_forward(ctx, r->conv2, h, shortcut, mode));
 }
@@ -13999,6 +14250,7 @@ static void sdq__va_level_build(sdq__builder *b, const sdq__va_plan *p, sdq__vae
         l->resample = sdq__md_conv3(b, "upsamplers.0.conv", out, out, 1, 1);
     else if (i + 1 < p->levels)
         l->resample = sdq__md_conv3(b, "downsamplers.0.conv", out, out, 2, 0);
+    if (l->resample && up) sdq__ly_set_upsamples(l->resample);
     sdq__md_leave(b, at);
 }
 
@@ -14093,14 +14345,13 @@ static sdq_tensor *sdq__va_mid(sdq_ctx *ctx, const sdq__vae_half *v, sdq_tensor 
     return sdq__keep(ctx, mark, sdq__bk_resnet(ctx, &v->mid.resnet[1], x, NULL, mode));
 }
 
-static sdq_tensor *sdq__va_level(sdq_ctx *ctx, const sdq__level *l, sdq_tensor *x, int up,
+static sdq_tensor *sdq__va_level(sdq_ctx *ctx, const sdq__level *l, sdq_tensor *x,
                                  sdq_mode mode) {
     const sdq_mark mark = sdq_arena_mark(ctx);
     size_t j;
     for (j = 0; j < l->count; j++)
         x = sdq__keep(ctx, mark, sdq__bk_resnet(ctx, &l->resnet[j], x, NULL, mode));
     if (!l->resample || !x) return x;
-    if (up) x = sdq_upsample(ctx, x, 2 * x->dim[1], 2 * x->dim[2]);
     return sdq__keep(ctx, mark, sdq_layer_forward(ctx, l->resample, x, NULL, mode));
 }
 
@@ -14126,7 +14377,7 @@ SDQ_API sdq_tensor *sdq_vae_encode(sdq_ctx *ctx, const sdq_model *m, sdq_tensor 
     v = &m->vae->encoder;
     x = sdq_layer_forward(ctx, v->conv_in, image, NULL, mode);
     for (i = 0; i < m->vae->levels; i++)
-        x = sdq__keep(ctx, mark, sdq__va_level(ctx, &v->level[i], x, 0, mode));
+        x = sdq__keep(ctx, mark, sdq__va_level(ctx, &v->level[i], x, mode));
     x = sdq__keep(ctx, mark, sdq__va_mid(ctx, v, x, mode));
     x = sdq__va_out(ctx, v, x, mode);
     if (v->quant) x = sdq_layer_forward(ctx, v->quant, x, NULL, mode);
@@ -14186,36 +14437,15 @@ static int sdq__va_put(const sdq_ctx *ctx, float *y, const sdq_tensor *t, const 
     return t != NULL;
 }
 
-/* A group norm of a whole picture as y = a x + b. */
-typedef struct sdq__va_affine { float *a, *b; } sdq__va_affine;
-
-static int sdq__va_stats(sdq_ctx *ctx, const sdq__norm *n, const sdq_tensor *x,
-                         sdq__va_affine *out) {
-    const size_t c = sdq__t_chan(x), groups = (size_t)n->groups;
-    sdq_mark mark;
-    float *mean, *rstd, *mc;
-    sdq__gn w;
-    sdq__op_gn_begin(ctx, &w, x, 1);
-    out->a = SDQ__PUSH_N(ctx, float, c);
-    out->b = SDQ__PUSH_N(ctx, float, c);
-    mark = sdq_arena_mark(ctx);
-    mean = SDQ__PUSH_N(ctx, float, groups);
-    rstd = SDQ__PUSH_N(ctx, float, groups);
-    mc = SDQ__PUSH_N(ctx, float, c);
-    w.part = SDQ__PUSH_N(ctx, float, w.chunks * c);
-    if (ctx->status != SDQ_OK) return 0;
-    sdq__op_gn_stats(ctx, &w, groups, n->eps, sdq_f32(n->gamma), sdq_f32(n->beta), mean, rstd,
-                     out->a, out->b, mc);
-    sdq_arena_release(ctx, mark);
-    return 1;
-}
-
-/* Rows first..last of x, normalized and through SiLU. */
-static sdq_tensor *sdq__va_normed(sdq_ctx *ctx, const sdq_tensor *x, const sdq__va_band *b,
-                                  const sdq__va_affine *f) {
+/* Rows first..last of x, normalized and through SiLU, for layer l. */
+static sdq_tensor *sdq__va_normed(sdq_ctx *ctx, const sdq_layer *l, const sdq_tensor *x,
+                                  const sdq__va_band *b, const sdq__md_affine *f, sdq_mode mode) {
     const sdq_tensor *rows = sdq__va_rows(ctx, x, b->first, b->last);
-    sdq_tensor *y = rows ? sdq__t_like(ctx, rows) : NULL;
+    const int bytes = rows && sdq__ly_takes_bytes(l, rows, mode);
+    sdq_tensor *y = bytes ? sdq__ly_affine(ctx, l, rows, f->a, f->b)
+                  : rows ? sdq__t_like(ctx, rows) : NULL;
     sdq__gn w;
+    if (bytes) return y;
     if (!y) return NULL;
     sdq__op_gn_begin(ctx, &w, rows, 1);
     sdq__op_gn_apply(ctx, &w, f->a, f->b, y);
@@ -14225,13 +14455,13 @@ static sdq_tensor *sdq__va_normed(sdq_ctx *ctx, const sdq_tensor *x, const sdq__
 /* layer(silu(norm(x))) to y. */
 static int sdq__va_band_layer(sdq_ctx *ctx, const sdq__norm *n, sdq_layer *l, const sdq_tensor *x,
                               float *y, size_t bytes, sdq_mode mode) {
-    sdq__va_affine f;
+    sdq__md_affine f;
     sdq__va_band b;
-    int ok = sdq__va_stats(ctx, n, x, &f);
+    int ok = sdq__md_stats(ctx, n, x, &f);
     for (b.to = 0; ok && sdq__va_cut(x, 1, bytes, &b);) {
         const sdq_mark mark = sdq_arena_mark(ctx);
-        ok = sdq__va_put(ctx, y, sdq_layer_forward(ctx, l, sdq__va_normed(ctx, x, &b, &f), NULL,
-                                                   mode), &b);
+        sdq_tensor *t = sdq__va_normed(ctx, l, x, &b, &f, mode);
+        ok = sdq__va_put(ctx, y, sdq_layer_forward(ctx, l, t, NULL, mode), &b);
         sdq_arena_release(ctx, mark);
     }
     return ok;
@@ -14242,14 +14472,14 @@ static sdq_tensor *sdq__va_band_resnet(sdq_ctx *ctx, const sdq__resnet *r, sdq_t
                                        size_t bytes, sdq_mode mode) {
     const sdq_mark mark = sdq_arena_mark(ctx);
     sdq_tensor *h = sdq__t_chans(ctx, x, r->out);
-    sdq__va_affine f;
+    sdq__md_affine f;
     sdq__va_band b;
     int ok = h && sdq__va_band_layer(ctx, &r->norm1, r->conv1, x, sdq_f32(h), bytes,
                                      mode)
-          && sdq__va_stats(ctx, &r->norm2, h, &f);
+          && sdq__md_stats(ctx, &r->norm2, h, &f);
     for (b.to = 0; ok && sdq__va_cut(h, 1, bytes, &b);) {
         const sdq_mark inner = sdq_arena_mark(ctx);
-        sdq_tensor *t = sdq__va_normed(ctx, h, &b, &f);
+        sdq_tensor *t = sdq__va_normed(ctx, r->conv2, h, &b, &f, mode);
         /* the rows before b.from have been replaced: what they become here is not wanted */
         sdq_tensor *res = sdq__va_rows(ctx, x, b.first, b.last);
         if (r->shortcut) res = sdq_layer_forward(ctx, r->shortcut, res, NULL, mode);
@@ -14270,7 +14500,6 @@ static sdq_tensor *sdq__va_band_up(sdq_ctx *ctx, sdq_layer *l, const sdq_tensor 
     for (b.to = 0; ok && sdq__va_cut(x, 2, bytes, &b);) {
         const sdq_mark mark = sdq_arena_mark(ctx);
         sdq_tensor *t = sdq__va_rows(ctx, x, b.first / 2, b.last / 2);
-        if (t) t = sdq_upsample(ctx, t, 2 * t->dim[1], 2 * t->dim[2]);
         ok = sdq__va_put(ctx, sdq_f32(y), sdq_layer_forward(ctx, l, t, NULL, mode), &b);
         sdq_arena_release(ctx, mark);
     }
@@ -14305,7 +14534,8 @@ static int sdq__va_bands_fit(sdq_ctx *ctx, const sdq_model *m, const sdq_tensor 
     for (i = 0; mode == SDQ_INT8 && i < m->layers; i++) {
         const sdq_layer *l = m->layer[i];
         const sdq_range range = sdq__ly_range(l);
-        if (!l->part[0].w.b || range == SDQ_RANGE_POSITION || range == SDQ_RANGE_BLOCK) continue;
+        if (!sdq__ly_is_int8(l) || range == SDQ_RANGE_POSITION || range == SDQ_RANGE_BLOCK)
+            continue;
         sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "sdq_vae_decode_tiled: layer %s has one range for the "
                   "whole picture; use ranges per position or block", l->name);
         return 0;
@@ -14325,7 +14555,7 @@ static sdq_tensor *sdq__va_decode(sdq_ctx *ctx, const sdq_model *m, sdq_tensor *
     x = sdq__keep(ctx, mark, sdq__va_mid(ctx, v, x, mode));
     for (i = 0; i < m->vae->levels; i++)
         x = bytes ? sdq__va_band_level(ctx, &v->level[i], x, mark, bytes, mode)
-                  : sdq__keep(ctx, mark, sdq__va_level(ctx, &v->level[i], x, 1, mode));
+                  : sdq__keep(ctx, mark, sdq__va_level(ctx, &v->level[i], x, mode));
     x = bytes ? sdq__va_band_out(ctx, v, x, bytes, mode) : sdq__va_out(ctx, v, x, mode);
     return sdq__keep(ctx, mark, x);
 }
@@ -18241,7 +18471,7 @@ static void sdq__cv_layer(sdq__cv_out *o, const sdq_layer *l) {
     sdq__cv_meta(o, sdq__cv_text(o->ctx, "sdq.layer.", l->name), text);
 }
 
-static int sdq__cv_is_int8(const sdq_layer *l) { return l && l->part[0].w.b != NULL; }
+static int sdq__cv_is_int8(const sdq_layer *l) { return l && sdq__ly_is_int8(l); }
 
 static void sdq__cv_param(sdq__cv_out *o, const sdq__param *p) {
     const int packed = p->rank > 1 && p->layer && sdq__ly_frozen(p->layer);
@@ -18280,6 +18510,7 @@ SDQ_API sdq_status sdq_model_save_int8(sdq_ctx *ctx, const sdq_model *m, const c
     uint64_t hash = 0;
     sdq_status st;
     size_t i;
+    if (!sdq__md_is(ctx, "sdq_model_save_int8", m, SDQ_PART_UNET)) return ctx->status;
     memset(&o, 0, sizeof o);
     o.ctx = ctx;
     o.entry = SDQ__PUSH_N(ctx, sdq_entry, m->params + 5 * m->layers);

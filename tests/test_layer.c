@@ -1466,6 +1466,178 @@ static void test_winograd(int tier) {
     for (i = 0; i < sizeof cases_ / sizeof cases_[0]; i++) winograd_once(tier, &cases_[i]);
 }
 
+/* ---- a convolution of the upsampled input ---- */
+
+typedef struct up_case { size_t n, h, w, in, out; sdq_range range; } up_case;
+
+/* x as the layer sees it: quantized by the range of each pixel, block of channels or picture, or
+ * the one observed, and back. */
+static float *up_input(const up_case *c, const float *x) {
+    const size_t all = c->n * c->h * c->w * c->in;
+    const size_t len = c->range == SDQ_RANGE_STATIC ? all
+                     : c->range == SDQ_RANGE_PICTURE ? all / c->n : c->in;
+    const size_t step = c->range == SDQ_RANGE_BLOCK ? 32 : len;
+    float *y = (float *)room(all, sizeof *y);
+    size_t row, i, j;
+    for (row = 0; row < all; row += len)
+        for (i = 0; i < len; i += step) {
+            const size_t end = row + (i + step < len ? i + step : len);
+            float mn = INFINITY, mx = -INFINITY, s;
+            int32_t z;
+            for (j = row + i; j < end; j++) { mn = fminf(mn, x[j]); mx = fmaxf(mx, x[j]); }
+            oracle_scale(mn, mx, &s, &z);
+            for (j = row + i; j < end; j++) {
+                const float q = nearbyintf(x[j] * (1.0f / s)) + (float)z;
+                y[j] = ((q < 0 ? 0 : q > 255 ? 255 : q) - (float)z) * s;
+            }
+        }
+    return y;
+}
+
+/* The weights of result row Y, column X, channel o: those of taps that read the same pixel are
+ * summed, then quantized with one scale: w[2][2][in]. The first row read is (Y + 1) / 2 - 1. */
+static void up_weights(const up_case *c, const float *weights, size_t Y, size_t X, size_t o,
+                       float *w) {
+    const size_t y0 = (Y + 1) / 2, x0 = (X + 1) / 2;
+    float most = 0, s;
+    size_t a, b, i;
+    memset(w, 0, 4 * c->in * sizeof *w);
+    for (a = 0; a < 3; a++)
+        for (b = 0; b < 3; b++)
+            for (i = 0; i < c->in; i++)
+                w[(((Y + a + 1) / 2 - y0) * 2 + (X + b + 1) / 2 - x0) * c->in + i] +=
+                    weights[((o * 3 + a) * 3 + b) * c->in + i];
+    for (i = 0; i < 4 * c->in; i++) most = fmaxf(most, fabsf(w[i]));
+    s = most / 127.5f;
+    for (i = 0; i < 4 * c->in; i++) {
+        const float q = nearbyintf(w[i] * (1.0f / s));
+        w[i] = (q < -128 ? -128 : q > 127 ? 127 : q) * s;
+    }
+}
+
+/* Result (Y,X,o) of entry e: taps of the upsampled picture, zeros around it. */
+static double up_result(const up_case *c, const float *x, const float *w, size_t e, size_t Y,
+                        size_t X) {
+    double sum = 0;
+    size_t a, b, i;
+    for (a = 0; a < 2; a++)
+        for (b = 0; b < 2; b++) {
+            const size_t y = (Y + 1) / 2 + a, u = (X + 1) / 2 + b;  /* one too large */
+            if (y < 1 || y > c->h || u < 1 || u > c->w) continue;
+            for (i = 0; i < c->in; i++)
+                sum += (double)x[((e * c->h + y - 1) * c->w + u - 1) * c->in + i]
+                     * (double)w[(a * 2 + b) * c->in + i];
+        }
+    return sum;
+}
+
+static sdq_layer *up_layer(sdq_ctx *ctx, const up_case *c, const float *w, const float *b,
+                           int upsamples) {
+    sdq_layer_desc d;
+    sdq_layer *l;
+    sdq_quant q;
+    memset(&d, 0, sizeof d);
+    d.name = "up";
+    d.in = c->in; d.out = c->out; d.kernel = 3;
+    d.pad[0] = d.pad[1] = d.pad[2] = d.pad[3] = 1;
+    if (sdq_layer_create(ctx, &d, &l) != SDQ_OK) exit(2);
+    if (upsamples) sdq__ly_set_upsamples(l);
+    memcpy(l->w.data, w, c->out * 9 * c->in * 4);
+    memcpy(l->b.data, b, c->out * 4);
+    q = sdq_layer_quant(l);
+    q.range = c->range;
+    SDQT_CHECK(sdq_layer_set_quant(ctx, l, &q) == SDQ_OK);
+    return l;
+}
+
+/* What it cannot do, said in a sentence. */
+static void up_refuses(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *x, sdq_tensor *y, int converted) {
+    sdq_quant q = sdq_layer_quant(l);
+    SDQT_CHECK(!sdq_layer_forward(ctx, l, x, NULL, SDQ_FAKE)
+               && strstr(sdq_error_text(ctx), "layer up: upsamples its input; there is no FAKE"));
+    sdq_clear_error(ctx);
+    SDQT_CHECK(!sdq_layer_forward(ctx, l, x, y, SDQ_INT8)
+               && strstr(sdq_error_text(ctx), "no residual"));
+    sdq_clear_error(ctx);
+    if (converted) {
+        SDQT_CHECK(!sdq_layer_forward(ctx, l, x, NULL, SDQ_FLOAT)
+                   && strstr(sdq_error_text(ctx), "float weights are gone"));
+        sdq_clear_error(ctx);
+        SDQT_CHECK(sdq_layer_set_quant(ctx, l, &q) == SDQ_ERR_ARGUMENT);
+    } else {
+        SDQT_CHECK(!sdq_layer_forward(ctx, l, x, NULL, SDQ_INT8)
+                   && strstr(sdq_error_text(ctx), "convert"));
+        sdq_clear_error(ctx);
+        q.split = 1;
+        SDQT_CHECK(sdq_layer_set_quant(ctx, l, &q) == SDQ_ERR_ARGUMENT);
+    }
+    sdq_clear_error(ctx);
+}
+
+static void up_compare(const up_case *c, const float *x, const float *w, const float *b,
+                       const float *y) {
+    float *xh = up_input(c, x), *wh = (float *)room(4 * c->in, sizeof *wh);
+    double most = 0, error = 0;
+    size_t e, o, Y, X;
+    for (o = 0; o < c->out; o++)
+        for (Y = 0; Y < 2 * c->h; Y++)
+            for (X = 0; X < 2 * c->w; X++) {
+                up_weights(c, w, Y, X, o, wh);
+                for (e = 0; e < c->n; e++) {
+                    const double is = (double)y[((e * 2 * c->h + Y) * 2 * c->w + X) * c->out + o];
+                    const double want = up_result(c, xh, wh, e, Y, X) + (double)b[o];
+                    most = fmax(most, fabs(want));
+                    error = fmax(error, fabs(is - want));
+                }
+            }
+    SDQT_THAT(error < 2e-6 * most, "[%zu,%zu,%zu,%zu] -> %zu, range %d: error %g of %g", c->n, c->h,
+              c->w, c->in, c->out, (int)c->range, error, most);
+    free(xh);
+    free(wh);
+}
+
+static void test_upsamples(int tier) {
+    static const up_case cases_[] = {{1, 1, 1, 5, 3, SDQ_RANGE_POSITION},
+                                     {2, 5, 7, 36, 33, SDQ_RANGE_POSITION},
+                                     {1, 3, 26, 70, 40, SDQ_RANGE_BLOCK},
+                                     {2, 6, 1, 7, 65, SDQ_RANGE_PICTURE},
+                                     {2, 1, 9, 4, 34, SDQ_RANGE_STATIC},
+                                     {1, 17, 19, 8, 70, SDQ_RANGE_POSITION}};
+    size_t i;
+    for (i = 0; i < sizeof cases_ / sizeof cases_[0]; i++) {
+        const up_case *c = &cases_[i];
+        const size_t count = c->n * c->h * c->w * c->in, most = 4 * c->n * c->h * c->w * c->out;
+        float *x = some(count, 1.0f), *w = some(c->out * 9 * c->in, 0.2f), *b = some(c->out, 1.0f);
+        float *first = NULL;
+        int threads;
+        for (threads = 1; threads <= 3; threads += 2) {     /* this tier, and the scalar one */
+            sdq_ctx *ctx = sdqt_ctx(threads == 1 ? tier : SDQ_TIER_SCALAR, threads);
+            sdq_layer *l = up_layer(ctx, c, w, b, 1), *plain = up_layer(ctx, c, w, b, 0);
+            sdq_tensor *t = sdq_tensor_4d(ctx, c->n, c->h, c->w, c->in), *y, *z;
+            memcpy(t->data, x, count * 4);
+            sdq_layer_observe(l, 1);
+            y = sdq_layer_forward(ctx, l, t, NULL, SDQ_FLOAT);
+            sdq_layer_observe(l, 0);
+            z = sdq_layer_forward(ctx, plain, sdq_upsample(ctx, t, 2 * c->h, 2 * c->w), NULL,
+                                  SDQ_FLOAT);
+            SDQT_CHECK(y && z && sdq__t_same(y, z) && memcmp(y->data, z->data, most * 4) == 0);
+            up_refuses(ctx, l, t, z, 0);
+            SDQT_CHECK(sdq_layer_convert(ctx, l) == SDQ_OK && !sdq_layer_weight(l));
+            up_refuses(ctx, l, t, z, 1);
+            y = sdq_layer_forward(ctx, l, t, NULL, SDQ_INT8);
+            if (SDQT_THAT(y && sdq__t_same(y, z), "case %zu: %s", i, sdq_error_text(ctx))) {
+                if (threads == 1) up_compare(c, x, w, b, sdq_f32(y));
+                if (first) SDQT_BYTES(first, y->data, most * 4);
+                else first = (float *)memcpy(room(most, 4), y->data, most * 4);
+            }
+            sdq_layer_free(ctx, l);
+            sdq_layer_free(ctx, plain);
+            sdq_ctx_free(ctx);
+        }
+        free(first); free(x); free(w); free(b);
+    }
+}
+
 static const sdqt_case cases[] = {
     {"exact", test_exact, 1},
     {"exact_shapes", test_exact_shapes, 1},
@@ -1482,5 +1654,6 @@ static const sdqt_case cases[] = {
     {"arguments", test_arguments, 0},
     {"no_memory", test_no_memory, 0},
     {"winograd", test_winograd, 1},
+    {"upsamples", test_upsamples, 1},
 };
 int main(int argc, char **argv) { return SDQT_MAIN(argc, argv, cases); }

@@ -1207,6 +1207,8 @@ static void test_vae_bands_refused(int tier) {
     SDQT_CHECK(!sdq_vae_decode_tiled(ctx, vae, z, SDQ_INT8)
                && strstr(sdq_error_text(ctx), "one range for the whole picture"));
     sdq_clear_error(ctx);
+    SDQT_CHECK(sdq_model_save_int8(ctx, vae, "build/refused", NULL, NULL) == SDQ_ERR_ARGUMENT);
+    sdq_clear_error(ctx);
     sdq_model_free(ctx, vae);
     sdq_ctx_free(ctx);
 }
