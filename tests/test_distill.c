@@ -516,7 +516,7 @@ static void delta_of(sdq_ctx *ctx, int kernel, sdq_range range) {
         SDQT_CHECK(sdq_layer_set_quant(ctx, l[j], &q) == SDQ_OK);
     }
     for (i = 0; i < out * k; i++) sdq_f32(&l[0]->w)[i] = sdq_f32(&l[1]->w)[i] = sdqt_normal();
-    if (kernel == 3) SDQT_CHECK(sdq__ly_freeze(ctx, l[1], 0) == SDQ_OK);
+    if (kernel == 3) SDQT_CHECK(sdq__ly_freeze(ctx, l[1]) == SDQ_OK);
     sdq_rng_init(&rng, SDQ_RNG_TORCH, 3);
     SDQT_CHECK(sdq__ly_new_delta(ctx, l[1], RANK, &rng) == SDQ_OK);
     for (j = 0; j < 2; j++) {
