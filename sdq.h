@@ -73,8 +73,9 @@
  *       SDQ_FAKE    the int8 forward on weights quantized at this moment; the float weights stay
  *                   and get straight-through gradients. For calibration and training.
  *       SDQ_INT8    packed int8 weights, input quantized on the fly, int32 sums, float results
- *     FAKE runs the int8 kernels, so FAKE and INT8 are equal to the bit and converting changes no
- *     number.
+ *     FAKE runs the int8 kernels, so FAKE and INT8 are equal to the bit: converting a layer changes
+ *     no number. Converting a network also rounds the weights of the layers that stay float to
+ *     halves (sdq_model_convert); from then on the network in memory and its file are equal.
  *
  * Drawing
  *     sdq_pipeline_load reads a diffusers folder (tokenizer/, text_encoder/, unet/, vae/,
@@ -1549,7 +1550,11 @@ SDQ_API sdq_tensor *sdq_distill_task_loss(sdq_ctx *ctx, void *task, sdq_rng *rng
 SDQ_API sdq_status sdq_optim_add_student(sdq_ctx *ctx, sdq_optim *optim, sdq_model *unet,
                                          const sdq_recipe *recipe, float scale_lr);
 
-/* Convert every quantized layer to packed int8; float weights of these layers are dropped. */
+/* Convert every quantized layer to packed int8; float weights of these layers are dropped. Those of
+ * the other layers become halves, as the file will have them: rounded half to even, where the
+ * largest of a layer is a normal half, 2^-14 to 65504. So none moves by more than 2^-11 of the
+ * largest; where that can not be had they stay as they are, and F32 in the file. What came from F16
+ * does not change at all. Biases and norms stay F32. */
 SDQ_API sdq_status sdq_model_convert(sdq_ctx *ctx, sdq_model *unet);
 /* Give up training: weights are packed for the float kernels, one copy stays. */
 SDQ_API sdq_status sdq_model_freeze(sdq_ctx *ctx, sdq_model *model);
@@ -5900,7 +5905,7 @@ static sdq_status sdq__ly_new_packed(sdq_ctx *ctx, sdq_layer *l, int halves) {
     const size_t count = sdq__gemm_packed_count(l->out, sdq__ly_k(l));
     if (halves) l->wh = SDQ__NEW_N(ctx, uint16_t, count);
     else l->wp = SDQ__NEW_N(ctx, float, count);
-    return sdq__ly_frozen(l) ? SDQ_OK : ctx->status;
+    return ctx->status;
 }
 /* Panel p of them from its rows [out][k], floats or halves. */
 static void sdq__ly_pack_panel(sdq_layer *l, size_t p, const void *rows) {
@@ -18121,15 +18126,47 @@ SDQ_API sdq_status sdq_optim_add_student(sdq_ctx *ctx, sdq_optim *o, sdq_model *
  *                      byte i, two's complement, a half without a channel 0
  *   NAME.weight_group  U8 [out,kh,kw,groups]: the multipliers 1..16; the int8 weight is the product
  * The int8 network in memory is the same size: packed files are expanded when they are loaded.
- * Everything else is stored under its diffusers name and shape, F16 where that is exact, else F32.
+ * Everything else is stored under its diffusers name and shape: vectors as F32, weights as F16 where
+ * that is exact, as it is after sdq_model_convert unless they are very large or small, else as F32.
  * The metadata: sdq.config (config.json of the UNet), sdq.layer.NAME ("range=R split=N", with 4
  * bits " bits=4 group=N" behind it), sdq.recipe, sdq.schedule, sdq.attention ("int8", "int16", or
  * missing: float), sdq.source (hash of the float UNet's weights), sdq.hash (of all else).
  * ======================================================================== */
 
+/* The largest number is a normal half; one that rounds to infinity and NaN are not. */
+static int sdq__cv_half_range(const float *x, size_t n) {
+    float largest = 0.0f;
+    size_t i;
+    for (i = 0; i < n; i++) {
+        if (!(fabsf(x[i]) < 65520.0f)) return 0;
+        largest = fmaxf(largest, fabsf(x[i]));
+    }
+    return largest >= 1.0f / 16384.0f;
+}
+/* The weights of a float layer as halves, packed or not, where they are in range. */
+static sdq_status sdq__cv_to_halves(sdq_ctx *ctx, sdq_layer *l) {
+    float *w = l->w.data ? sdq_f32(&l->w) : l->wp;
+    const size_t k = sdq__ly_k(l);
+    const size_t n = l->w.data ? l->out * k : sdq__gemm_packed_count(l->out, k);
+    size_t i;
+    if (!w || !sdq__cv_half_range(w, n)) return SDQ_OK;
+    if (l->wp) SDQ__TRY(sdq__ly_new_packed(ctx, l, 1));
+    for (i = 0; i < n; i++) {
+        const uint16_t half = sdq__u_to_f16(w[i]);
+        if (l->wh) l->wh[i] = half;
+        else w[i] = sdq__u_from_f16(half);
+    }
+    sdq__free(ctx, l->wp);
+    l->wp = NULL;
+    return SDQ_OK;
+}
+
 SDQ_API sdq_status sdq_model_convert(sdq_ctx *ctx, sdq_model *m) {
     size_t i;
-    for (i = 0; i < m->layers; i++) SDQ__TRY(sdq_layer_convert(ctx, m->layer[i]));
+    for (i = 0; i < m->layers; i++) {
+        SDQ__TRY(sdq_layer_convert(ctx, m->layer[i]));
+        SDQ__TRY(sdq__cv_to_halves(ctx, m->layer[i]));
+    }
     return SDQ_OK;
 }
 
