@@ -73,8 +73,9 @@
  *       SDQ_FAKE    the int8 forward on weights quantized at this moment; the float weights stay
  *                   and get straight-through gradients. For calibration and training.
  *       SDQ_INT8    packed int8 weights, input quantized on the fly, int32 sums, float results
- *     FAKE runs the int8 kernels, so FAKE and INT8 are equal to the bit and converting changes no
- *     number.
+ *     FAKE runs the int8 kernels, so FAKE and INT8 are equal to the bit: converting a layer changes
+ *     no number. Converting a network also rounds the weights of the layers that stay float to
+ *     halves (sdq_model_convert); from then on the network in memory and its file are equal.
  *
  * Drawing
  *     sdq_pipeline_load reads a diffusers folder (tokenizer/, text_encoder/, unet/, vae/,
@@ -1549,7 +1550,11 @@ SDQ_API sdq_tensor *sdq_distill_task_loss(sdq_ctx *ctx, void *task, sdq_rng *rng
 SDQ_API sdq_status sdq_optim_add_student(sdq_ctx *ctx, sdq_optim *optim, sdq_model *unet,
                                          const sdq_recipe *recipe, float scale_lr);
 
-/* Convert every quantized layer to packed int8; float weights of these layers are dropped. */
+/* Convert every quantized layer to packed int8; float weights of these layers are dropped. Those of
+ * the other layers become halves, as the file will have them: rounded half to even, where the
+ * largest of a layer is a normal half, 2^-14 to 65504. So none moves by more than 2^-11 of the
+ * largest; where that can not be had they stay as they are, and F32 in the file. What came from F16
+ * does not change at all. Biases and norms stay F32. */
 SDQ_API sdq_status sdq_model_convert(sdq_ctx *ctx, sdq_model *unet);
 /* Give up training: weights are packed for the float kernels, one copy stays. */
 SDQ_API sdq_status sdq_model_freeze(sdq_ctx *ctx, sdq_model *model);
@@ -1727,29 +1732,52 @@ static uint64_t sdq__u_mix(uint64_t h, uint64_t word) {
 /* 64-bit hash of bytes, from a start value: words of 8 bytes (little endian, the last filled with
  * zeros) go into four lanes in turn, so that processors can overlap them; the lanes and the length
  * are joined at the end. A change within one word can not go unseen. No protection against malice.
- */
-static uint64_t sdq__u_hash(uint64_t h, const void *data, size_t n) {
+ * The bytes may come in pieces: all but the last of a multiple of 32. */
+typedef struct sdq__hash { uint64_t h, lane[4], tail[4], bytes; } sdq__hash;
+
+static sdq__hash sdq__u_hash_begin(uint64_t h) {
+    sdq__hash s;
+    size_t k;
+    memset(&s, 0, sizeof s);
+    s.h = h;
+    for (k = 0; k < 4; k++) s.lane[k] = h + k;
+    return s;
+}
+static uint64_t sdq__u_word(const unsigned char *p) { uint64_t w; memcpy(&w, p, 8); return w; }
+
+static void sdq__u_hash_add(sdq__hash *s, const void *data, size_t n) {
     const unsigned char *p = (const unsigned char *)data;
-    uint64_t lane[4], w[4] = {0, 0, 0, 0};
-    size_t i, k;
-    for (k = 0; k < 4; k++) lane[k] = h + k;
-    for (i = 0; i + 32 <= n; i += 32) {
-        memcpy(w, p + i, 32);
-        for (k = 0; k < 4; k++) lane[k] = sdq__u_mix(lane[k], w[k]);
+    uint64_t a = s->lane[0], b = s->lane[1], c = s->lane[2], d = s->lane[3];    /* registers */
+    SDQ_ASSERT(s->bytes % 32 == 0);
+    s->bytes += n;
+    for (; n >= 32; n -= 32, p += 32) {
+        a = sdq__u_mix(a, sdq__u_word(p));
+        b = sdq__u_mix(b, sdq__u_word(p + 8));
+        c = sdq__u_mix(c, sdq__u_word(p + 16));
+        d = sdq__u_mix(d, sdq__u_word(p + 24));
     }
-    memset(w, 0, sizeof w);
-    if (n > i) memcpy(w, p + i, n - i);
-    for (k = 0; k < 4; k++) h = sdq__u_mix(h, sdq__u_mix(lane[k], w[k]));
-    return sdq__u_mix(h, (uint64_t)n);
+    s->lane[0] = a; s->lane[1] = b; s->lane[2] = c; s->lane[3] = d;
+    if (n) memcpy(s->tail, p, n);
+}
+static uint64_t sdq__u_hash_end(const sdq__hash *s) {
+    uint64_t h = s->h;
+    size_t k;
+    for (k = 0; k < 4; k++) h = sdq__u_mix(h, sdq__u_mix(s->lane[k], s->tail[k]));
+    return sdq__u_mix(h, s->bytes);
+}
+static uint64_t sdq__u_hash(uint64_t h, const void *data, size_t n) {
+    sdq__hash s = sdq__u_hash_begin(h);
+    sdq__u_hash_add(&s, data, n);
+    return sdq__u_hash_end(&s);
 }
 
-/* The same over a name, a shape and the values; sums of these do not depend on an order. */
-static uint64_t sdq__u_hash_array(const char *name, size_t rank, const size_t *dim,
-                                  const void *data, size_t bytes) {
+/* The start of the hash of an array's values: its name and shape. Sums of such hashes do not
+ * depend on an order. */
+static sdq__hash sdq__u_hash_array(const char *name, size_t rank, const size_t *dim) {
     uint64_t h = sdq__u_hash(0, name, strlen(name));
     size_t i;
     for (i = 0; i < rank; i++) h = sdq__u_mix(h, (uint64_t)dim[i]);
-    return sdq__u_hash(sdq__u_mix(h, (uint64_t)rank), data, bytes);
+    return sdq__u_hash_begin(sdq__u_mix(h, (uint64_t)rank));
 }
 
 static size_t sdq__u_dtype_size(sdq_dtype d) {
@@ -1839,6 +1867,17 @@ static void sdq__mem_unmap(void *p, size_t bytes) {
 #endif
 }
 
+#define SDQ__HUGE ((size_t)1 << 22)     /* of one that is worth pages of 2 MiB */
+
+/* Such pages are touched with fewer faults and found with fewer misses. */
+static void sdq__mem_want_huge(void *p, size_t bytes) {
+#if SDQ__MMAP && defined(MADV_HUGEPAGE)
+    if (bytes >= SDQ__HUGE) (void)madvise(p, bytes, MADV_HUGEPAGE);
+#else
+    (void)p; (void)bytes;
+#endif
+}
+
 #define SDQ__HEAD 64        /* in front of a block: its mapped size, 0: malloc's. A cache line */
 
 /* The default allocator. malloc may keep what is freed, and a pipeline that loads one network after
@@ -1850,17 +1889,21 @@ static void *sdq__mem_malloc(void *user, size_t bytes) {
     if (bytes > SIZE_MAX - SDQ__HEAD) return NULL;
     bytes += SDQ__HEAD;
     if (bytes >= SDQ__LARGE) p = (char *)sdq__mem_map(bytes);
-    if (p) mapped = bytes;
+    if (p) sdq__mem_want_huge(p, mapped = bytes);
     else p = (char *)malloc(bytes);
     if (!p) return NULL;
     memcpy(p, &mapped, sizeof mapped);
     return p + SDQ__HEAD;
 }
+static size_t sdq__mem_mapped(const void *block) {
+    size_t mapped;
+    memcpy(&mapped, (const char *)block - SDQ__HEAD, sizeof mapped);
+    return mapped;
+}
 static void sdq__mem_release(void *user, void *block) {
     char *p = (char *)block - SDQ__HEAD;
-    size_t mapped;
+    const size_t mapped = sdq__mem_mapped(block);
     (void)user;
-    memcpy(&mapped, p, sizeof mapped);
     if (mapped) sdq__mem_unmap(p, mapped);
     else free(p);
 }
@@ -1920,6 +1963,11 @@ static void sdq__mem_note(sdq_ctx *ctx, size_t extra) {
                                                     - ctx->arena_size);
 }
 
+/* Whether a new block is of zeros as it is: mappings are, and dry runs must not touch theirs. */
+static int sdq__mem_is_zero(const sdq_ctx *ctx, const void *p) {
+    return ctx->dry || (ctx->desc.alloc == sdq__mem_malloc && sdq__mem_mapped(p));
+}
+
 /* count * size bytes of zeros; NULL and a sticky error when that is too much. */
 static void *sdq__alloc(sdq_ctx *ctx, size_t count, size_t size) {
     size_t bytes;
@@ -1931,7 +1979,7 @@ static void *sdq__alloc(sdq_ctx *ctx, size_t count, size_t size) {
         return NULL;
     }
     sdq__mem_note(ctx, 0);
-    if (!ctx->dry) memset(p, 0, bytes ? bytes : 1);     /* a dry block is of zeros as it is */
+    if (!sdq__mem_is_zero(ctx, p)) memset(p, 0, bytes ? bytes : 1);
     return p;
 }
 static void sdq__free(sdq_ctx *ctx, void *p) {
@@ -3829,35 +3877,40 @@ typedef struct sdq__qpack {
     size_t ldq, c0, c;
 } sdq__qpack;
 
-/* Column j of a panel, whose numbers begin at from: from[tap][ldq]. NULL: zeros. */
-static void sdq__qgemm_pack_column(const sdq__qpack *a, size_t panel, size_t j,
-                                   const int8_t *from) {
-    const sdq__qweight *w = a->w;
-    const size_t whole = a->c / 4, all = w->taps * w->quads;
-    int8_t *to = w->b + (panel * all * SDQ__NR + j) * 4;
-    int32_t *sum = w->sum + panel * w->segs * SDQ__NR + j;
-    size_t tap, k, l;
-    for (k = 0; k < w->segs; k++) sum[k * SDQ__NR] = 0;
-    for (tap = 0; tap < w->taps; tap++, to += w->quads * SDQ__NR * 4) {
-        const int8_t *row = from ? from + tap * a->ldq : NULL;
-        for (k = 0; k < w->quads; k++) {
-            int8_t quad[4] = {0, 0, 0, 0};
-            if (row && k < whole) memcpy(quad, row + 4 * k, 4);
-            for (l = 4 * k; row && k >= whole && l < a->c; l++) quad[l % 4] = row[l];
-            memcpy(to + k * SDQ__NR * 4, quad, 4);
-            sum[(tap * w->quads + k) / w->seg * SDQ__NR] += quad[0] + quad[1] + quad[2] + quad[3];
-        }
+/* Quads k.. of column j of a panel, n of them within a segment, from its numbers of a tap; returns
+ * their sum. */
+static int32_t sdq__qgemm_pack_quads(int8_t *to, const int8_t *from, size_t c, size_t k, size_t n) {
+    int32_t sum = 0;
+    size_t i, l;
+    for (i = k; i < k + n; i++) {
+        int8_t quad[4] = {0, 0, 0, 0};
+        if (4 * i + 4 <= c) memcpy(quad, from + 4 * i, 4);
+        else for (l = 4 * i; l < c; l++) quad[l % 4] = from[l];
+        memcpy(to + i * SDQ__NR * 4, quad, 4);
+        sum += quad[0] + quad[1] + quad[2] + quad[3];
     }
+    return sum;
 }
+/* Of blocks of 64 channels, which are a cache line, column after column. */
 static void sdq__qgemm_pack_task(void *arg, size_t panel, int thread) {
     const sdq__qpack *a = (const sdq__qpack *)arg;
-    size_t j;
+    const sdq__qweight *w = a->w;
+    const size_t columns = sdq__u_min(SDQ__NR, w->n - panel * SDQ__NR);
+    int8_t *to = w->b + panel * w->taps * w->quads * SDQ__NR * 4;
+    int32_t *sum = w->sum + panel * w->segs * SDQ__NR;
+    size_t tap, k, n, j;
     (void)thread;
-    for (j = 0; j < SDQ__NR; j++) {
-        const size_t oc = panel * SDQ__NR + j;
-        sdq__qgemm_pack_column(a, panel, j,
-                               oc < a->w->n ? a->q + oc * a->w->taps * a->ldq + a->c0 : NULL);
-    }
+    if (columns < SDQ__NR) memset(to, 0, w->taps * w->quads * SDQ__NR * 4);
+    memset(sum, 0, w->segs * SDQ__NR * sizeof *sum);
+    for (tap = 0; tap < w->taps; tap++, to += w->quads * SDQ__NR * 4)
+        for (k = 0; k < w->quads; k += n) {
+            const size_t seg = (tap * w->quads + k) / w->seg;
+            n = sdq__u_min(sdq__u_min(16, w->seg), w->quads - k);
+            for (j = 0; j < columns; j++)
+                sum[seg * SDQ__NR + j] += sdq__qgemm_pack_quads(
+                    to + j * 4, a->q + ((panel * SDQ__NR + j) * w->taps + tap) * a->ldq + a->c0,
+                    a->c, k, n);
+        }
 }
 static void sdq__qgemm_pack(sdq_ctx *ctx, sdq__qweight *w, const int8_t *q, size_t ldq, size_t c0,
                             size_t c) {
@@ -5923,42 +5976,40 @@ static const float *sdq__ly_panels(sdq_ctx *ctx, const sdq_layer *l) {
     return dst;
 }
 
-/* A float that is a half's value as that half. */
-static uint16_t sdq__ly_half(float x) {
-    const uint32_t u = sdq__u_bits(x), sign = u >> 16 & 0x8000u, a = u & 0x7fffffffu;
-    const uint32_t small = (uint32_t)(a < 0x38800000u ? sdq__u_float(a) * 16777216.0f : 0.0f);
-    return (uint16_t)(sign | (a < 0x38800000u ? small : (a - 0x38000000u) >> 13));
+/* Room for packed weights, of zeros. halves: they all are values of halves. */
+static sdq_status sdq__ly_new_packed(sdq_ctx *ctx, sdq_layer *l, int halves) {
+    const size_t count = sdq__gemm_packed_count(l->out, sdq__ly_k(l));
+    if (halves) l->wh = SDQ__NEW_N(ctx, uint16_t, count);
+    else l->wp = SDQ__NEW_N(ctx, float, count);
+    return ctx->status;
 }
-/* Panel p, through a panel of floats in `w`, to halves. */
-typedef struct sdq__halves { sdq__pack w; uint16_t *dst; } sdq__halves;
-static void sdq__ly_halves_task(void *arg, size_t p, int thread) {
-    const sdq__halves *h = (const sdq__halves *)arg;
-    const size_t k = h->w.taps * h->w.in, n = sdq__u_min(SDQ__NR, h->w.out - p * SDQ__NR);
-    float *panel = h->w.dst + (size_t)thread * SDQ__NR * k;
-    size_t i;
-    sdq__gemm_pack_t(panel, h->w.w + p * SDQ__NR * k, k, n, k);
-    for (i = 0; i < SDQ__NR * k; i++) h->dst[p * SDQ__NR * k + i] = sdq__ly_half(panel[i]);
+/* Panel p of them from its rows [out][k], floats or halves. */
+static void sdq__ly_pack_panel(sdq_layer *l, size_t p, const void *rows) {
+    const size_t k = sdq__ly_k(l), n = sdq__u_min(SDQ__NR, l->out - p * SDQ__NR);
+    const uint16_t *half = (const uint16_t *)rows;
+    uint16_t *to;
+    size_t k0, i, j;
+    if (l->wp) {
+        sdq__gemm_pack_t(l->wp + p * SDQ__NR * k, (const float *)rows, k, n, k);
+        return;
+    }
+    for (k0 = 0; k0 < k; k0 += 64)              /* as sdq__gemm_pack_t does it */
+        for (j = 0; j < n; j++) {
+            to = l->wh + (p * k + k0) * SDQ__NR + j;
+            for (i = 0; i < sdq__u_min(64, k - k0); i++) to[i * SDQ__NR] = half[j * k + k0 + i];
+        }
+}
+static void sdq__ly_freeze_task(void *arg, size_t p, int thread) {
+    sdq_layer *l = (sdq_layer *)arg;
+    (void)thread;
+    sdq__ly_pack_panel(l, p, sdq_f32(&l->w) + p * SDQ__NR * sdq__ly_k(l));
 }
 
-/* Give up float weights that can change for packed ones. halves: they all are values of halves. */
-static sdq_status sdq__ly_freeze(sdq_ctx *ctx, sdq_layer *l, int halves) {
-    const size_t count = sdq__gemm_packed_count(l->out, sdq__ly_k(l));
-    const sdq_mark mark = sdq_arena_mark(ctx);
-    sdq__halves h;
+/* Give up float weights that can change for packed ones. */
+static sdq_status sdq__ly_freeze(sdq_ctx *ctx, sdq_layer *l) {
     if (!l->w.data || sdq__ly_frozen(l)) return ctx->status;
-    memset(&h, 0, sizeof h);
-    h.w.w = sdq_f32(&l->w); h.w.out = l->out; h.w.taps = sdq__ly_taps(l); h.w.in = l->in;
-    if (halves) {
-        h.w.dst = SDQ__PUSH_N(ctx, float, (size_t)ctx->threads * SDQ__NR * sdq__ly_k(l));
-        h.dst = h.w.dst ? SDQ__NEW_N(ctx, uint16_t, count) : NULL;
-        l->wh = h.dst;
-        if (h.dst) sdq__par_for(ctx, sdq__gemm_panels(l->out), sdq__ly_halves_task, &h);
-    } else {
-        h.w.dst = l->wp = SDQ__NEW_N(ctx, float, count);
-        if (l->wp) sdq__par_for(ctx, sdq__gemm_panels(l->out), sdq__ly_pack_task, &h.w);
-    }
-    sdq_arena_release(ctx, mark);
-    if (!sdq__ly_frozen(l)) return ctx->status;
+    SDQ__TRY(sdq__ly_new_packed(ctx, l, 0));
+    sdq__par_for(ctx, sdq__gemm_panels(l->out), sdq__ly_freeze_task, l);
     sdq__free(ctx, l->w.data);
     l->w.data = NULL;
     return SDQ_OK;
@@ -7974,12 +8025,14 @@ static sdq_status sdq__st_entries(sdq_ctx *ctx, sdq_file *f, size_t header) {
     return SDQ_OK;
 }
 
-/* What has been read for the last time need not stay in memory beside its copy. */
+/* What has been read for the last time need not stay in memory beside its copy. From 64 KiB before
+ * it on: reading a page maps its neighbours, too, and what is needed after all is read again. */
 static void sdq__st_forget(const sdq_file *f, const sdq_entry *e) {
 #if SDQ__MMAP && defined(MADV_DONTNEED)
     const size_t page = (size_t)sysconf(_SC_PAGESIZE);
     const size_t at = (size_t)((const char *)e->data - f->bytes);
-    const size_t from = sdq__u_round_up(at, page), to = (at + e->bytes) / page * page;
+    const size_t to = (at + e->bytes) / page * page, near = sdq__u_max(page, 65536);
+    const size_t from = (at - sdq__u_min(at, near)) / page * page;
     if (f->mapped && to > from) (void)madvise(f->bytes + from, to - from, MADV_DONTNEED);
 #else
     (void)f; (void)e;
@@ -8051,25 +8104,32 @@ static double sdq__st_element(sdq_dtype dtype, const unsigned char *p) {
     }
 }
 
+/* n numbers, at any address, of a dtype that has a size. */
+static void sdq__st_to_f32(const struct sdq__kernels *k, sdq_dtype dtype, const void *data,
+                           size_t n, float *out) {
+    const unsigned char *p = (const unsigned char *)data;
+    const size_t size = sdq__u_dtype_size(dtype);
+    uint16_t half[1024];
+    size_t i, m;
+    if (dtype == SDQ_F32) {                     /* the common kinds without a switch per element */
+        if (n) memcpy(out, p, n * 4);
+    } else if (dtype == SDQ_F16 || dtype == SDQ_BF16) {
+        for (i = 0; i < n; i += m) {
+            m = sdq__u_min(SDQ__COUNT(half), n - i);
+            memcpy(half, p + 2 * i, 2 * m);
+            (dtype == SDQ_F16 ? k->from_f16 : k->from_bf16)(out + i, half, m);
+        }
+    } else {
+        for (i = 0; i < n; i++) out[i] = (float)sdq__st_element(dtype, p + size * i);
+    }
+}
+
 SDQ_API sdq_status sdq_entry_to_f32(sdq_ctx *ctx, const sdq_entry *e, float *out) {
-    const unsigned char *p = (const unsigned char *)e->data;
     const size_t size = sdq__u_dtype_size(e->dtype);
-    size_t i, n;
-    uint16_t h;
     if (!size)
         return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s: stored in a dtype that cannot be read "
                          "(8-bit float?); convert it to F16 first", e->name);
-    n = e->bytes / size;
-    if (e->dtype == SDQ_F32) {                  /* the common kinds without a switch per element */
-        if (n) memcpy(out, p, n * 4);
-    } else if (e->dtype == SDQ_F16 || e->dtype == SDQ_BF16) {
-        for (i = 0; i < n; i++) {
-            memcpy(&h, p + 2 * i, 2);
-            out[i] = e->dtype == SDQ_F16 ? sdq__u_from_f16(h) : sdq__u_from_bf16(h);
-        }
-    } else {
-        for (i = 0; i < n; i++) out[i] = (float)sdq__st_element(e->dtype, p + size * i);
-    }
+    sdq__st_to_f32(ctx->k, e->dtype, e->data, e->bytes / size, out);
     return SDQ_OK;
 }
 
@@ -8213,14 +8273,12 @@ static void sdq__st_set_close(sdq_ctx *ctx, sdq__st_set *s) {
     sdq__free(ctx, s);
 }
 
-/* As sdq__st_forget: e is an entry of one of the files, or a part of one. */
-static void sdq__st_set_forget(const sdq__st_set *s, const sdq_entry *e) {
+/* The file that e is an entry of, or a part of one. */
+static const sdq_file *sdq__st_set_file_of(const sdq__st_set *s, const sdq_entry *e) {
     const uintptr_t at = (uintptr_t)e->data;
-    size_t i;
-    for (i = 0; i < s->count; i++) {
-        const uintptr_t first = (uintptr_t)s->files[i]->bytes;
-        if (at >= first && at - first < s->files[i]->size) sdq__st_forget(s->files[i], e);
-    }
+    size_t i = 0;
+    while (i + 1 < s->count && at - (uintptr_t)s->files[i]->bytes >= s->files[i]->size) i++;
+    return s->files[i];
 }
 
 /* The entry of that name in any of the files, or NULL. */
@@ -14727,32 +14785,99 @@ static sdq_status sdq__md_place_open(sdq_ctx *ctx, const char *path, sdq_part pa
     return sdq__sf_open(ctx, p->set, part, &p->src, &p->config);
 }
 
-/* One output channel's kernel between [ic][plane] (diffusers) and [plane][ic] (here). */
-static void sdq__md_turn(float *to, const float *from, size_t rows, size_t cols) {
+/* One output channel's kernel between [ic][plane] (diffusers) and [plane][ic] (here): numbers of 2,
+ * 4 or 8 bytes, at any address. */
+static void sdq__md_turn(void *to, const void *from, size_t rows, size_t cols, size_t size) {
+    const char *p = (const char *)from;
+    char *q = (char *)to;
     size_t i, j;
-    for (i = 0; i < rows; i++)
-        for (j = 0; j < cols; j++) to[j * rows + i] = from[i * cols + j];
+#define SDQ__TURN(bytes) \
+    for (i = 0; i < rows; i++) \
+        for (j = 0; j < cols; j++, p += bytes) memcpy(q + (j * rows + i) * bytes, p, bytes)
+    if (rows == 1 || cols == 1) memcpy(to, from, rows * cols * size);
+    else if (size == 2) SDQ__TURN(2);
+    else if (size == 4) SDQ__TURN(4);
+    else SDQ__TURN(8);
+#undef SDQ__TURN
 }
 
-/* The numbers of an entry that has been checked. */
-static sdq_status sdq__md_read(sdq_ctx *ctx, const sdq__param *p, const sdq_entry *e) {
-    float *to = sdq_f32(sdq__md_tensor(p)), *buf;
-    const size_t plane = p->dim[2] * p->dim[3], ic = p->dim[1];
-    const sdq_mark mark = sdq_arena_mark(ctx);
-    sdq_entry row = *e;
-    sdq_status st = SDQ_OK;
-    size_t o;
-    if (plane == 1) return sdq_entry_to_f32(ctx, e, to);
-    buf = SDQ__PUSH_N(ctx, float, ic * plane);
-    if (!buf) return SDQ_ERR_OOM;
-    row.bytes = e->bytes / p->dim[0];
-    for (o = 0; o < p->dim[0] && st == SDQ_OK; o++) {
-        row.data = (const char *)e->data + o * row.bytes;
-        st = sdq_entry_to_f32(ctx, &row, buf);
-        sdq__md_turn(to + o * ic * plane, buf, ic, plane);
+/* ---- the numbers of a file: a task per parameter ----
+ * Panels of 32 output channels are turned, made floats, hashed and stored or packed while they are
+ * in the cache, and their pages are let go. So reading needs no memory beside what it makes. */
+
+/* An entry that has been checked and the parameter that it becomes. */
+typedef struct sdq__md_job {
+    const sdq__param *p;
+    const sdq_file *file;
+    sdq_entry e;
+    size_t rows, panel;         /* a vector is one row; numbers in a panel */
+    uint64_t hash;              /* of the parameter as it was loaded: float, in the order of this
+                                 * library. How the file stored it does not matter. */
+} sdq__md_job;
+
+typedef struct sdq__md_reader {
+    const struct sdq__kernels *k;
+    sdq__md_job *job;
+    size_t jobs, raw, floats;   /* bytes of the largest panel as it is in the file, and as floats */
+    char *scratch;              /* both, per thread */
+} sdq__md_reader;
+
+static sdq_status sdq__md_reader_open(sdq_ctx *ctx, const sdq_model *m, sdq__md_reader *r) {
+    memset(r, 0, sizeof *r);
+    r->k = ctx->k;
+    r->job = SDQ__PUSH_N(ctx, sdq__md_job, m->params);
+    return ctx->status;
+}
+
+/* pack: the weights of a layer that has none yet. Those of halves stay halves. */
+static sdq_status sdq__md_reader_add(sdq_ctx *ctx, sdq__md_reader *r, const sdq__param *p,
+                                     const sdq_file *file, const sdq_entry *e, int pack) {
+    sdq__md_job *j = &r->job[r->jobs++];
+    if (pack) SDQ__TRY(sdq__ly_new_packed(ctx, p->layer, e->dtype == SDQ_F16));
+    j->p = p;
+    j->file = file;
+    j->e = *e;
+    j->rows = p->rank == 1 ? 1 : p->dim[0];
+    j->panel = sdq__u_min(SDQ__NR, j->rows) * (sdq_entry_count(e) / j->rows);
+    r->raw = sdq__u_max(r->raw, sdq__u_round_up(j->panel * sdq__u_dtype_size(e->dtype),
+                                                SDQ__ALIGN));
+    r->floats = sdq__u_max(r->floats, sdq__u_round_up(j->panel * sizeof(float), SDQ__ALIGN));
+    return SDQ_OK;
+}
+
+static void sdq__md_read_task(void *arg, size_t task, int thread) {
+    const sdq__md_reader *r = (const sdq__md_reader *)arg;
+    sdq__md_job *job = &r->job[task];
+    const sdq__param *p = job->p;
+    const sdq_tensor *t = sdq__md_tensor(p);    /* NULL: to be packed */
+    const size_t plane = p->dim[2] * p->dim[3], k = sdq_entry_count(&job->e) / job->rows;
+    const size_t size = sdq__u_dtype_size(job->e.dtype);
+    char *raw = r->scratch + (size_t)thread * (r->raw + r->floats);
+    sdq__hash hash = sdq__u_hash_array(p->name, (size_t)p->rank, p->dim);
+    sdq_entry e = job->e;
+    size_t o, i, n;
+    for (o = 0; o < job->rows; o += n, e.data = (const char *)e.data + e.bytes) {
+        float *x = t ? sdq_f32(t) + o * k : (float *)(void *)(raw + r->raw);
+        n = sdq__u_min(SDQ__NR, job->rows - o);
+        e.bytes = n * k * size;
+        for (i = 0; i < n; i++)
+            sdq__md_turn(raw + i * k * size, (const char *)e.data + i * k * size, k / plane, plane,
+                         size);
+        sdq__st_to_f32(r->k, e.dtype, raw, n * k, x);
+        sdq__u_hash_add(&hash, x, n * k * sizeof(float));
+        if (!t) sdq__ly_pack_panel(p->layer, o / SDQ__NR, p->layer->wh ? (const void *)raw : x);
+        sdq__st_forget(job->file, &e);
     }
-    sdq_arena_release(ctx, mark);
-    return st;
+    job->hash = sdq__u_hash_end(&hash);
+}
+
+static sdq_status sdq__md_reader_run(sdq_ctx *ctx, sdq__md_reader *r) {
+    const size_t threads = (size_t)ctx->threads;
+    r->scratch = SDQ__PUSH_N(ctx, char, threads * (r->raw + r->floats));
+    if (!r->scratch) return ctx->status;
+    sdq__mem_note(ctx, threads * r->raw);       /* the file's pages */
+    sdq__par_for(ctx, r->jobs, sdq__md_read_task, r);
+    return SDQ_OK;
 }
 
 /* Some entry has no parameter: name the first that is not known to be dead weight. */
@@ -14775,32 +14900,25 @@ static sdq_status sdq__md_surplus(sdq_ctx *ctx, const sdq__sf_source *src, const
     return st;
 }
 
-/* A hash of a parameter as it was loaded: float, in the order of this library. How the file
- * stored it does not matter. */
-static uint64_t sdq__md_hash(const sdq__param *p) {
-    const size_t count = p->dim[0] * p->dim[1] * p->dim[2] * p->dim[3];
-    return sdq__u_hash_array(p->name, (size_t)p->rank, p->dim, sdq__md_tensor(p)->data,
-                             count * sizeof(float));
-}
-
-/* frozen: layers are packed as they are read, and one of them at a time is there as floats. The
- * hash, for int8 files and caches, is never 0, which says that weights came from no file. */
+/* frozen: layers are packed as they are read. The hash, for int8 files and caches, is never 0,
+ * which says that weights came from no file. */
 static sdq_status sdq__md_fill(sdq_ctx *ctx, sdq_model *m, const sdq__sf_source *src, int frozen) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    sdq__md_reader r;
     uint64_t hash = 0;
     sdq_entry e;
     size_t i;
+    SDQ__TRY(sdq__md_reader_open(ctx, m, &r));
     for (i = 0; i < m->params; i++) {
         const sdq__param *p = &m->param[i];
-        const int pack = frozen && p->layer && p->rank > 1;
-        if (!sdq__md_find(src, p->name, &e)) continue;
-        if (pack) SDQ__TRY(sdq__t_alloc(ctx, &p->layer->w));
-        sdq__mem_note(ctx, e.bytes);            /* the file's pages */
-        if (!ctx->dry) SDQ__TRY(sdq__md_read(ctx, p, &e));
-        sdq__st_set_forget(src->set, &e);
-        if (!ctx->dry) hash += sdq__md_hash(p);
-        if (pack) SDQ__TRY(sdq__ly_freeze(ctx, p->layer, e.dtype == SDQ_F16));
+        if (sdq__md_find(src, p->name, &e))
+            SDQ__TRY(sdq__md_reader_add(ctx, &r, p, sdq__st_set_file_of(src->set, &e), &e,
+                                        frozen && p->layer && p->rank > 1));
     }
+    SDQ__TRY(sdq__md_reader_run(ctx, &r));
+    for (i = 0; i < r.jobs && !ctx->dry; i++) hash += r.job[i].hash;
     m->source = hash ? hash : 1;
+    sdq_arena_release(ctx, mark);
     return sdq__md_surplus(ctx, src, m);
 }
 
@@ -14847,7 +14965,7 @@ SDQ_API sdq_status sdq_model_load_packed(sdq_ctx *ctx, const char *path, sdq_par
 
 SDQ_API sdq_status sdq_model_freeze(sdq_ctx *ctx, sdq_model *m) {
     size_t i;
-    for (i = 0; i < m->layers; i++) SDQ__TRY(sdq__ly_freeze(ctx, m->layer[i], 0));
+    for (i = 0; i < m->layers; i++) SDQ__TRY(sdq__ly_freeze(ctx, m->layer[i]));
     return SDQ_OK;
 }
 
@@ -14901,7 +15019,7 @@ static sdq_status sdq__md_draw(sdq_ctx *ctx, const sdq__param *p, sdq_rng *rng) 
     for (o = 0; o < p->dim[0]; o++) {
         sdq_rng_uniform(rng, buf, row);
         for (i = 0; i < row; i++) buf[i] = fmaf(buf[i], width, low);   /* one rounding, as torch */
-        sdq__md_turn(x + o * row, buf, ic, plane);
+        sdq__md_turn(x + o * row, buf, ic, plane, sizeof(float));
     }
     sdq_arena_release(ctx, mark);
     return SDQ_OK;
@@ -14945,7 +15063,7 @@ static void sdq__md_export(const sdq__param *p, float *to, const float *from) {
     const size_t plane = p->dim[2] * p->dim[3], row = p->dim[1] * plane;
     size_t o;
     for (o = 0; o < p->dim[0]; o++)
-        sdq__md_turn(to + o * row, from + o * row, plane, p->dim[1]);
+        sdq__md_turn(to + o * row, from + o * row, plane, p->dim[1], 4);
 }
 
 SDQ_API sdq_tensor *sdq_model_param_copy(sdq_ctx *ctx, const sdq_model *m, size_t i,
@@ -18271,15 +18389,47 @@ SDQ_API sdq_status sdq_optim_add_student(sdq_ctx *ctx, sdq_optim *o, sdq_model *
  *                      byte i, two's complement, a half without a channel 0
  *   NAME.weight_group  U8 [out,kh,kw,groups]: the multipliers 1..16; the int8 weight is the product
  * The int8 network in memory is the same size: packed files are expanded when they are loaded.
- * Everything else is stored under its diffusers name and shape, F16 where that is exact, else F32.
+ * Everything else is stored under its diffusers name and shape: vectors as F32, weights as F16 where
+ * that is exact, as it is after sdq_model_convert unless they are very large or small, else as F32.
  * The metadata: sdq.config (config.json of the UNet), sdq.layer.NAME ("range=R split=N", with 4
  * bits " bits=4 group=N" behind it), sdq.recipe, sdq.schedule, sdq.attention ("int8", "int16", or
  * missing: float), sdq.source (hash of the float UNet's weights), sdq.hash (of all else).
  * ======================================================================== */
 
+/* The largest number is a normal half; one that rounds to infinity and NaN are not. */
+static int sdq__cv_half_range(const float *x, size_t n) {
+    float largest = 0.0f;
+    size_t i;
+    for (i = 0; i < n; i++) {
+        if (!(fabsf(x[i]) < 65520.0f)) return 0;
+        largest = fmaxf(largest, fabsf(x[i]));
+    }
+    return largest >= 1.0f / 16384.0f;
+}
+/* The weights of a float layer as halves, packed or not, where they are in range. */
+static sdq_status sdq__cv_to_halves(sdq_ctx *ctx, sdq_layer *l) {
+    float *w = l->w.data ? sdq_f32(&l->w) : l->wp;
+    const size_t k = sdq__ly_k(l);
+    const size_t n = l->w.data ? l->out * k : sdq__gemm_packed_count(l->out, k);
+    size_t i;
+    if (!w || !sdq__cv_half_range(w, n)) return SDQ_OK;
+    if (l->wp) SDQ__TRY(sdq__ly_new_packed(ctx, l, 1));
+    for (i = 0; i < n; i++) {
+        const uint16_t half = sdq__u_to_f16(w[i]);
+        if (l->wh) l->wh[i] = half;
+        else w[i] = sdq__u_from_f16(half);
+    }
+    sdq__free(ctx, l->wp);
+    l->wp = NULL;
+    return SDQ_OK;
+}
+
 SDQ_API sdq_status sdq_model_convert(sdq_ctx *ctx, sdq_model *m) {
     size_t i;
-    for (i = 0; i < m->layers; i++) SDQ__TRY(sdq_layer_convert(ctx, m->layer[i]));
+    for (i = 0; i < m->layers; i++) {
+        SDQ__TRY(sdq_layer_convert(ctx, m->layer[i]));
+        SDQ__TRY(sdq__cv_to_halves(ctx, m->layer[i]));
+    }
     return SDQ_OK;
 }
 
@@ -18342,17 +18492,41 @@ static int sdq__cv_read_hash(const char *text, uint64_t *hash) {
 }
 
 /* The hash of an array does not see whether floats are stored as F32 or exactly as F16. */
-static sdq_status sdq__cv_hash_entry(sdq_ctx *ctx, const sdq_entry *e, uint64_t *sum) {
-    const sdq_mark mark = sdq_arena_mark(ctx);
-    const size_t n = sdq_entry_count(e);
-    float *f = NULL;
-    if (e->dtype == SDQ_F16) {
-        f = SDQ__PUSH_N(ctx, float, n);
-        if (!f) return ctx->status;
-        SDQ__TRY(sdq_entry_to_f32(ctx, e, f));
+typedef struct sdq__cv_hashes {
+    const struct sdq__kernels *k;
+    const sdq_entry *entry;
+    uint64_t *hash;
+} sdq__cv_hashes;
+
+static void sdq__cv_hash_task(void *arg, size_t i, int thread) {
+    const sdq__cv_hashes *w = (const sdq__cv_hashes *)arg;
+    const sdq_entry *e = &w->entry[i];
+    const size_t count = sdq_entry_count(e);
+    sdq__hash hash = sdq__u_hash_array(e->name, (size_t)e->rank, e->dim);
+    float x[1024];
+    size_t at, n;
+    (void)thread;
+    if (e->dtype != SDQ_F16) sdq__u_hash_add(&hash, e->data, e->bytes);
+    else for (at = 0; at < count; at += n) {
+        n = sdq__u_min(SDQ__COUNT(x), count - at);
+        sdq__st_to_f32(w->k, SDQ_F16, (const char *)e->data + 2 * at, n, x);
+        sdq__u_hash_add(&hash, x, n * sizeof(float));
     }
-    *sum += sdq__u_hash_array(e->name, (size_t)e->rank, e->dim, f ? (const void *)f : e->data,
-                              f ? n * sizeof(float) : e->bytes);
+    w->hash[i] = sdq__u_hash_end(&hash);
+}
+
+/* Add the hashes of the arrays to the sum. */
+static sdq_status sdq__cv_hash_arrays(sdq_ctx *ctx, const sdq_entry *entry, size_t n,
+                                      uint64_t *sum) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
+    sdq__cv_hashes w;
+    size_t i;
+    w.k = ctx->k;
+    w.entry = entry;
+    w.hash = SDQ__PUSH_N(ctx, uint64_t, n);
+    if (!w.hash) return ctx->status;
+    sdq__par_for(ctx, n, sdq__cv_hash_task, &w);
+    for (i = 0; i < n; i++) *sum += w.hash[i];
     sdq_arena_release(ctx, mark);
     return SDQ_OK;
 }
@@ -18366,17 +18540,14 @@ static sdq_status sdq__cv_hash_out(const sdq__cv_out *o, uint64_t *sum) {
     size_t i;
     *sum = 0;
     for (i = 0; i < o->metas; i++) *sum += sdq__cv_hash_pair(o->meta[i].key, o->meta[i].value);
-    for (i = 0; i < o->n; i++) SDQ__TRY(sdq__cv_hash_entry(o->ctx, &o->entry[i], sum));
-    return SDQ_OK;
+    return sdq__cv_hash_arrays(o->ctx, o->entry, o->n, sum);
 }
 
 static sdq_status sdq__cv_hash_file(sdq_ctx *ctx, const sdq_file *f, uint64_t *sum) {
     const sdq__json *meta = sdq__js_get(f->header, "__metadata__"), *v;
-    size_t i;
     *sum = 0;
     for (v = meta ? meta->child : NULL; v; v = v->next) *sum += sdq__cv_hash_pair(v->key, v->str);
-    for (i = 0; i < f->count; i++) SDQ__TRY(sdq__cv_hash_entry(ctx, &f->entries[i], sum));
-    return SDQ_OK;
+    return sdq__cv_hash_arrays(ctx, f->entries, f->count, sum);
 }
 
 static void sdq__cv_add(sdq__cv_out *o, const char *name, const char *suffix, sdq_dtype dtype,
@@ -18537,12 +18708,20 @@ SDQ_API sdq_status sdq_model_save_int8(sdq_ctx *ctx, const sdq_model *m, const c
 
 /* ---- reading it back ---- */
 
+/* No number of exponent ones: neither infinite nor NaN. Integers are finite. */
 static int sdq__cv_finite(const sdq_entry *e) {
+    const char *p = (const char *)e->data;
+    const size_t n = sdq_entry_count(e);
     size_t i;
-    float x;
-    for (i = 0; e->dtype == SDQ_F32 && i < sdq_entry_count(e); i++) {
-        memcpy(&x, (const char *)e->data + 4 * i, 4);
-        if (!(fabsf(x) <= FLT_MAX)) return 0;
+    uint32_t u;
+    uint16_t h;
+    for (i = 0; e->dtype == SDQ_F32 && i < n; i++) {
+        memcpy(&u, p + 4 * i, 4);
+        if ((u & 0x7f800000u) == 0x7f800000u) return 0;
+    }
+    for (i = 0; e->dtype == SDQ_F16 && i < n; i++) {
+        memcpy(&h, p + 2 * i, 2);
+        if ((h & 0x7c00u) == 0x7c00u) return 0;
     }
     return 1;
 }
@@ -18720,20 +18899,11 @@ static sdq_status sdq__cv_read_attention(sdq_ctx *ctx, const sdq_file *f, const 
 
 /* A parameter under its own name: float, F16 or F32. */
 static sdq_status sdq__cv_read_float(sdq_ctx *ctx, const sdq_file *f, const char *path,
-                                     const sdq__param *p) {
+                                     const sdq__param *p, sdq__md_reader *r) {
     const sdq_entry *e = sdq_file_find(f, p->name);
-    const size_t count = p->dim[0] * p->dim[1] * p->dim[2] * p->dim[3];
-    size_t i;
-    if (!sdq__cv_need(ctx, f, path, p->name, "", e && e->dtype == SDQ_F16 ? SDQ_F16 : SDQ_F32,
-                      p->rank, p->dim)) return ctx->status;
-    if (p->rank > 1 && p->layer) SDQ__TRY(sdq__t_alloc(ctx, &p->layer->w));
-    if (!ctx->dry) SDQ__TRY(sdq__md_read(ctx, p, e));
-    for (i = 0; !ctx->dry && i < count; i++)
-        if (!(fabsf(sdq_f32(sdq__md_tensor(p))[i]) <= FLT_MAX))
-            return sdq__fail(ctx, SDQ_ERR_NUMERIC, "%s: %s has a value that is not finite", path,
-                             p->name);
-    if (p->rank == 1 || !p->layer) return SDQ_OK;
-    return sdq__ly_freeze(ctx, p->layer, e->dtype == SDQ_F16);
+    e = sdq__cv_need(ctx, f, path, p->name, "", e && e->dtype == SDQ_F16 ? SDQ_F16 : SDQ_F32,
+                     p->rank, p->dim);
+    return e ? sdq__md_reader_add(ctx, r, p, f, e, p->layer && p->rank > 1) : ctx->status;
 }
 
 /* The file has more arrays than were read: name one. */
@@ -18760,18 +18930,23 @@ static sdq_status sdq__cv_surplus(sdq_ctx *ctx, const sdq_file *f, const char *p
 
 static sdq_status sdq__cv_read_params(sdq_ctx *ctx, const sdq_file *f, const char *path,
                                       sdq_model *m) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
     size_t i, used = m->params;
+    sdq__md_reader r;
+    SDQ__TRY(sdq__md_reader_open(ctx, m, &r));
     for (i = 0; i < m->params; i++) {
         const sdq__param *p = &m->param[i];
         const sdq_entry *e = sdq_file_find(f, p->name);
         if (!e || (e->dtype != SDQ_I8 && e->dtype != SDQ_U8) || p->rank == 1 || !p->layer) {
-            SDQ__TRY(sdq__cv_read_float(ctx, f, path, p));
+            SDQ__TRY(sdq__cv_read_float(ctx, f, path, p, &r));
             continue;
         }
         SDQ__TRY(sdq__cv_read_layer(ctx, f, path, p->layer));
         used += 3 + (size_t)(p->layer->quant.quantize_output != 0)
               + (size_t)(p->layer->quant.weight_bits == 4);
     }
+    SDQ__TRY(sdq__md_reader_run(ctx, &r));
+    sdq_arena_release(ctx, mark);
     return used == f->count ? SDQ_OK : sdq__cv_surplus(ctx, f, path, m);
 }
 

@@ -516,7 +516,7 @@ static void delta_of(sdq_ctx *ctx, int kernel, sdq_range range) {
         SDQT_CHECK(sdq_layer_set_quant(ctx, l[j], &q) == SDQ_OK);
     }
     for (i = 0; i < out * k; i++) sdq_f32(&l[0]->w)[i] = sdq_f32(&l[1]->w)[i] = sdqt_normal();
-    if (kernel == 3) SDQT_CHECK(sdq__ly_freeze(ctx, l[1], 0) == SDQ_OK);
+    if (kernel == 3) SDQT_CHECK(sdq__ly_freeze(ctx, l[1]) == SDQ_OK);
     sdq_rng_init(&rng, SDQ_RNG_TORCH, 3);
     SDQT_CHECK(sdq__ly_new_delta(ctx, l[1], RANK, &rng) == SDQ_OK);
     for (j = 0; j < 2; j++) {
@@ -796,7 +796,10 @@ static void trains(int tier, sdq_recipe r, int coherent, float lr, double below)
     SDQT_THAT(after < below * before, "coherent %d, ranges %d: the loss went from %.4g to %.4g",
               coherent, (int)r.range_conv, before, after);
     sdq_optim_free(f.ctx, o);
-    answers(f.ctx, f.student, s, SDQ_FAKE, fake);   /* what was trained is what ships */
+    for (i = 0; i < f.student->layers; i++)         /* what was trained is what ships, */
+        if (!f.student->layer[i]->quant.enabled)    /* in halves where it stays float */
+            SDQT_CHECK(sdq__cv_to_halves(f.ctx, f.student->layer[i]) == SDQ_OK);
+    answers(f.ctx, f.student, s, SDQ_FAKE, fake);
     SDQT_CHECK(sdq_model_convert(f.ctx, f.student) == SDQ_OK);
     answers(f.ctx, f.student, s, SDQ_INT8, int8);
     SDQT_BYTES(fake, int8, s->count * SIZE * 4);

@@ -648,6 +648,29 @@ static void test_png_palette(int tier) {
     close_ctx();
 }
 
+/* The hash in files: four lanes, by its definition in the manual, however the bytes come. */
+static void test_hash(int tier) {
+    unsigned char bytes[200];
+    size_t n, i;
+    (void)tier;
+    for (i = 0; i < sizeof bytes; i++) bytes[i] = (unsigned char)(i * i + 7);
+    for (n = 0; n <= sizeof bytes; n++) {
+        sdq__hash s = sdq__u_hash_begin(5);
+        uint64_t lane[4] = {5, 6, 7, 8}, h = 5, w;
+        for (i = 0; i < n / 32 * 32 + 32; i += 8) {
+            w = 0;
+            if (i < n) memcpy(&w, bytes + i, n - i < 8 ? n - i : 8);
+            lane[i / 8 % 4] = sdq__u_mix(lane[i / 8 % 4], w);
+        }
+        for (i = 0; i < 4; i++) h = sdq__u_mix(h, lane[i]);
+        h = sdq__u_mix(h, n);
+        SDQT_CHECK(sdq__u_hash(5, bytes, n) == h);
+        for (i = 0; i + 64 <= n; i += 64) sdq__u_hash_add(&s, bytes + i, 64);
+        sdq__u_hash_add(&s, bytes + i, n - i);
+        SDQT_CHECK(sdq__u_hash_end(&s) == h);
+    }
+}
+
 /* Half precision and bfloat16: every finite value is itself, the middle of two goes to the even
  * one, a hair beside the middle to the nearer one; what is past the largest becomes infinite. */
 static void test_half(int tier) {
@@ -922,6 +945,7 @@ static void test_oom(int tier) {
 }
 
 static const sdqt_case cases[] = {
+    {"hash", test_hash, 0},
     {"json_values", test_json_values, 0},
     {"json_refused", test_json_refused, 0},
     {"json_writer", test_json_writer, 0},

@@ -1439,7 +1439,7 @@ static void winograd_once(int tier, const large_case *c) {
     for (i = 0; i < in; i++) x[i] = sdqt_normal();
     for (i = 0; i < out; i++) res[i] = 20 * sdqt_normal();
     direct = large_run(ctx, l, c, x, res, 0, c->n);
-    SDQT_CHECK(sdq__ly_freeze(ctx, l, 0) == SDQ_OK);
+    SDQT_CHECK(sdq__ly_freeze(ctx, l) == SDQ_OK);
     fast = large_run(ctx, l, c, x, res, 0, c->n);
     same = large_run(plain, l, c, x, res, 0, c->n);
     last = large_run(ctx, l, c, x, res, c->n - 1, 1);

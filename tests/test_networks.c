@@ -866,6 +866,54 @@ static void test_int8_file(int tier) {
     drop_int8_files();
 }
 
+static sdq_dtype dtype_of(const sdq_file *f, const char *name) {
+    const sdq_entry *e = sdq_file_find(f, name);
+    return e ? e->dtype : SDQ_DTYPE_COUNT;
+}
+
+/* Converting makes halves of the weights of float layers, but not of those that halves can not
+ * hold; packed or not. */
+static void test_halves(int tier) {
+    static const float by[3] = {1.0f, 1e9f, 1e-9f};
+    const sdq_recipe recipe = sdq_recipe_default();
+    size_t i, j, n;
+    SDQT_MAKE_FOLDER(SCRATCH);
+    for (j = 0; j < 6; j++) {
+        float *before, most = 0;
+        sdq_layer *l;
+        sdq_file *file;
+        fixture f;
+        size_t moved = 0, wrong = 0;
+        if (!open_fixture(&f, "sd1-a", tier, 0)) exit(2);
+        l = f.part[SDQ_PART_UNET]->unet->conv_in;
+        n = l->out * sdq__ly_k(l);
+        before = (float *)malloc(n * sizeof(float));
+        if (!before) exit(2);
+        sdq_f32(&l->w)[0] = 1.0f / 3;
+        for (i = 0; i < n; i++) {
+            before[i] = sdq_f32(&l->w)[i] *= by[j % 3];
+            most = fmaxf(most, fabsf(before[i]));
+        }
+        if (j >= 3) SDQT_CHECK(sdq_model_freeze(f.ctx, f.part[SDQ_PART_UNET]) == SDQ_OK);
+        file = int8_file(f.ctx, f.part[SDQ_PART_UNET], &recipe);
+        SDQT_CHECK(!l->quant.enabled && dtype_of(file, "conv_in.bias") == SDQ_F32);
+        SDQT_CHECK(dtype_of(file, "conv_in.weight") == (j % 3 ? SDQ_F32 : SDQ_F16));
+        SDQT_CHECK((l->wp != NULL) == (j > 3) && (l->wh != NULL) == (j == 3));
+        for (i = 0; i < n; i++) {
+            const float w = sdq__ly_thaw(f.ctx, l)[i];
+            moved += w != before[i];
+            wrong += fabsf(w - before[i]) > (j % 3 ? 0.0f : most / 2048)
+                  || (j % 3 == 0 && w != sdq__u_from_f16(sdq__u_to_f16(before[i])));
+        }
+        SDQT_THAT(wrong == 0 && (moved > 0) == (j % 3 == 0), "case %zu: %zu of %zu moved, %zu wrong",
+                  j, moved, n, wrong);
+        sdq_file_close(f.ctx, file);
+        free(before);
+        close_fixture(&f);
+    }
+    drop_int8_files();
+}
+
 /* Bytes of the arrays of quantized weights and of their multipliers. */
 static size_t weight_bytes(const sdq_file *f) {
     size_t i, n = 0;
@@ -1425,6 +1473,7 @@ static const sdqt_case cases[] = {
     {"refused_config", test_refused_config, 0},
     {"accepted_config", test_accepted_config, 0},
     {"fitting", test_fitting, 0},
+    {"halves", test_halves, 0},
     {"int8_file", test_int8_file, 0},
     {"four_file", test_four_file, 0},
     {"source_hash", test_source_hash, 0},

@@ -93,6 +93,26 @@ static void refused(const char *path, sdq_status want, const char *text, const c
 
 /* --- the same model in every layout --- */
 
+/* Packed as it is read, a network has the same numbers: layers by the floats of their panels. */
+static void same_packed(const char *path, sdq_part part, const sdq_model *whole) {
+    sdq_model *m = NULL;
+    size_t i;
+    SDQT_THAT(sdq_model_load_packed(ctx, path, part, &m) == SDQ_OK, "%s", sdq_error_text(ctx));
+    SDQT_CHECK(m && m->source == whole->source);
+    for (i = 0; m && i < m->params; i++) {
+        const sdq__param *p = &m->param[i];
+        const sdq_tensor *want = sdq__md_tensor(&whole->param[i]), *own = sdq__md_tensor(p);
+        const sdq_mark mark = sdq_arena_mark(ctx);
+        if (p->layer && p->rank > 1)
+            SDQT_CHECK(!own && sdq__ly_frozen(p->layer));
+        SDQT_THAT(memcmp(own ? sdq_f32(own) : sdq__ly_thaw(ctx, p->layer), want->data,
+                         sdq_tensor_count(want) * sizeof(float)) == 0, "%s of %s, packed", p->name,
+                  path);
+        sdq_arena_release(ctx, mark);
+    }
+    sdq_model_free(ctx, m);
+}
+
 static void same_part(const char *a, const char *b, sdq_part part) {
     sdq_model *m[2] = {NULL, NULL};
     size_t i;
@@ -110,6 +130,7 @@ static void same_part(const char *a, const char *b, sdq_part part) {
                       "%s of %s and of %s differ", name[0], a, b);
         }
     }
+    if (m[0]) same_packed(b, part, m[0]);
     sdq_model_free(ctx, m[0]);
     sdq_model_free(ctx, m[1]);
 }
