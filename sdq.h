@@ -18389,7 +18389,7 @@ SDQ_API sdq_status sdq_optim_add_student(sdq_ctx *ctx, sdq_optim *o, sdq_model *
  *                      byte i, two's complement, a half without a channel 0
  *   NAME.weight_group  U8 [out,kh,kw,groups]: the multipliers 1..16; the int8 weight is the product
  * The int8 network in memory is the same size: packed files are expanded when they are loaded.
- * Everything else is stored under its diffusers name and shape: vectors as F32, weights as F16 where
+ * Everything else has its diffusers name and shape: vectors as F32, weights as F16 where
  * that is exact, as it is after sdq_model_convert unless they are very large or small, else as F32.
  * The metadata: sdq.config (config.json of the UNet), sdq.layer.NAME ("range=R split=N", with 4
  * bits " bits=4 group=N" behind it), sdq.recipe, sdq.schedule, sdq.attention ("int8", "int16", or
