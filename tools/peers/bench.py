@@ -44,13 +44,14 @@ GROUPS = {
     "vae": ("VAE decode",
             [("sdq vae-fp32", None), ("sdq vae-int8", None), ("openvino-vae-fp32", None), ("torch-vae-fp32", None)]),
     "scaling": ("UNet evaluation, int8, by threads",
-                [("sdq unet-int8", 1), ("sdq unet-int8", 2),
+                [("sdq unet-int8-attention16", 1), ("sdq unet-int8-attention16", 2),
                  ("openvino-unet-int8", 1), ("openvino-unet-int8", 2)]),
     "scaling-fp32": ("UNet evaluation, fp32, by threads",
                      [("sdq unet-fp32", 1), ("sdq unet-fp32", 2),
                       ("openvino-unet-fp32", 1), ("openvino-unet-fp32", 2)]),
     "picture": ("part of a picture",
-                [("sdq unet-int8", None), ("sdq unet-fp32", None), ("sdq vae-fp32", None),
+                [("sdq unet-int8-attention16", None), ("sdq unet-fp32", None),
+                 ("sdq vae-fp32", None),
                  ("openvino-unet-int8", None), ("openvino-unet-fp32", None),
                  ("openvino-vae-fp32", None)]),
     "bf16": ("for orientation: the peer in bf16, which sdq does not have",
@@ -61,9 +62,9 @@ GROUPS = {
 # the prompt and without.
 EVALUATIONS, FLOATS, BRANCHES = 51, 6, 2
 SHOWN = {
-    "sdq unet-int8": "sdq, a range per position (default recipe)",
-    "sdq unet-int8-static": "sdq, static ranges",
-    "sdq unet-int8-attention16": "sdq, a range per position, attention in 16 bits",
+    "sdq unet-int8": "sdq, a range per position, attention in float",
+    "sdq unet-int8-static": "sdq, static ranges, attention in float",
+    "sdq unet-int8-attention16": "sdq, the default recipe (per position, attention in 16 bits)",
     "sdq unet-int8-static-attention16": "sdq, static ranges, attention in 16 bits",
     "sdq unet-int8-attention": "sdq, a range per position, attention int8",
     "sdq vae-int8": "sdq int8, VAE",
@@ -206,10 +207,11 @@ def run_group(args, name):
 def picture(args, living):
     """The same loop from the measured parts of both, and what sdq takes for a real one."""
     seconds = {p.name: p.seconds for p in living}
-    whole = lambda unet, vae: [
+    whole = lambda int8, fp32, vae: [
         BRANCHES * ((EVALUATIONS - FLOATS) * i + FLOATS * f) + v for i, f, v in
-        zip(seconds[unet + "-int8"], seconds[unet + "-fp32"], seconds[vae])]
-    ours, theirs = whole("sdq unet", "sdq vae-fp32"), whole("openvino-unet", "openvino-vae-fp32")
+        zip(seconds[int8], seconds[fp32], seconds[vae])]
+    ours = whole("sdq unet-int8-attention16", "sdq unet-fp32", "sdq vae-fp32")
+    theirs = whole("openvino-unet-int8", "openvino-unet-fp32", "openvino-vae-fp32")
     ratio = statistics.median(a / b for a, b in zip(ours, theirs))
     title = "picture from its parts: 50 steps PNDM, guidance, k = 3, VAE fp32"
     for shown, times, r in (("sdq", ours, ""), ("OpenVINO", theirs, f"{ratio:.2f}")):
@@ -224,7 +226,7 @@ def drawn(args):
     """Seconds of a whole sdq txt2img, and its ru_maxrss in MB (2^20 bytes)."""
     out = args.work / "picture.png"
     command = [args.work / "sdq", "txt2img", "--model", args.model, "--unet",
-               args.work / "int8" / "unet-int8.safetensors", "--precision", "mixed", "-k", "3",
+               args.work / "int8" / "unet-int8-attention16.safetensors", "--precision", "mixed", "-k", "3",
                "--steps", "50", "-p", "a photograph of an astronaut riding a horse", "--out", out,
                "--threads", str(args.threads), "--quiet"]
     begin = time.monotonic()
