@@ -73,9 +73,9 @@
  *       SDQ_FAKE    the int8 forward on weights quantized at this moment; the float weights stay
  *                   and get straight-through gradients. For calibration and training.
  *       SDQ_INT8    packed int8 weights, input quantized on the fly, int32 sums, float results
- *     FAKE runs the int8 kernels, so FAKE and INT8 are equal to the bit: converting a layer changes
- *     no number. Converting a network also rounds the weights of the layers that stay float to
- *     halves (sdq_model_convert); from then on the network in memory and its file are equal.
+ *     FAKE runs the int8 kernels, so FAKE and INT8 are equal to the bit and converting changes no
+ *     number. (The weights of layers that stay float are rounded to halves before, by
+ *     sdq_recipe_apply, so that int8 files are small; what came from F16 does not change.)
  *
  * Drawing
  *     sdq_pipeline_load reads a diffusers folder (tokenizer/, text_encoder/, unet/, vae/,
@@ -1472,7 +1472,11 @@ typedef struct sdq_recipe {
 } sdq_recipe;
 SDQ_API sdq_recipe sdq_recipe_default(void);
 SDQ_API sdq_recipe sdq_recipe_reference(void);
-/* Write the settings into every layer of a UNet with float weights; ranges are forgotten.
+/* Write the settings into every layer of a UNet with float weights; ranges are forgotten. The
+ * weights of layers that stay float become halves, as the int8 file will have them: rounded half
+ * to even, where the largest of a layer is a normal half, 2^-14 to 65504, so that none moves by
+ * more than 2^-11 of the largest; else, and where training moves them, they are F32 in the file.
+ * Biases and norms stay F32.
  *   keep_float   NULL, or layers (or prefixes ending in '.') that stay float, NULL at the end */
 SDQ_API sdq_status sdq_recipe_apply(sdq_ctx *ctx, sdq_model *unet, const sdq_recipe *recipe,
                                     const char *const *keep_float);
@@ -1550,11 +1554,7 @@ SDQ_API sdq_tensor *sdq_distill_task_loss(sdq_ctx *ctx, void *task, sdq_rng *rng
 SDQ_API sdq_status sdq_optim_add_student(sdq_ctx *ctx, sdq_optim *optim, sdq_model *unet,
                                          const sdq_recipe *recipe, float scale_lr);
 
-/* Convert every quantized layer to packed int8; float weights of these layers are dropped. Those of
- * the other layers become halves, as the file will have them: rounded half to even, where the
- * largest of a layer is a normal half, 2^-14 to 65504. So none moves by more than 2^-11 of the
- * largest; where that can not be had they stay as they are, and F32 in the file. What came from F16
- * does not change at all. Biases and norms stay F32. */
+/* Convert every quantized layer to packed int8; float weights of these layers are dropped. */
 SDQ_API sdq_status sdq_model_convert(sdq_ctx *ctx, sdq_model *unet);
 /* Give up training: weights are packed for the float kernels, one copy stays. */
 SDQ_API sdq_status sdq_model_freeze(sdq_ctx *ctx, sdq_model *model);
@@ -14969,7 +14969,7 @@ SDQ_API sdq_status sdq_model_freeze(sdq_ctx *ctx, sdq_model *m) {
     return SDQ_OK;
 }
 
-/* (Emoji model: 58 dB from the float decoder.) */
+/* (Emoji model: 56 dB from the float decoder.) */
 SDQ_API sdq_status sdq_vae_quantize(sdq_ctx *ctx, sdq_model *vae, sdq_range range) {
     size_t i;
     if (!sdq__md_is(ctx, "sdq_vae_quantize", vae, SDQ_PART_VAE)) return ctx->status;
@@ -17665,6 +17665,34 @@ static int sdq__rc_quantized(const sdq_recipe *r, const char *name, const char *
     return 1;
 }
 
+/* The largest number is a normal half; one that rounds to infinity and NaN are not. */
+static int sdq__rc_half_range(const float *x, size_t n) {
+    float largest = 0.0f;
+    size_t i;
+    for (i = 0; i < n; i++) {
+        if (!(fabsf(x[i]) < 65520.0f)) return 0;
+        largest = fmaxf(largest, fabsf(x[i]));
+    }
+    return largest >= 1.0f / 16384.0f;
+}
+/* The weights of a float layer as halves, packed or not, where they are in range. */
+static sdq_status sdq__rc_to_halves(sdq_ctx *ctx, sdq_layer *l) {
+    float *w = l->w.data ? sdq_f32(&l->w) : l->wp;
+    const size_t k = sdq__ly_k(l);
+    const size_t n = l->w.data ? l->out * k : sdq__gemm_packed_count(l->out, k);
+    size_t i;
+    if (!w || !sdq__rc_half_range(w, n)) return SDQ_OK;
+    if (l->wp) SDQ__TRY(sdq__ly_new_packed(ctx, l, 1));
+    for (i = 0; i < n; i++) {
+        const uint16_t half = sdq__u_to_f16(w[i]);
+        if (l->wh) l->wh[i] = half;
+        else w[i] = sdq__u_from_f16(half);
+    }
+    sdq__free(ctx, l->wp);
+    l->wp = NULL;
+    return SDQ_OK;
+}
+
 SDQ_API sdq_status sdq_recipe_apply(sdq_ctx *ctx, sdq_model *unet, const sdq_recipe *r,
                                     const char *const *keep_float) {
     char last_up[40];
@@ -17688,6 +17716,7 @@ SDQ_API sdq_status sdq_recipe_apply(sdq_ctx *ctx, sdq_model *unet, const sdq_rec
         q.weight_bits = r->weight_bits;
         q.weight_group = r->weight_group;
         SDQ__TRY(sdq_layer_set_quant(ctx, l, &q));
+        if (!q.enabled) SDQ__TRY(sdq__rc_to_halves(ctx, l));
     }
     if (unet->unet) sdq__un_attention(unet->unet, bits % 32);
     return SDQ_OK;
@@ -18390,46 +18419,15 @@ SDQ_API sdq_status sdq_optim_add_student(sdq_ctx *ctx, sdq_optim *o, sdq_model *
  *   NAME.weight_group  U8 [out,kh,kw,groups]: the multipliers 1..16; the int8 weight is the product
  * The int8 network in memory is the same size: packed files are expanded when they are loaded.
  * Everything else has its diffusers name and shape: vectors as F32, weights as F16 where
- * that is exact, as it is after sdq_model_convert unless they are very large or small, else as F32.
+ * that is exact, as sdq_recipe_apply made it unless they were trained or are out of range.
  * The metadata: sdq.config (config.json of the UNet), sdq.layer.NAME ("range=R split=N", with 4
  * bits " bits=4 group=N" behind it), sdq.recipe, sdq.schedule, sdq.attention ("int8", "int16", or
  * missing: float), sdq.source (hash of the float UNet's weights), sdq.hash (of all else).
  * ======================================================================== */
 
-/* The largest number is a normal half; one that rounds to infinity and NaN are not. */
-static int sdq__cv_half_range(const float *x, size_t n) {
-    float largest = 0.0f;
-    size_t i;
-    for (i = 0; i < n; i++) {
-        if (!(fabsf(x[i]) < 65520.0f)) return 0;
-        largest = fmaxf(largest, fabsf(x[i]));
-    }
-    return largest >= 1.0f / 16384.0f;
-}
-/* The weights of a float layer as halves, packed or not, where they are in range. */
-static sdq_status sdq__cv_to_halves(sdq_ctx *ctx, sdq_layer *l) {
-    float *w = l->w.data ? sdq_f32(&l->w) : l->wp;
-    const size_t k = sdq__ly_k(l);
-    const size_t n = l->w.data ? l->out * k : sdq__gemm_packed_count(l->out, k);
-    size_t i;
-    if (!w || !sdq__cv_half_range(w, n)) return SDQ_OK;
-    if (l->wp) SDQ__TRY(sdq__ly_new_packed(ctx, l, 1));
-    for (i = 0; i < n; i++) {
-        const uint16_t half = sdq__u_to_f16(w[i]);
-        if (l->wh) l->wh[i] = half;
-        else w[i] = sdq__u_from_f16(half);
-    }
-    sdq__free(ctx, l->wp);
-    l->wp = NULL;
-    return SDQ_OK;
-}
-
 SDQ_API sdq_status sdq_model_convert(sdq_ctx *ctx, sdq_model *m) {
     size_t i;
-    for (i = 0; i < m->layers; i++) {
-        SDQ__TRY(sdq_layer_convert(ctx, m->layer[i]));
-        SDQ__TRY(sdq__cv_to_halves(ctx, m->layer[i]));
-    }
+    for (i = 0; i < m->layers; i++) SDQ__TRY(sdq_layer_convert(ctx, m->layer[i]));
     return SDQ_OK;
 }
 

@@ -796,10 +796,7 @@ static void trains(int tier, sdq_recipe r, int coherent, float lr, double below)
     SDQT_THAT(after < below * before, "coherent %d, ranges %d: the loss went from %.4g to %.4g",
               coherent, (int)r.range_conv, before, after);
     sdq_optim_free(f.ctx, o);
-    for (i = 0; i < f.student->layers; i++)         /* what was trained is what ships, */
-        if (!f.student->layer[i]->quant.enabled)    /* in halves where it stays float */
-            SDQT_CHECK(sdq__cv_to_halves(f.ctx, f.student->layer[i]) == SDQ_OK);
-    answers(f.ctx, f.student, s, SDQ_FAKE, fake);
+    answers(f.ctx, f.student, s, SDQ_FAKE, fake);   /* what was trained is what ships */
     SDQT_CHECK(sdq_model_convert(f.ctx, f.student) == SDQ_OK);
     answers(f.ctx, f.student, s, SDQ_INT8, int8);
     SDQT_BYTES(fake, int8, s->count * SIZE * 4);

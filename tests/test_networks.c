@@ -871,7 +871,7 @@ static sdq_dtype dtype_of(const sdq_file *f, const char *name) {
     return e ? e->dtype : SDQ_DTYPE_COUNT;
 }
 
-/* Converting makes halves of the weights of float layers, but not of those that halves can not
+/* A recipe makes halves of the weights of float layers, but not of those that halves can not
  * hold; packed or not. */
 static void test_halves(int tier) {
     static const float by[3] = {1.0f, 1e9f, 1e-9f};
