@@ -157,8 +157,8 @@
  *         SCALES, packed                    10.3 s    4.2 GiB
  *     An average of the weights (ema) is 3.2 GiB more. packed: sdq_model_load_packed.
  *     So many weights want a small rate, for Adam moves all of them at once: with random weights,
- *     static ranges and batches of one, 30 steps of lr 3e-8 took the validation loss from 1.683e-4
- *     to 1.628e-4 (train_full recipe=static noise=0 validate=4 lr=3e-8 steps=30), while 30 steps
+ *     static ranges and batches of one, 30 steps of lr 3e-8 took the validation loss from 1.679e-4
+ *     to 1.634e-4 (train_full recipe=static noise=0 validate=4 lr=3e-8 steps=30), while 30 steps
  *     of sdq train with 3e-7, learned scales and batches of two made one rise from 1.1e-4 to
  *     6.7e-4. tools/kill_full.sh kills a training and compares what it ends in.
  *
