@@ -6598,9 +6598,9 @@ static sdq_tensor *sdq__ly_affine(sdq_ctx *ctx, const sdq_layer *l, const sdq_te
                                   const float *a, const float *b) {
     sdq_tensor *y = SDQ__PUSH_N(ctx, sdq_tensor, 1);
     sdq__qinput *q = SDQ__PUSH_N(ctx, sdq__qinput, 1);
-    const sdq_work was = sdq__par_work(ctx->profile, 0, SDQ_WORK_NORM);
     sdq__qaffine w;
     sdq_mark mark;
+    sdq_work was;
     if (!y || !q || sdq__ly_quantize_begin(ctx, l, &l->part[0], x, &w.run, q) != SDQ_OK)
         return NULL;
     w.a = a;
@@ -6608,9 +6608,10 @@ static sdq_tensor *sdq__ly_affine(sdq_ctx *ctx, const sdq_layer *l, const sdq_te
     mark = sdq_arena_mark(ctx);
     w.rows = SDQ__PUSH_N(ctx, float, (size_t)ctx->threads * SDQ__Q_ROWS * w.run.ldx);
     if (!w.rows) return NULL;
+    was = sdq__par_work(ctx->profile, 0, SDQ_WORK_NORM);
     sdq__par_for(ctx, sdq__u_div_up(q->rows, SDQ__Q_ROWS), sdq__ly_affine_task, &w);
-    sdq_arena_release(ctx, mark);
     (void)sdq__par_work(ctx->profile, 0, was);
+    sdq_arena_release(ctx, mark);
     *y = *x;
     y->data = NULL;
     y->grad = NULL;
