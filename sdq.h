@@ -3115,22 +3115,25 @@ static void sdq__gemm_gather(const sdq__geom *g, size_t m0, size_t mr, size_t *s
 /* How a product is cut into tasks: blocks of rows times groups of panels. What is larger, input or
  * weights, is read once; the other one comes from a cache again and again. */
 typedef struct sdq__plan {
-    size_t m, rows, blocks;         /* rows of a block */
+    size_t m, rows, blocks;         /* rows of a block, the largest */
     size_t all, panels, groups;     /* panels of a group */
     int weights_first;              /* consecutive tasks share a group, else a block */
 } sdq__plan;
 
-/* most: rows of a block where weights are read once. Every thread gets several tasks. */
+/* most: rows of a block where weights are read once. Every thread gets several tasks; blocks have
+ * as many tiles as their neighbours, or one more. */
 static sdq__plan sdq__gemm_plan(const sdq_ctx *ctx, size_t m, size_t panels, size_t panel_bytes,
                                 size_t input_bytes, size_t most) {
-    const size_t tasks = 8 * (size_t)ctx->threads;
+    const size_t threads = (size_t)ctx->threads, tasks = 8 * threads;
+    const size_t tiles = sdq__u_div_up(m, SDQ__MR);
     sdq__plan p;
     memset(&p, 0, sizeof p);
     p.m = m;
     p.all = panels;
     p.weights_first = panels * panel_bytes > input_bytes;
-    p.rows = sdq__u_min(p.weights_first ? most : SDQ__GEMM_MB, sdq__u_round_up(m, SDQ__MR));
-    p.blocks = sdq__u_div_up(m, p.rows);
+    p.blocks = sdq__u_div_up(m, p.weights_first ? most : SDQ__GEMM_MB);
+    if (p.blocks > 1) p.blocks = sdq__u_min(sdq__u_round_up(p.blocks, threads), tiles);
+    p.rows = sdq__u_div_up(tiles, p.blocks) * SDQ__MR;
     if (p.weights_first) {
         p.panels = sdq__u_min(8, sdq__u_max(1, panels * p.blocks / tasks));
     } else {
@@ -3147,9 +3150,10 @@ typedef struct sdq__part { size_t m0, m1, p0, p1; } sdq__part;
 static sdq__part sdq__gemm_part(const sdq__plan *p, size_t task) {
     const size_t block = p->weights_first ? task % p->blocks : task / p->groups;
     const size_t group = p->weights_first ? task / p->blocks : task % p->groups;
+    const size_t tiles = sdq__u_div_up(p->m, SDQ__MR);
     sdq__part t;
-    t.m0 = block * p->rows;
-    t.m1 = sdq__u_min(t.m0 + p->rows, p->m);
+    t.m0 = tiles * block / p->blocks * SDQ__MR;
+    t.m1 = sdq__u_min(tiles * (block + 1) / p->blocks * SDQ__MR, p->m);
     t.p0 = group * p->panels;
     t.p1 = sdq__u_min(t.p0 + p->panels, p->all);
     return t;
@@ -3688,10 +3692,9 @@ typedef struct sdq__qgemm {
     void *scratch;
     void (*fill)(void *arg, size_t first, size_t rows);     /* NULL, or makes rows of x->q */
     void *fill_arg;
-    float *pair;                /* as in sdq__gemm */
+    int geglu;                  /* as in sdq__gemm */
     int spread;                 /* the result is a quarter, dy, dx in {0,1}, of a picture */
     size_t dy, dx;
-    float *strip;               /* spread: a panel of the result, [plan.rows][32] per thread */
     sdq_profile *profile;
     size_t m, ldy;
     sdq__plan plan;
@@ -3757,53 +3760,77 @@ static void sdq__qgemm_row_rows(const sdq__qgemm *w, size_t mr, const size_t *sr
         }
 }
 
-/* Panel p of the rows m0..m1 of a task to y. */
-static void sdq__qgemm_panel(const sdq__qgemm *w, int thread, size_t m0, size_t m1, size_t p,
-                             float *y, size_t ldy) {
+/* Panel p of a tile of rows, to y. */
+static void sdq__qgemm_panel(const sdq__qgemm *w, sdq__qtile *t, size_t p, float *y, size_t ldy) {
     const sdq__qweight *b = w->w;
     const size_t col = p * SDQ__NR;
-    size_t m;
-    sdq__qtile t;
-    t.taps = b->taps;
-    t.quads = b->quads;
-    t.seg = b->seg;
-    t.ldr = w->ldy;
-    t.ldy = ldy;
-    t.more = w->more;
-    t.nr = sdq__u_min(SDQ__NR, b->n - col);
-    t.b = b->b + col * b->taps * b->quads * 4;
-    t.wsum = b->sum + col * b->segs;
-    t.sw = w->sw + col;
-    t.bias = w->bias ? w->bias + col : NULL;
-    for (m = m0; m < m1; m += SDQ__MR) {
-        const sdq__qrows r = sdq__qgemm_tile_rows(w, thread, m - m0);
-        t.mr = sdq__u_min(SDQ__MR, m1 - m);
-        t.a = r.a;
-        t.s = r.s;
-        t.z = r.z;
-        t.res = w->res ? w->res + m * w->ldy + col : NULL;
-        t.y = y + (m - m0) * ldy;
-        w->k->gemm_u8s8(&t);
+    t->nr = sdq__u_min(SDQ__NR, b->n - col);
+    t->b = b->b + col * b->taps * b->quads * 4;
+    t->wsum = b->sum + col * b->segs;
+    t->sw = w->sw + col;
+    t->bias = w->bias ? w->bias + col : NULL;
+    t->y = y;
+    t->ldy = ldy;
+    w->k->gemm_u8s8(t);
+}
+
+/* Panel p, rows m.. of a product to their pixels of the picture. */
+static void sdq__qgemm_spread(const sdq__qgemm *w, size_t m, size_t mr, size_t p,
+                              const float *from) {
+    const size_t col = p * SDQ__NR, nr = sdq__u_min(SDQ__NR, w->w->n - col);
+    sdq__pixel at = sdq__gemm_pixel(&w->g, m);
+    size_t i;
+    for (i = 0; i < mr; i++, from += SDQ__NR, sdq__gemm_next(&w->g, &at)) {
+        const size_t y = (at.b * w->g.oh + at.y) * 2 + w->dy, x = at.x * 2 + w->dx;
+        memcpy(w->y + (y * 2 * w->g.ow + x) * w->ldy + col, from, nr * sizeof *from);
     }
 }
 
-/* The same, spread over the rows of y. */
-static void sdq__qgemm_panel_spread(const sdq__qgemm *w, int thread, size_t m0, size_t m1,
-                                    size_t p) {
-    float *strip = w->strip + (size_t)thread * w->plan.rows * SDQ__NR;
-    const size_t col = p * SDQ__NR, nr = sdq__u_min(SDQ__NR, w->w->n - col);
-    sdq__pixel at = sdq__gemm_pixel(&w->g, m0);
-    size_t m;
-    sdq__qgemm_panel(w, thread, m0, m1, p, strip, SDQ__NR);
-    for (m = m0; m < m1; m++, strip += SDQ__NR, sdq__gemm_next(&w->g, &at)) {
-        const size_t y = (at.b * w->g.oh + at.y) * 2 + w->dy, x = at.x * 2 + w->dx;
-        memcpy(w->y + (y * 2 * w->g.ow + x) * w->ldy + col, strip, nr * sizeof *strip);
+/* Panel p of a tile of rows, which begins at m, to the result. */
+static void sdq__qgemm_tile(const sdq__qgemm *w, sdq__qtile *t, int thread, size_t m, size_t p) {
+    float part[SDQ__MR * 2 * SDQ__NR];
+    const size_t at = m * w->ldy + p * SDQ__NR;
+    t->res = w->res ? w->res + at : NULL;
+    if (w->geglu) {
+        sdq__qgemm_panel(w, t, p, part, 2 * SDQ__NR);
+        sdq__qgemm_panel(w, t, p + w->plan.all, part + SDQ__NR, 2 * SDQ__NR);
+        sdq__gemm_geglu(w->k, w->profile, thread, w->y + at, w->ldy, part, t->mr);
+    } else if (w->spread) {
+        sdq__qgemm_panel(w, t, p, part, SDQ__NR);
+        sdq__qgemm_spread(w, m, t->mr, p, part);
+    } else {
+        sdq__qgemm_panel(w, t, p, w->y + at, w->ldy);
+    }
+}
+
+/* A tile of rows meets a group of panels that stays in the second cache before the next one comes:
+ * whole lines of the result are written one after another. */
+#define SDQ__QGEMM_KEEP (512 * 1024)
+
+static void sdq__qgemm_panels(const sdq__qgemm *w, int thread, const sdq__part *at, size_t p0,
+                              size_t p1) {
+    sdq__qtile t;
+    size_t m, p;
+    t.taps = w->w->taps;
+    t.quads = w->w->quads;
+    t.seg = w->w->seg;
+    t.ldr = w->ldy;
+    t.more = w->more;
+    for (m = at->m0; m < at->m1; m += SDQ__MR) {
+        const sdq__qrows r = sdq__qgemm_tile_rows(w, thread, m - at->m0);
+        t.mr = sdq__u_min(SDQ__MR, at->m1 - m);
+        t.a = r.a;
+        t.s = r.s;
+        t.z = r.z;
+        for (p = p0; p < p1; p++) sdq__qgemm_tile(w, &t, thread, m, p);
     }
 }
 
 static void sdq__qgemm_task(void *arg, size_t task, int thread) {
     const sdq__qgemm *w = (const sdq__qgemm *)arg;
     const sdq__part at = sdq__gemm_part(&w->plan, task);
+    const size_t panel = w->w->taps * w->w->quads * 4 * SDQ__NR * (w->geglu ? 2 : 1);
+    const size_t keep = sdq__u_max(1, SDQ__QGEMM_KEEP / panel);
     size_t p, m, src[SDQ__MAX_TAPS * SDQ__MR];
     if (w->fill) {
         const sdq_work was = sdq__par_work(w->profile, thread, SDQ_WORK_QUANTIZE);
@@ -3817,18 +3844,8 @@ static void sdq__qgemm_task(void *arg, size_t task, int thread) {
         if (w->x->per_row) sdq__qgemm_row_rows(w, mr, src, &r);
         else sdq__qgemm_entry_rows(w, m, mr, src, &r);
     }
-    for (p = at.p0; p < at.p1; p++) {
-        float *y = w->y + at.m0 * w->ldy + p * SDQ__NR, *pair;
-        if (!w->pair) {
-            if (w->spread) sdq__qgemm_panel_spread(w, thread, at.m0, at.m1, p);
-            else sdq__qgemm_panel(w, thread, at.m0, at.m1, p, y, w->ldy);
-            continue;
-        }
-        pair = w->pair + (size_t)thread * w->plan.rows * 2 * SDQ__NR;
-        sdq__qgemm_panel(w, thread, at.m0, at.m1, p, pair, 2 * SDQ__NR);
-        sdq__qgemm_panel(w, thread, at.m0, at.m1, p + w->plan.all, pair + SDQ__NR, 2 * SDQ__NR);
-        sdq__gemm_geglu(w->k, w->profile, thread, y, w->ldy, pair, at.m1 - at.m0);
-    }
+    for (p = at.p0; p < at.p1; p += keep)
+        sdq__qgemm_panels(w, thread, &at, p, sdq__u_min(p + keep, at.p1));
 }
 
 #define SDQ__FILL_ROWS 16       /* rows of a task that quantizes only */
@@ -3856,9 +3873,7 @@ static void sdq__qgemm_run(sdq_ctx *ctx, sdq__qgemm *w, int geglu) {
                              w->w->taps * row * SDQ__NR, w->x->rows * row,
                              w->w->segs > w->w->taps ? SDQ__GEMM_MB : SDQ__GEMM_MB_MOST);
     w->scratch = sdq__push(ctx, (size_t)ctx->threads * sdq__qgemm_scratch(w));
-    w->pair = geglu ? sdq__gemm_pairs(ctx, w->plan.rows) : NULL;
-    if (w->spread)
-        w->strip = SDQ__PUSH_N(ctx, float, (size_t)ctx->threads * w->plan.rows * SDQ__NR);
+    w->geglu = geglu;
     if (w->fill && (w->w->taps > 1 || w->plan.groups > 1)) {
         sdq__qgemm_fill(ctx, w);
         w->fill = NULL;
