@@ -13,7 +13,7 @@
  *
  * "make unet-int8" writes CACHE/unet-int8.safetensors, which unet-int8 loads: the float network
  * with the ranges of one random input. On an error the program ends with 1 and a sentence. */
-#define _POSIX_C_SOURCE 200809L
+#define _DEFAULT_SOURCE     /* POSIX, and madvise for sdq.h */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
