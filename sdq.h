@@ -2340,7 +2340,7 @@ typedef struct sdq__ftile {
  * segment leaves int32. */
 typedef enum sdq__group { SDQ__U8S8, SDQ__S8U8, SDQ__S16 } sdq__group;
 typedef struct sdq__qtile {
-    const uint8_t *const *a;    /* [taps][mr] row pointers */
+    const uint8_t *const *a;    /* [taps][mr] row pointers; a tap of NULL adds nothing */
     const int8_t *b;
     size_t mr, nr, taps, quads, seg;
     const float *s;
@@ -3135,7 +3135,7 @@ static sdq__plan sdq__gemm_plan(const sdq_ctx *ctx, size_t m, size_t panels, siz
     if (p.blocks > 1) p.blocks = sdq__u_min(sdq__u_round_up(p.blocks, threads), tiles);
     p.rows = sdq__u_div_up(tiles, p.blocks) * SDQ__MR;
     if (p.weights_first) {
-        p.panels = sdq__u_min(8, sdq__u_max(1, panels * p.blocks / tasks));
+        p.panels = sdq__u_min(8, sdq__u_max(1, panels * p.blocks / (2 * tasks)));
     } else {
         const size_t want = sdq__u_div_up(tasks / 2, p.blocks);
         p.panels = sdq__u_div_up(panels, sdq__u_min(panels, want));
@@ -3682,6 +3682,19 @@ typedef struct sdq__qweight {   /* packed for the kernels */
     size_t n, taps, quads, seg, segs;
 } sdq__qweight;
 
+/* A 3x3 window at the border covers padding: 16 % of all products at 8x8, 2 % at 64x64. So tiles
+ * of such a product take pixels in another order, zone by zone: the first row of every picture, the
+ * last one, what is left of the first column and of the last, what is inside. Each zone begins a
+ * new tile; taps that are padding for the whole zone are left out. */
+typedef struct sdq__zone {
+    size_t first;               /* row of the product where it begins, a multiple of 12 */
+    size_t y, x, h, w;          /* its pixels, of every picture */
+    unsigned char out[9];       /* taps that are left out */
+} sdq__zone;
+
+#define SDQ__ZONES 5
+#define SDQ__LEFT_OUT (SIZE_MAX - 1)    /* a source row that no row of the tile needs */
+
 typedef struct sdq__qgemm {
     const struct sdq__kernels *k;
     sdq__geom g;
@@ -3695,6 +3708,8 @@ typedef struct sdq__qgemm {
     int geglu;                  /* as in sdq__gemm */
     int spread;                 /* the result is a quarter, dy, dx in {0,1}, of a picture */
     size_t dy, dx;
+    int sorted;                 /* pixels are in the order of zones */
+    sdq__zone zone[SDQ__ZONES];
     sdq_profile *profile;
     size_t m, ldy;
     sdq__plan plan;
@@ -3702,12 +3717,19 @@ typedef struct sdq__qgemm {
 } sdq__qgemm;
 
 /* What a task finds out once for its block of rows and uses for every panel: for each tile of 12
- * rows the row pointers [taps][mr], scales and zero points [segs][mr]. */
-typedef struct sdq__qrows { const uint8_t **a; float *s; int32_t *z; } sdq__qrows;
+ * rows the row pointers [taps][mr], scales and zero points [segs][mr], and, if they are not in
+ * order, rows of the result. */
+typedef struct sdq__qrows {
+    const uint8_t **a;
+    size_t *to;
+    float *s;
+    int32_t *z;
+} sdq__qrows;
 
 static size_t sdq__qgemm_scratch(const sdq__qgemm *w) {         /* bytes per thread */
     return w->plan.rows
-         * sdq__u_round_up(w->w->taps * sizeof(uint8_t *) + w->w->segs * 8, SDQ__ALIGN);
+         * sdq__u_round_up(w->w->taps * sizeof(uint8_t *) + sizeof(size_t) + w->w->segs * 8,
+                           SDQ__ALIGN);
 }
 /* Of the tile that begins `row` rows behind the block. */
 static inline sdq__qrows sdq__qgemm_tile_rows(const sdq__qgemm *w, int thread, size_t row) {
@@ -3715,10 +3737,88 @@ static inline sdq__qrows sdq__qgemm_tile_rows(const sdq__qgemm *w, int thread, s
     sdq__qrows r;
     r.a = (const uint8_t **)(void *)at + row * w->w->taps;
     at += w->plan.rows * w->w->taps * sizeof(uint8_t *);
+    r.to = (size_t *)(void *)at + row;
+    at += w->plan.rows * sizeof(size_t);
     r.s = (float *)(void *)at + row * w->w->segs;
     at += w->plan.rows * w->w->segs * sizeof(float);
     r.z = (int32_t *)(void *)at + row * w->w->segs;
     return r;
+}
+
+static void sdq__qgemm_sort(sdq__qgemm *w) {
+    const size_t h = w->g.oh, v = w->g.ow;
+    const size_t zones[SDQ__ZONES][4] = {       /* y, x, height, width */
+        {0, 0, 1, v}, {h - 1, 0, 1, v}, {1, 0, h - 2, 1}, {1, v - 1, h - 2, 1},
+        {1, 1, h - 2, v - 2}};
+    size_t i, t;
+    w->sorted = 1;
+    w->m = 0;
+    for (i = 0; i < SDQ__ZONES; i++) {
+        sdq__zone *z = &w->zone[i];
+        z->first = w->m;
+        z->y = zones[i][0];
+        z->x = zones[i][1];
+        z->h = zones[i][2];
+        z->w = zones[i][3];
+        for (t = 0; t < 9; t++)
+            z->out[t] = (i == 0 && t / 3 == 0) || (i == 1 && t / 3 == 2) || (i == 2 && t % 3 == 0)
+                        || (i == 3 && t % 3 == 2);
+        w->m += sdq__u_round_up(w->g.n * z->h * z->w, SDQ__MR);
+    }
+}
+static int sdq__qgemm_sortable(const sdq__qgemm *w) {
+    const sdq__geom *g = &w->g;
+    return w->x->per_row && g->kh == 3 && g->kw == 3 && g->stride == 1 && !g->transposed
+        && g->top == 1 && g->left == 1 && g->oh == g->h && g->ow == g->w && g->oh > 1 && g->ow > 1
+        && !w->geglu && !w->spread && !(w->res && w->more);
+}
+static const sdq__zone *sdq__qgemm_zone(const sdq__qgemm *w, size_t m) {
+    size_t i = SDQ__ZONES - 1;
+    while (w->zone[i].first > m) i--;
+    return &w->zone[i];
+}
+/* Rows of the tile that begins at m. */
+static size_t sdq__qgemm_mr(const sdq__qgemm *w, size_t m) {
+    const sdq__zone *z;
+    if (!w->sorted) return sdq__u_min(SDQ__MR, w->m - m);
+    z = sdq__qgemm_zone(w, m);
+    return sdq__u_min(SDQ__MR, z->first + w->g.n * z->h * z->w - m);
+}
+
+/* As sdq__gemm_gather; and the rows of the result where they are not m, m + 1, ... */
+static void sdq__qgemm_gather_sorted(const sdq__qgemm *w, size_t m, size_t mr, size_t *src,
+                                     size_t *to) {
+    const sdq__zone *z = sdq__qgemm_zone(w, m);
+    const size_t row = w->g.ow, at = m - z->first;
+    const int inside = z == w->zone + SDQ__ZONES - 1;
+    size_t i, t;
+    sdq__pixel p;
+    p.x = z->x + at % z->w;
+    p.y = z->y + at / z->w % z->h;
+    p.b = at / z->w / z->h;
+    for (i = 0; i < mr; i++) {
+        to[i] = (p.b * w->g.oh + p.y) * row + p.x;
+        for (t = 0; t < 9; t++) {
+            size_t *from = src + t * mr + i;
+            if (inside) *from = to[i] + t / 3 * row + t % 3 - row - 1;
+            else *from = z->out[t] ? SDQ__LEFT_OUT : sdq__gemm_src(&w->g, &p, t / 3, t % 3);
+        }
+        if (++p.x < z->x + z->w) continue;
+        p.x = z->x;
+        if (++p.y < z->y + z->h) continue;
+        p.y = z->y;
+        p.b++;
+    }
+}
+static void sdq__qgemm_gather(const sdq__qgemm *w, size_t m, size_t mr, size_t *src, size_t *to) {
+    sdq__pixel at;
+    size_t i;
+    if (w->sorted) { sdq__qgemm_gather_sorted(w, m, mr, src, to); return; }
+    sdq__gemm_gather(&w->g, m, mr, src);
+    if (!w->spread) return;
+    at = sdq__gemm_pixel(&w->g, m);
+    for (i = 0; i < mr; i++, sdq__gemm_next(&w->g, &at))
+        to[i] = ((at.b * w->g.oh + at.y) * 2 + w->dy) * 2 * w->g.ow + at.x * 2 + w->dx;
 }
 
 /* One range per entry: padding reads the entry's zero point. */
@@ -3737,7 +3837,7 @@ static void sdq__qgemm_entry_rows(const sdq__qgemm *w, size_t m, size_t mr, cons
         }
     }
 }
-/* One range per row and block: padding reads zeros with scale 0. */
+/* One range per row and block: padding reads zeros with scale 0, or is left out. */
 static void sdq__qgemm_row_rows(const sdq__qgemm *w, size_t mr, const size_t *src,
                                 const sdq__qrows *r) {
     const sdq__qinput *x = w->x;
@@ -3751,8 +3851,8 @@ static void sdq__qgemm_row_rows(const sdq__qgemm *w, size_t mr, const size_t *sr
     for (t = 0; t < w->w->taps; t++)
         for (i = 0; i < mr; i++) {
             const size_t row = src[t * mr + i];
-            const int pad = row == SIZE_MAX;
-            r->a[t * mr + i] = pad ? x->pad : x->q + row * x->ld;
+            const int pad = row >= SDQ__LEFT_OUT;
+            r->a[t * mr + i] = !pad ? x->q + row * x->ld : row == SIZE_MAX ? x->pad : NULL;
             for (j = 0; j < x->blocks; j++) {
                 r->s[(t * x->blocks + j) * mr + i] = pad ? 0.0f : x->s[row * x->blocks + j];
                 r->z[(t * x->blocks + j) * mr + i] = pad ? 0 : x->z[row * x->blocks + j];
@@ -3774,33 +3874,26 @@ static void sdq__qgemm_panel(const sdq__qgemm *w, sdq__qtile *t, size_t p, float
     w->k->gemm_u8s8(t);
 }
 
-/* Panel p, rows m.. of a product to their pixels of the picture. */
-static void sdq__qgemm_spread(const sdq__qgemm *w, size_t m, size_t mr, size_t p,
-                              const float *from) {
-    const size_t col = p * SDQ__NR, nr = sdq__u_min(SDQ__NR, w->w->n - col);
-    sdq__pixel at = sdq__gemm_pixel(&w->g, m);
+/* Panel p of a tile to rows `to` of the result, which it is added to or to res. */
+static void sdq__qgemm_scatter(const sdq__qgemm *w, sdq__qtile *t, const size_t *to, size_t p) {
+    float part[SDQ__MR * SDQ__NR];
+    const size_t col = p * SDQ__NR, bytes = sdq__u_min(SDQ__NR, w->w->n - col) * sizeof *part;
+    const float *old = w->res ? w->res : w->y;
     size_t i;
-    for (i = 0; i < mr; i++, from += SDQ__NR, sdq__gemm_next(&w->g, &at)) {
-        const size_t y = (at.b * w->g.oh + at.y) * 2 + w->dy, x = at.x * 2 + w->dx;
-        memcpy(w->y + (y * 2 * w->g.ow + x) * w->ldy + col, from, nr * sizeof *from);
-    }
+    t->more = w->more || w->res;
+    for (i = 0; i < t->mr && t->more; i++)
+        memcpy(part + i * SDQ__NR, old + to[i] * w->ldy + col, bytes);
+    sdq__qgemm_panel(w, t, p, part, SDQ__NR);
+    for (i = 0; i < t->mr; i++) memcpy(w->y + to[i] * w->ldy + col, part + i * SDQ__NR, bytes);
 }
 
-/* Panel p of a tile of rows, which begins at m, to the result. */
-static void sdq__qgemm_tile(const sdq__qgemm *w, sdq__qtile *t, int thread, size_t m, size_t p) {
-    float part[SDQ__MR * 2 * SDQ__NR];
-    const size_t at = m * w->ldy + p * SDQ__NR;
-    t->res = w->res ? w->res + at : NULL;
-    if (w->geglu) {
-        sdq__qgemm_panel(w, t, p, part, 2 * SDQ__NR);
-        sdq__qgemm_panel(w, t, p + w->plan.all, part + SDQ__NR, 2 * SDQ__NR);
-        sdq__gemm_geglu(w->k, w->profile, thread, w->y + at, w->ldy, part, t->mr);
-    } else if (w->spread) {
-        sdq__qgemm_panel(w, t, p, part, SDQ__NR);
-        sdq__qgemm_spread(w, m, t->mr, p, part);
-    } else {
-        sdq__qgemm_panel(w, t, p, w->y + at, w->ldy);
-    }
+/* Panels p and its gate of a tile of rows that begins at m. */
+static void sdq__qgemm_geglu(const sdq__qgemm *w, sdq__qtile *t, int thread, size_t m, size_t p) {
+    float pair[SDQ__MR * 2 * SDQ__NR];
+    sdq__qgemm_panel(w, t, p, pair, 2 * SDQ__NR);
+    sdq__qgemm_panel(w, t, p + w->plan.all, pair + SDQ__NR, 2 * SDQ__NR);
+    sdq__gemm_geglu(w->k, w->profile, thread, w->y + m * w->ldy + p * SDQ__NR, w->ldy, pair,
+                    t->mr);
 }
 
 /* A tile of rows meets a group of panels that stays in the second cache before the next one comes:
@@ -3816,13 +3909,20 @@ static void sdq__qgemm_panels(const sdq__qgemm *w, int thread, const sdq__part *
     t.seg = w->w->seg;
     t.ldr = w->ldy;
     t.more = w->more;
+    t.res = NULL;
     for (m = at->m0; m < at->m1; m += SDQ__MR) {
         const sdq__qrows r = sdq__qgemm_tile_rows(w, thread, m - at->m0);
-        t.mr = sdq__u_min(SDQ__MR, at->m1 - m);
+        t.mr = sdq__qgemm_mr(w, m);
         t.a = r.a;
         t.s = r.s;
         t.z = r.z;
-        for (p = p0; p < p1; p++) sdq__qgemm_tile(w, &t, thread, m, p);
+        for (p = p0; p < p1; p++) {
+            const size_t y = m * w->ldy + p * SDQ__NR;
+            if (w->geglu) { sdq__qgemm_geglu(w, &t, thread, m, p); continue; }
+            if (w->spread || w->sorted) { sdq__qgemm_scatter(w, &t, r.to, p); continue; }
+            if (w->res) t.res = w->res + y;
+            sdq__qgemm_panel(w, &t, p, w->y + y, w->ldy);
+        }
     }
 }
 
@@ -3838,9 +3938,9 @@ static void sdq__qgemm_task(void *arg, size_t task, int thread) {
         (void)sdq__par_work(w->profile, thread, was);
     }
     for (m = at.m0; m < at.m1; m += SDQ__MR) {
-        const size_t mr = sdq__u_min(SDQ__MR, at.m1 - m);
+        const size_t mr = sdq__qgemm_mr(w, m);
         const sdq__qrows r = sdq__qgemm_tile_rows(w, thread, m - at.m0);
-        sdq__gemm_gather(&w->g, m, mr, src);
+        sdq__qgemm_gather(w, m, mr, src, r.to);
         if (w->x->per_row) sdq__qgemm_row_rows(w, mr, src, &r);
         else sdq__qgemm_entry_rows(w, m, mr, src, &r);
     }
@@ -3869,11 +3969,12 @@ static void sdq__qgemm_run(sdq_ctx *ctx, sdq__qgemm *w, int geglu) {
     const sdq_work was = sdq__par_work(ctx->profile, 0, SDQ_WORK_INT8);
     w->k = ctx->k;
     w->profile = ctx->profile;
+    w->geglu = geglu;
+    if (sdq__qgemm_sortable(w)) sdq__qgemm_sort(w);
     w->plan = sdq__gemm_plan(ctx, w->m, sdq__gemm_panels(w->w->n) / (geglu ? 2 : 1),
                              w->w->taps * row * SDQ__NR, w->x->rows * row,
                              w->w->segs > w->w->taps ? SDQ__GEMM_MB : SDQ__GEMM_MB_MOST);
     w->scratch = sdq__push(ctx, (size_t)ctx->threads * sdq__qgemm_scratch(w));
-    w->geglu = geglu;
     if (w->fill && (w->w->taps > 1 || w->plan.groups > 1)) {
         sdq__qgemm_fill(ctx, w);
         w->fill = NULL;
@@ -19905,8 +20006,10 @@ static void SDQ__N(qrow)(const sdq__qtile *t, size_t g, size_t i, sdq__group kin
     size_t n, j;
     memset(acc, 0, sizeof acc);
     for (n = g * t->seg; n < (g + 1) * t->seg; n++) {
-        const uint8_t *a = t->a[n / t->quads * t->mr + i] + n % t->quads * 4;
+        const uint8_t *a = t->a[n / t->quads * t->mr + i];
         const int8_t *b = t->b + n * 4 * SDQ__NR;
+        if (!a) continue;
+        a += n % t->quads * 4;
         if (kind == SDQ__S16) SDQ__N(pairs)(acc, a, b);
         else SDQ__N(quads)(acc, a, b, kind);
     }
@@ -20018,10 +20121,18 @@ SDQ__TARGET static void SDQ__N(qtile_end)(const sdq__qtile *t, const SDQ__N(segm
 #undef SDQ__END
 }
 
-/* The integer sums of one segment. Segments and taps are two cuts of one sequence of quads: a
- * run of quads ends where either does. */
-SDQ__WORD void SDQ__N(qtile)(const sdq__qtile *t, const SDQ__N(segment) *s, size_t i, size_t j,
-                             int32_t *acc, sdq__group kind, size_t rows, int wide,
+/* Of a segment that is not the last, 16 columns of a row: sum (+)= s (acc - z wsum). */
+SDQ__WORD void SDQ__N(qtile_add)(float *sum, SDQ__I acc, float s, int32_t z, SDQ__I wsum,
+                                 int begun) {
+    const SDQ__V f = begun ? SDQ__N(load)(sum, 16) : SDQ__N(set1)(0.0f);
+    SDQ__N(store)(sum, SDQ__N(fma)(SDQ__N(set1)(s), SDQ__N(unbias)(acc, z, wsum), f), 16);
+}
+
+/* The integer sums of one segment to acc. Segments and taps are two cuts of one sequence of quads:
+ * a run of quads ends where either does. A full tile with more segments to come, as convolutions
+ * with a range per position have eight, is added to sum at once: returns 1. */
+SDQ__WORD int SDQ__N(qtile)(const sdq__qtile *t, const SDQ__N(segment) *s, size_t i, size_t j,
+                             int32_t *acc, float *sum, sdq__group kind, size_t rows, int wide,
                              int full) {
     const size_t have = t->mr - i;
     const int8_t *b = s->b + 4 * j;
@@ -20031,10 +20142,11 @@ SDQ__WORD void SDQ__N(qtile)(const sdq__qtile *t, const SDQ__N(segment) *s, size
     SDQ__ROWS(SDQ__ROW)
 #undef SDQ__ROW
     for (left = t->seg; left > 0; left -= run, q = 0, a += t->mr) {
+        run = sdq__u_min(left, t->quads - q);
+        if (!*a) { b += run * 4 * SDQ__NR; continue; }
 #define SDQ__ROW(r) const uint8_t *a##r = a[rows > r && (full || have > r) ? r : 0] + 4 * q;
         SDQ__ROWS(SDQ__ROW)
 #undef SDQ__ROW
-        run = sdq__u_min(left, t->quads - q);
         for (k = 0; k < run; k++, b += 4 * SDQ__NR) {
             const SDQ__QB bl = SDQ__N(load_b)(b, kind);
             const SDQ__QB bh = wide ? SDQ__N(load_b)(b + 64, kind) : bl;
@@ -20048,24 +20160,39 @@ SDQ__WORD void SDQ__N(qtile)(const sdq__qtile *t, const SDQ__N(segment) *s, size
 #undef SDQ__ROW
         }
     }
+    if (full && !s->last && t->wsum) {
+        const float *scale = t->s + s->g * t->mr + i;
+        const int32_t *z = t->z + s->g * t->mr + i, *w = t->wsum + s->g * SDQ__NR + j;
+        const SDQ__I wl = SDQ__N(int_load)(w), wh = wide ? SDQ__N(int_load)(w + 16) : wl;
+        const int begun = s->g > 0;
+#define SDQ__ROW(r) if (rows > r) { \
+        SDQ__N(qtile_add)(sum + r * SDQ__NR, l##r, scale[r], z[r], wl, begun); \
+        if (wide) SDQ__N(qtile_add)(sum + r * SDQ__NR + 16, h##r, scale[r], z[r], wh, begun); \
+    }
+        SDQ__ROWS(SDQ__ROW)
+#undef SDQ__ROW
+        return 1;
+    }
 #define SDQ__ROW(r) if (rows > r) { \
         SDQ__N(int_store)(acc + r * SDQ__NR, l##r); \
         if (wide) SDQ__N(int_store)(acc + r * SDQ__NR + 16, h##r); \
     }
     SDQ__ROWS(SDQ__ROW)
 #undef SDQ__ROW
+    return 0;
 }
 
 SDQ__WORD void SDQ__N(qtile_of)(const sdq__qtile *t, const SDQ__N(segment) *s, size_t i, size_t j,
                                 float *sum, size_t n, sdq__group kind) {
     SDQ__ALIGNED int32_t acc[SDQ__MR][SDQ__NR];
     size_t r;
+    int done = 0;
     for (r = 0; r < n && s->last; r++) SDQ__N(fetch)(t->y + (i + r) * t->ldy + j, 0);
 #define SDQ__QTILE(rows, wide, full) \
-    SDQ__N(qtile)(t, s, i, j, acc[0], kind, rows, wide, full)
+    done = SDQ__N(qtile)(t, s, i, j, acc[0], sum, kind, rows, wide, full)
     SDQ__PICK(SDQ__QTILE, SDQ__QTILE_ROWS);
 #undef SDQ__QTILE
-    SDQ__N(qtile_end)(t, s, i, j, n, acc[0], sum);
+    if (!done) SDQ__N(qtile_end)(t, s, i, j, n, acc[0], sum);
 }
 
 SDQ__WORD void SDQ__N(qtiles)(const sdq__qtile *t, sdq__group kind) {

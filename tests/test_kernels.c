@@ -1148,9 +1148,11 @@ static void qtile_oracle(const sdq__qtile *t, sdq__group kind, float *y) {
             float f = 0.0f;
             for (g = 0; g < segs; g++) {
                 int64_t acc = 0;
-                for (n = g * t->seg; n < (g + 1) * t->seg; n++)
-                    acc += group_oracle(t->a[n / t->quads * t->mr + i] + n % t->quads * 4,
-                                        t->b + (n * 32 + j) * 4, kind);
+                for (n = g * t->seg; n < (g + 1) * t->seg; n++) {
+                    const uint8_t *from = t->a[n / t->quads * t->mr + i];
+                    if (!from) continue;        /* a tap that is left out */
+                    acc += group_oracle(from + n % t->quads * 4, t->b + (n * 32 + j) * 4, kind);
+                }
                 if (t->wsum) acc -= (int64_t)t->z[g * t->mr + i] * t->wsum[g * 32 + j];
                 SDQT_CHECK(acc >= INT32_MIN && acc <= INT32_MAX);
                 f = fmaf(t->s[g * t->mr + i], (float)acc, f);
@@ -1207,6 +1209,8 @@ static void qtile_once(tile_memory *w, const sdq__kernels *k, sdq__group kind, s
         if (pairs) words_fill(p, 4 * t.quads, most, extreme);
         rows[i] = p;
     }
+    if (t.taps > 1 && sdqt_below(2))
+        for (i = 0, len = sdqt_below(t.taps) * mr; i < mr; i++) rows[len + i] = NULL;
     t.a = rows;
     b = (int8_t *)guard_place(&w->b, total * 128, at_end);
     bytes_fill(b, total * 128);

@@ -16,6 +16,7 @@ the processors that other work took meanwhile: more than a few per cent spoil th
 import argparse
 import datetime
 import importlib.metadata
+import multiprocessing
 import os
 import pathlib
 import platform
@@ -114,13 +115,22 @@ def compile_c(program, source, *headers):
                         "-lm"], check=True)
 
 
+def apart(function, *args):
+    """In a process of its own: what is large here counts in ru_maxrss of every program started."""
+    child = multiprocessing.Process(target=function, args=args)
+    child.start()
+    child.join()
+    if child.exitcode:
+        sys.exit(f"{function.__module__}.{function.__name__}: exit status {child.exitcode}")
+
+
 def build(args):
     """sdq_run, the model, OpenVINO's networks and sdq's int8 files, where missing or old."""
     if args.model is None:
         args.model = args.work / "sd15"
         if not (args.model / "model_index.json").exists():
-            random_sd.write(args.model, "1.5", args.seed)
-    openvino_models.write(args.model, args.work / "openvino")
+            apart(random_sd.write, args.model, "1.5", args.seed)
+    apart(openvino_models.write, args.model, args.work / "openvino")
     program = args.work / "sdq_run"
     compile_c(program, HERE / "sdq_run.c", HERE / "layers.h")
     compile_c(args.work / "sdq", ROOT / "tools" / "sdq.c", ROOT / "tools" / "sdq_bench.h")
