@@ -132,7 +132,7 @@ def build(args):
             apart(random_sd.write, args.model, "1.5", args.seed)
     apart(openvino_models.write, args.model, args.work / "openvino")
     program = args.work / "sdq_run"
-    compile_c(program, HERE / "sdq_run.c", HERE / "layers.h")
+    compile_c(program, HERE / "sdq_run.c")
     compile_c(args.work / "sdq", ROOT / "tools" / "sdq.c", ROOT / "tools" / "sdq_bench.h")
     (args.work / "int8").mkdir(exist_ok=True)
     for name in ("unet-int8", "unet-int8-static", "unet-int8-attention16",

@@ -2,7 +2,6 @@
  *
  *     cc -O2 -fopenmp -I. tools/peers/sdq_run.c -o sdq_run -lm
  *     sdq_run MODEL CACHE THREADS      lines on stdin, an answer to each on stdout
- *     sdq_run --layers THREADS [RUNS]  the shapes of layers.h one by one, as CSV: see onednn.cc
  *
  * MODEL is a diffusers folder, THREADS a number. A line is a name of `works` or "quit". The first
  * time it loads what it needs; then it runs one evaluation (UNet: 512x512, batch 1, keys and values
@@ -21,8 +20,6 @@
 
 #define SDQ_IMPLEMENTATION
 #include "sdq.h"
-
-#include "layers.h"
 
 enum { SIDE = 64, TOKENS = 77 };
 
@@ -183,132 +180,20 @@ static sdq_status answer(sdq_ctx *ctx, const char *folder, const char *cache, co
     return SDQ_OK;
 }
 
-/* ---- --layers ---- */
-
-typedef struct layer_run {
-    sdq_layer *layer;
-    sdq_tensor *x;
-    double *seconds;
-} layer_run;
-
-static sdq_status layer_make(sdq_ctx *ctx, const layer_shape *s, sdq_range range, layer_run *r) {
-    const int pad = s->kernel / 2;
-    sdq_layer_desc d;
-    sdq_quant q;
-    sdq_mark mark;
-    sdq_rng rng;
-    memset(&d, 0, sizeof d);
-    d.in = (size_t)s->in;
-    d.out = (size_t)s->out;
-    d.kernel = s->kernel;
-    d.stride = s->stride == 1 ? 0 : s->stride;
-    d.pad[0] = d.pad[1] = d.pad[2] = d.pad[3] = pad;
-    TRY(sdq_layer_create(ctx, &d, &r->layer));
-    sdq_rng_init(&rng, SDQ_RNG_PHILOX, 3);
-    sdq_rng_normal(&rng, sdq_f32(sdq_layer_weight(r->layer)),
-                   sdq_tensor_count(sdq_layer_weight(r->layer)));
-    q = sdq_layer_quant(r->layer);
-    q.enabled = 1;
-    q.range = range;
-    TRY(sdq_layer_set_quant(ctx, r->layer, &q));
-    r->x = noise(ctx, 1, (size_t)s->h, (size_t)s->w, d.in);
-    mark = sdq_arena_mark(ctx);
-    sdq_layer_observe(r->layer, 1);
-    if (!sdq_layer_forward(ctx, r->layer, r->x, NULL, SDQ_FLOAT)) return sdq_last_error(ctx);
-    sdq_layer_observe(r->layer, 0);
-    sdq_arena_release(ctx, mark);
-    return sdq_layer_convert(ctx, r->layer);
-}
-
-static int ascending(const void *a, const void *b) {
-    const double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-/* What is timed: the product of an input that is u8 already, with a range per position or, as
- * oneDNN's, one for all; the same two with the quantizing of a float input. */
-typedef struct layer_way { const char *name; sdq_range range; int ready; } layer_way;
-enum { LAYER_WAYS = 4 };
-static const layer_way layer_ways[LAYER_WAYS] = {
-    {"", SDQ_RANGE_POSITION, 1},
-    {"static_", SDQ_RANGE_STATIC, 1},
-    {"float_", SDQ_RANGE_POSITION, 0},
-    {"float_static_", SDQ_RANGE_STATIC, 0},
-};
-
-static sdq_status layer_time(sdq_ctx *ctx, const layer_run *r, int ready, double *seconds) {
-    const sdq_mark mark = sdq_arena_mark(ctx);
-    sdq_tensor *x = ready ? sdq__ly_share(ctx, r->layer, r->x, SDQ_INT8) : r->x;
-    const double t = now();
-    if (!sdq_layer_forward(ctx, r->layer, x, NULL, SDQ_INT8)) return sdq_last_error(ctx);
-    *seconds = now() - t;
-    r->x->q = NULL;                 /* it is in the arena */
-    sdq_arena_release(ctx, mark);
-    return SDQ_OK;
-}
-
-static sdq_status layers(sdq_ctx *ctx, size_t runs) {
-    static layer_run all[LAYER_SHAPES][LAYER_WAYS];
-    double sum = 0.0, total[LAYER_WAYS] = {0.0}, unused;
-    size_t run, i, k;
-    for (i = 0; i < LAYER_SHAPES; i++)
-        for (k = 0; k < LAYER_WAYS; k++) {
-            TRY(layer_make(ctx, &layer_shapes[i], layer_ways[k].range, &all[i][k]));
-            all[i][k].seconds = (double *)calloc(runs, sizeof(double));
-            if (!all[i][k].seconds) return SDQ_ERR_OOM;
-        }
-    for (run = 0; run <= runs; run++)           /* the first round warms up */
-        for (i = 0; i < LAYER_SHAPES; i++)
-            for (k = 0; k < LAYER_WAYS; k++)
-                TRY(layer_time(ctx, &all[i][k], layer_ways[k].ready,
-                               run ? &all[i][k].seconds[run - 1] : &unused));
-    printf("layer,kernel,stride,height,width,in,out,layers");
-    for (k = 0; k < LAYER_WAYS; k++) {
-        const char *name = layer_ways[k].name;
-        printf(",%sms,%sgops,%sall_ms", name, name, name);
-    }
-    printf("\n");
-    for (i = 0; i < LAYER_SHAPES; i++) {
-        const layer_shape *s = &layer_shapes[i];
-        printf("%s,%d,%d,%d,%d,%d,%d,%d", s->kernel ? "conv" : "linear", s->kernel ? s->kernel : 1,
-               s->stride, s->h, s->w, s->in, s->out, s->count);
-        for (k = 0; k < LAYER_WAYS; k++) {
-            double m;
-            qsort(all[i][k].seconds, runs, sizeof(double), ascending);
-            m = all[i][k].seconds[runs / 2];
-            total[k] += m * s->count;
-            printf(",%.3f,%.0f,%.2f", m * 1e3, layer_work(s) / m * 1e-9, m * s->count * 1e3);
-            free(all[i][k].seconds);
-            sdq_layer_free(ctx, all[i][k].layer);
-        }
-        sum += layer_work(s) * s->count;
-        printf("\n");
-    }
-    printf("sum,,,,,,,");
-    for (k = 0; k < LAYER_WAYS; k++) printf(",,%.0f,%.2f", sum / total[k] * 1e-9, total[k] * 1e3);
-    printf("\n");
-    return SDQ_OK;
-}
-
 int main(int argc, char **argv) {
-    const int by_layer = argc > 2 && strcmp(argv[1], "--layers") == 0;
     sdq_status st = SDQ_OK;
     sdq_ctx_desc d;
     sdq_ctx *ctx;
     char line[256];
     size_t i;
-    if (!by_layer && argc != 4) {
-        fprintf(stderr, "usage: sdq_run MODEL CACHE THREADS | --layers THREADS [RUNS]\n");
+    if (argc != 4) {
+        fprintf(stderr, "usage: sdq_run MODEL CACHE THREADS\n");
         return 2;
     }
     memset(&d, 0, sizeof d);
-    d.threads = atoi(by_layer ? argv[2] : argv[3]);
+    d.threads = atoi(argv[3]);
     if (sdq_ctx_create(&d, &ctx) != SDQ_OK) return 1;
-    if (by_layer) {
-        const int runs = argc > 3 ? atoi(argv[3]) : 5;
-        st = layers(ctx, runs < 1 ? 1 : (size_t)runs);
-    }
-    while (!by_layer && st == SDQ_OK && fgets(line, sizeof line, stdin)) {
+    while (st == SDQ_OK && fgets(line, sizeof line, stdin)) {
         line[strcspn(line, "\r\n")] = '\0';
         if (strcmp(line, "quit") == 0) break;
         st = answer(ctx, argv[1], argv[2], line);
