@@ -15,7 +15,8 @@ list() {
     cat <<'EOF'
 clamp of int8 inputs dropped|kernels|||s/SDQ__N(rint)(v), zero), 0.0f, 255.0f)/SDQ__N(rint)(v), zero), 0.0f, 300.0f)/
 rows and columns of a kernel swapped|layer|exact_shapes||s/at\[t\] = k \/ g->kw \* g->w + k % g->kw;/at[t] = k % g->kw * g->w + k \/ g->kw;/
-zero point added, not subtracted|kernels|||s/(float)(acc\[j\] - z \* t->wsum/(float)(acc[j] + z * t->wsum/
+zero point added, not subtracted|kernels|||s/if (t->wsum) acc\[j\] -= /if (t->wsum) acc[j] += /
+the wrong taps of the last row left out|layer|exact_shapes||s/(i == 1 \&\& t \/ 3 == 2)/(i == 1 \&\& t \/ 3 == 0)/
 no guard against fused products|kernels||SIMD O2 gcc|/pragma GCC optimize("fp-contract=off")/d
 one lane too many is loaded|kernels|||s/SDQ__N(load)(const float \*p, size_t n) { SDQ__LANES(l < n ? /SDQ__N(load)(const float *p, size_t n) { SDQ__LANES(l <= n ? /
 half is rounded up, not to even|kernels|||s/SDQ__LANES(nearbyintf(a.f\[l\]))/SDQ__LANES(floorf(a.f[l] + 0.5f))/
