@@ -2340,7 +2340,7 @@ typedef struct sdq__ftile {
  * segment leaves int32. */
 typedef enum sdq__group { SDQ__U8S8, SDQ__S8U8, SDQ__S16 } sdq__group;
 typedef struct sdq__qtile {
-    const uint8_t *const *a;    /* [taps][mr] row pointers; a tap of NULL adds nothing */
+    const uint8_t *const *a;    /* [taps][mr] row pointers; a tap of NULLs adds nothing */
     const int8_t *b;
     size_t mr, nr, taps, quads, seg;
     const float *s;
@@ -3745,6 +3745,7 @@ static inline sdq__qrows sdq__qgemm_tile_rows(const sdq__qgemm *w, int thread, s
     return r;
 }
 
+/* Zones, and m: their rows, each filled up to whole tiles. */
 static void sdq__qgemm_sort(sdq__qgemm *w) {
     const size_t h = w->g.oh, v = w->g.ow;
     const size_t zones[SDQ__ZONES][4] = {       /* y, x, height, width */
@@ -3887,7 +3888,7 @@ static void sdq__qgemm_scatter(const sdq__qgemm *w, sdq__qtile *t, const size_t 
     for (i = 0; i < t->mr; i++) memcpy(w->y + to[i] * w->ldy + col, part + i * SDQ__NR, bytes);
 }
 
-/* Panels p and its gate of a tile of rows that begins at m. */
+/* Panel p and its gate, of a tile of rows that begins at m. */
 static void sdq__qgemm_geglu(const sdq__qgemm *w, sdq__qtile *t, int thread, size_t m, size_t p) {
     float pair[SDQ__MR * 2 * SDQ__NR];
     sdq__qgemm_panel(w, t, p, pair, 2 * SDQ__NR);
@@ -20132,8 +20133,8 @@ SDQ__WORD void SDQ__N(qtile_add)(float *sum, SDQ__I acc, float s, int32_t z, SDQ
  * a run of quads ends where either does. A full tile with more segments to come, as convolutions
  * with a range per position have eight, is added to sum at once: returns 1. */
 SDQ__WORD int SDQ__N(qtile)(const sdq__qtile *t, const SDQ__N(segment) *s, size_t i, size_t j,
-                             int32_t *acc, float *sum, sdq__group kind, size_t rows, int wide,
-                             int full) {
+                            int32_t *acc, float *sum, sdq__group kind, size_t rows, int wide,
+                            int full) {
     const size_t have = t->mr - i;
     const int8_t *b = s->b + 4 * j;
     const uint8_t *const *a = s->a + i;
