@@ -1676,8 +1676,13 @@ SDQ_API sdq_status sdq_schedule_search(sdq_ctx *ctx, const sdq_pipeline *pipelin
  * ======================================================================== */
 
 #define SDQ__COUNT(a) (sizeof(a) / sizeof((a)[0]))
+#if defined(__GNUC__)       /* what kernels call: gcc inlines nothing that is tuned otherwise */
+#define SDQ__INLINE static inline __attribute__((always_inline))
+#else
+#define SDQ__INLINE static inline
+#endif
 
-static size_t sdq__u_min(size_t a, size_t b) { return a < b ? a : b; }
+SDQ__INLINE size_t sdq__u_min(size_t a, size_t b) { return a < b ? a : b; }
 static size_t sdq__u_max(size_t a, size_t b) { return a > b ? a : b; }
 static size_t sdq__u_div_up(size_t a, size_t b) { return (a + b - 1) / b; }
 static size_t sdq__u_round_up(size_t a, size_t b) { return sdq__u_div_up(a, b) * b; }
@@ -2515,6 +2520,14 @@ typedef struct sdq__kernels {
 #undef SDQ__X
 } sdq__kernels;
 
+/* gcc keeps row pointers that find no register in vector registers, unless it is told that it is
+ * for an Intel processor. On the way back they wait behind the products: tiles were 5 % slower. */
+#if defined(__clang__)
+#define SDQ__TUNE
+#else
+#define SDQ__TUNE ",tune=haswell"
+#endif
+
 /* The passes: this file includes itself once per tier and compiles >>kernel-text for it. */
 #define SDQ__KERNEL_PASS 1
 #define SDQ__SUFFIX scalar
@@ -2524,18 +2537,19 @@ typedef struct sdq__kernels {
 #if SDQ__X86
 #define SDQ__KERNEL_PASS 1
 #define SDQ__SUFFIX avx2
-#define SDQ__TARGET __attribute__((target("avx2,fma")))
+#define SDQ__TARGET __attribute__((target("avx2,fma" SDQ__TUNE)))
 #define SDQ__TIER 2
 #include SDQ_SELF
 #define SDQ__KERNEL_PASS 1
 #define SDQ__SUFFIX avx512
-#define SDQ__TARGET __attribute__((target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl")))
+#define SDQ__TARGET \
+    __attribute__((target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl" SDQ__TUNE)))
 #define SDQ__TIER 3
 #include SDQ_SELF
 #define SDQ__KERNEL_PASS 1
 #define SDQ__SUFFIX avx512vnni
 #define SDQ__TARGET \
-    __attribute__((target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl,avx512vnni")))
+    __attribute__((target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl,avx512vnni" SDQ__TUNE)))
 #define SDQ__TIER 4
 #include SDQ_SELF
 #endif
@@ -19497,8 +19511,11 @@ SDQ__WORD float SDQ__N(lane0)(SDQ__V v) { return v.f[0]; }
 SDQ__WORD float SDQ__N(two_to)(float n) {
     return sdq__u_float((sdq__u_bits(n + 12582912.0f) - 0x4b400000u + 127u) << 23);
 }
-/* 2^n for t = n + 1.5 * 2^23, n integral, -126 <= n <= 127; 0 for n = -127. */
-SDQ__WORD SDQ__V SDQ__N(power2)(SDQ__V t) { SDQ__LANES(SDQ__N(two_to)(t.f[l] - 12582912.0f)); }
+/* q 2^n for t = n + 1.5 * 2^23: n is added to the exponent of q. Exact where q and the result are
+ * normal numbers. */
+SDQ__WORD SDQ__V SDQ__N(shift2)(SDQ__V q, SDQ__V t) {
+    SDQ__LANES(sdq__u_float(sdq__u_bits(q.f[l]) + (sdq__u_bits(t.f[l]) << 23)));
+}
 SDQ__WORD SDQ__V SDQ__N(scale2)(SDQ__V p, SDQ__V n) {
     SDQ__LANES(p.f[l] * SDQ__N(two_to)(nearbyintf(n.f[l] * 0.5f))
                * SDQ__N(two_to)(n.f[l] - nearbyintf(n.f[l] * 0.5f)));
@@ -19641,12 +19658,12 @@ SDQ__WORD __m256 SDQ__N(two_to)(__m256 n) {
     const __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
     return _mm256_castsi256_ps(_mm256_slli_epi32(e, 23));
 }
-SDQ__WORD __m256 SDQ__N(power2_of)(__m256 t) {
+SDQ__WORD __m256 SDQ__N(shift2_of)(__m256 q, __m256 t) {
     const __m256i e = _mm256_slli_epi32(_mm256_castps_si256(t), 23);
-    return _mm256_castsi256_ps(_mm256_add_epi32(e, _mm256_set1_epi32(0x3f800000)));
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(q), e));
 }
-SDQ__WORD SDQ__V SDQ__N(power2)(SDQ__V t) {
-    return SDQ__N(pair)(SDQ__N(power2_of)(t.a), SDQ__N(power2_of)(t.b));
+SDQ__WORD SDQ__V SDQ__N(shift2)(SDQ__V q, SDQ__V t) {
+    return SDQ__N(pair)(SDQ__N(shift2_of)(q.a, t.a), SDQ__N(shift2_of)(q.b, t.b));
 }
 SDQ__WORD SDQ__V SDQ__N(scale2)(SDQ__V p, SDQ__V n) {
     const SDQ__V h = SDQ__N(rint)(SDQ__N(mul)(n, SDQ__N(set1)(0.5f))), g = SDQ__N(sub)(n, h);
@@ -19792,10 +19809,6 @@ SDQ__WORD SDQ__I SDQ__N(int_load)(const int32_t *p) {
     r.b = _mm256_loadu_si256((const __m256i *)(const void *)(p + 8));
     return r;
 }
-SDQ__WORD void SDQ__N(int_store)(int32_t *p, SDQ__I v) {
-    _mm256_storeu_si256((__m256i *)(void *)p, v.a);
-    _mm256_storeu_si256((__m256i *)(void *)(p + 8), v.b);
-}
 SDQ__WORD SDQ__V SDQ__N(to_float)(SDQ__I v) {
     return SDQ__N(pair)(_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b));
 }
@@ -19862,9 +19875,9 @@ SDQ__WORD SDQ__V SDQ__N(down)(SDQ__V v, int n) {
     }
 }
 SDQ__WORD float SDQ__N(lane0)(SDQ__V v) { return _mm512_cvtss_f32(v); }
-SDQ__WORD SDQ__V SDQ__N(power2)(SDQ__V t) {
+SDQ__WORD SDQ__V SDQ__N(shift2)(SDQ__V q, SDQ__V t) {
     const __m512i e = _mm512_slli_epi32(_mm512_castps_si512(t), 23);
-    return _mm512_castsi512_ps(_mm512_add_epi32(e, _mm512_set1_epi32(0x3f800000)));
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(q), e));
 }
 SDQ__WORD SDQ__V SDQ__N(scale2)(SDQ__V p, SDQ__V n) { return _mm512_scalef_ps(p, n); }
 SDQ__WORD SDQ__V SDQ__N(load_u8)(const uint8_t *p, size_t n) {
@@ -19954,7 +19967,6 @@ SDQ__WORD SDQ__I SDQ__N(dot)(SDQ__I acc, SDQ__QA a, SDQ__QB b, sdq__group kind) 
 }
 #endif
 SDQ__WORD SDQ__I SDQ__N(int_load)(const int32_t *p) { return _mm512_loadu_si512(p); }
-SDQ__WORD void SDQ__N(int_store)(int32_t *p, SDQ__I v) { _mm512_storeu_si512(p, v); }
 SDQ__WORD SDQ__V SDQ__N(to_float)(SDQ__I v) { return _mm512_cvtepi32_ps(v); }
 SDQ__WORD SDQ__V SDQ__N(unbias)(SDQ__I acc, int32_t z, SDQ__I w) {
     const __m512i zw = _mm512_mullo_epi32(_mm512_set1_epi32(z), w);
@@ -20038,13 +20050,13 @@ SDQ__KERNEL void SDQ__K(gemm_s16)(const sdq__qtile *t) { SDQ__N(qtile)(t, SDQ__S
 
 #else
 /* ---- GEMM tiles: vectors ----
- * A tile keeps its accumulators in registers: l0..l11 for columns j..j+15 and h0..h11 for the
- * next 16, named and not an array, because gcc -O2 does not put arrays of vectors into
- * registers. SDQ__ROWS repeats a statement for the rows; `rows`, `wide` and `full` are constants
- * at every use, so the compiler drops what a smaller tile does not need: tiles have 2, 4, 8 or
- * all rows, and a row that is not there is replaced by the first. The sums go to a buffer, and a
- * loop finishes what exists; only a full float tile (all rows, all columns), which has little to
- * do, is finished in registers. */
+ * A tile keeps its sums in registers: f0..f11 for columns j..j+15 and g0..g11 for the next 16
+ * (l0.., h0.. while they are integers), named and not an array, because gcc -O2 does not put
+ * arrays of vectors into registers. SDQ__ROWS repeats a statement for the rows; `rows`, `wide` and
+ * `full` are constants at every use, so the compiler drops what a smaller tile does not need:
+ * tiles have 2, 4, 8 or all rows, of which n exist; one that does not is replaced by the first.
+ * Every step of the end is one run through all rows, with a pointer that moves: conditions and
+ * multiples of a line per row cost more than the step. */
 #define SDQ__ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
 
 /* The smallest tile that covers n rows. */
@@ -20059,6 +20071,19 @@ SDQ__KERNEL void SDQ__K(gemm_s16)(const sdq__qtile *t) { SDQ__N(qtile)(t, SDQ__S
     else if (limit > 4 && n <= 4) tile(4, pair, 0); \
     else if (limit > 8 && n <= 8) tile(8, pair, 0); \
     else tile(limit, pair, 0)
+
+/* Of row r: add or store a line of 32 columns, of which nl, nh exist; then the next line. *ld is
+ * read for every row: no register is left for it. */
+#define SDQ__ADD_ROW(r) if (rows > r && n > r) { \
+        f##r = SDQ__N(add)(f##r, SDQ__N(load)(from, nl)); \
+        if (wide) g##r = SDQ__N(add)(g##r, SDQ__N(load)(from + 16, nh)); \
+        from += *ld; \
+    }
+#define SDQ__STORE_ROW(r) if (rows > r && n > r) { \
+        SDQ__N(store)(to, f##r, nl); \
+        if (wide) SDQ__N(store)(to + 16, g##r, nh); \
+        to += *ld; \
+    }
 
 /* Ask for the 128 bytes that are `ahead` bytes behind p; they need not exist. Panels come from
  * memory or a far cache in one stream; SDQ__AHEAD is as far as was best. */
@@ -20077,75 +20102,23 @@ typedef struct SDQ__N(segment) {
     int last;
 } SDQ__N(segment);
 
-/* Rows i.., 16 columns j.., of which n exist, after a segment, whose integer sums are acc: the
- * float sums f = f + s (acc - z wsum) are kept in sum from the first segment to the last; then
- * * sw, + bias, + res, + y. begun, last and zeros (wsum is given) are constants at every use. */
-SDQ__WORD void SDQ__N(qtile_cols)(const sdq__qtile *t, size_t g, size_t i, size_t j, size_t rows,
-                                  const int32_t *acc, float *sum, size_t n, int begun, int last,
-                                  int zeros) {
-    const size_t at = g * t->mr + i, ldy = t->ldy, ldr = t->ldr;
-    const SDQ__V none = SDQ__N(set1)(0.0f), sw = SDQ__N(load)(t->sw + j, n);
-    const SDQ__V bias = t->bias ? SDQ__N(load)(t->bias + j, n) : none;
-    const SDQ__I wsum = zeros ? SDQ__N(int_load)(t->wsum + g * SDQ__NR + j) : SDQ__N(int0)();
-    const int32_t *z = zeros ? t->z + at : NULL;
-    const float *s = t->s + at, *res = t->res ? t->res + i * ldr + j : NULL;
-    const int biased = t->bias != NULL, more = t->more;
-    float *y = t->y + i * ldy + j;
-    size_t r;
-    for (r = 0; r < rows; r++) {
-        const SDQ__I x = SDQ__N(int_load)(acc + r * SDQ__NR);
-        SDQ__V f = begun ? SDQ__N(load)(sum + r * SDQ__NR, 16) : none;
-        f = SDQ__N(fma)(SDQ__N(set1)(s[r]), zeros ? SDQ__N(unbias)(x, z[r], wsum)
-                                                  : SDQ__N(to_float)(x), f);
-        if (!last) { SDQ__N(store)(sum + r * SDQ__NR, f, 16); continue; }
-        f = biased ? SDQ__N(fma)(f, sw, bias) : SDQ__N(mul)(f, sw);
-        if (res) f = SDQ__N(add)(f, SDQ__N(load)(res + r * ldr, n));
-        if (more) f = SDQ__N(add)(f, SDQ__N(load)(y + r * ldy, n));
-        SDQ__N(store)(y + r * ldy, f, n);
-    }
-}
-SDQ__TARGET static void SDQ__N(qtile_end)(const sdq__qtile *t, const SDQ__N(segment) *s, size_t i,
-                                          size_t j, size_t rows, const int32_t *acc, float *sum) {
-    const size_t g = s->g, to = sdq__u_min(t->nr, j + 16 * SDQ__TILE_VECS);
-#define SDQ__END(n, begun, last) \
-    if (t->wsum) SDQ__N(qtile_cols)(t, g, i, j, rows, acc, sum, n, begun, last, 1); \
-    else SDQ__N(qtile_cols)(t, g, i, j, rows, acc, sum, n, begun, last, 0)
-    for (; j < to; j += 16, acc += 16, sum += 16) {
-        const size_t n = to - j;
-        if (!s->last && g > 0) { SDQ__END(16, 1, 0); }
-        else if (!s->last) { SDQ__END(16, 0, 0); }
-        else if (g > 0 && n >= 16) { SDQ__END(16, 1, 1); }
-        else if (g > 0) { SDQ__END(n, 1, 1); }
-        else if (n >= 16) { SDQ__END(16, 0, 1); }
-        else { SDQ__END(n, 0, 1); }
-    }
-#undef SDQ__END
-}
-
-/* Of a segment that is not the last, 16 columns of a row: sum (+)= s (acc - z wsum). */
-SDQ__WORD void SDQ__N(qtile_add)(float *sum, SDQ__I acc, float s, int32_t z, SDQ__I wsum,
-                                 int begun) {
-    const SDQ__V f = begun ? SDQ__N(load)(sum, 16) : SDQ__N(set1)(0.0f);
-    SDQ__N(store)(sum, SDQ__N(fma)(SDQ__N(set1)(s), SDQ__N(unbias)(acc, z, wsum), f), 16);
-}
-
-/* The integer sums of one segment to acc. Segments and taps are two cuts of one sequence of quads:
- * a run of quads ends where either does. A full tile with more segments to come, as convolutions
- * with a range per position have eight, is added to sum at once: returns 1. */
-SDQ__WORD int SDQ__N(qtile)(const sdq__qtile *t, const SDQ__N(segment) *s, size_t i, size_t j,
-                            int32_t *acc, float *sum, sdq__group kind, size_t rows, int wide,
-                            int full) {
-    const size_t have = t->mr - i;
+/* One segment of rows i..i+n-1, columns j... Segments and taps are two cuts of one sequence of
+ * quads: a run of quads ends where either does. From the first segment to the last the float sums
+ * are in sum. */
+SDQ__WORD void SDQ__N(qtile)(const sdq__qtile *t, const SDQ__N(segment) *s, size_t i, size_t j,
+                             float *sum, sdq__group kind, size_t n, size_t rows, int wide,
+                             int full) {
+    const size_t nl = full ? 16 : t->nr - j, nh = full ? 16 : t->nr - j - 16;
     const int8_t *b = s->b + 4 * j;
     const uint8_t *const *a = s->a + i;
     size_t left, run, k, q = s->q;
-#define SDQ__ROW(r) SDQ__I l##r = SDQ__N(int0)(), h##r = l##r;
+#define SDQ__ROW(r) SDQ__I l##r = SDQ__N(int0)(), h##r = l##r; SDQ__V f##r, g##r;
     SDQ__ROWS(SDQ__ROW)
 #undef SDQ__ROW
     for (left = t->seg; left > 0; left -= run, q = 0, a += t->mr) {
         run = sdq__u_min(left, t->quads - q);
         if (!*a) { b += run * 4 * SDQ__NR; continue; }
-#define SDQ__ROW(r) const uint8_t *a##r = a[rows > r && (full || have > r) ? r : 0] + 4 * q;
+#define SDQ__ROW(r) const uint8_t *a##r = a[rows > r && n > r ? r : 0] + 4 * q;
         SDQ__ROWS(SDQ__ROW)
 #undef SDQ__ROW
         for (k = 0; k < run; k++, b += 4 * SDQ__NR) {
@@ -20161,39 +20134,75 @@ SDQ__WORD int SDQ__N(qtile)(const sdq__qtile *t, const SDQ__N(segment) *s, size_
 #undef SDQ__ROW
         }
     }
-    if (full && !s->last && t->wsum) {
-        const float *scale = t->s + s->g * t->mr + i;
-        const int32_t *z = t->z + s->g * t->mr + i, *w = t->wsum + s->g * SDQ__NR + j;
-        const SDQ__I wl = SDQ__N(int_load)(w), wh = wide ? SDQ__N(int_load)(w + 16) : wl;
-        const int begun = s->g > 0;
+    {   /* float sums (+)= scale (integer sums - zero point * sum of weights) */
+        const size_t g = s->g, at = g * t->mr + i;
+        const float *scale = t->s + at;
+        const int32_t *z = t->wsum ? t->z + at : NULL, *w = t->wsum + g * SDQ__NR + j;
+        const SDQ__I none = SDQ__N(int0)(), wl = z ? SDQ__N(int_load)(w) : none;
+        const SDQ__I wh = z && wide ? SDQ__N(int_load)(w + 16) : none;
 #define SDQ__ROW(r) if (rows > r) { \
-        SDQ__N(qtile_add)(sum + r * SDQ__NR, l##r, scale[r], z[r], wl, begun); \
-        if (wide) SDQ__N(qtile_add)(sum + r * SDQ__NR + 16, h##r, scale[r], z[r], wh, begun); \
-    }
+            const size_t row = n > r ? r : 0; \
+            const SDQ__V x = SDQ__N(set1)(scale[row]); \
+            float *to = sum + r * SDQ__NR; \
+            f##r = z ? SDQ__N(unbias)(l##r, z[row], wl) : SDQ__N(to_float)(l##r); \
+            f##r = g ? SDQ__N(fma)(x, f##r, SDQ__N(load)(to, 16)) : SDQ__N(mul)(x, f##r); \
+            if (!s->last) SDQ__N(store)(to, f##r, 16); \
+            if (wide) { \
+                g##r = z ? SDQ__N(unbias)(h##r, z[row], wh) : SDQ__N(to_float)(h##r); \
+                g##r = g ? SDQ__N(fma)(x, g##r, SDQ__N(load)(to + 16, 16)) : SDQ__N(mul)(x, g##r); \
+                if (!s->last) SDQ__N(store)(to + 16, g##r, 16); \
+            } \
+        }
         SDQ__ROWS(SDQ__ROW)
 #undef SDQ__ROW
-        return 1;
     }
+    if (!s->last) return;
+    {
+        const SDQ__V l = SDQ__N(load)(t->sw + j, nl);
+        const SDQ__V h = wide ? SDQ__N(load)(t->sw + j + 16, nh) : l;
+        if (t->bias) {
+            const SDQ__V bl = SDQ__N(load)(t->bias + j, nl);
+            const SDQ__V bh = wide ? SDQ__N(load)(t->bias + j + 16, nh) : bl;
 #define SDQ__ROW(r) if (rows > r) { \
-        SDQ__N(int_store)(acc + r * SDQ__NR, l##r); \
-        if (wide) SDQ__N(int_store)(acc + r * SDQ__NR + 16, h##r); \
-    }
-    SDQ__ROWS(SDQ__ROW)
+                f##r = SDQ__N(fma)(f##r, l, bl); \
+                if (wide) g##r = SDQ__N(fma)(g##r, h, bh); \
+            }
+            SDQ__ROWS(SDQ__ROW)
 #undef SDQ__ROW
-    return 0;
+        } else {
+#define SDQ__ROW(r) if (rows > r) { \
+                f##r = SDQ__N(mul)(f##r, l); \
+                if (wide) g##r = SDQ__N(mul)(g##r, h); \
+            }
+            SDQ__ROWS(SDQ__ROW)
+#undef SDQ__ROW
+        }
+    }
+    if (t->res) {
+        const float *from = t->res + i * t->ldr + j;
+        const size_t *const ld = &t->ldr;
+        SDQ__ROWS(SDQ__ADD_ROW)
+    }
+    if (t->more) {
+        const float *from = t->y + i * t->ldy + j;
+        const size_t *const ld = &t->ldy;
+        SDQ__ROWS(SDQ__ADD_ROW)
+    }
+    {
+        float *to = t->y + i * t->ldy + j;
+        const size_t *const ld = &t->ldy;
+        SDQ__ROWS(SDQ__STORE_ROW)
+    }
 }
 
 SDQ__WORD void SDQ__N(qtile_of)(const sdq__qtile *t, const SDQ__N(segment) *s, size_t i, size_t j,
                                 float *sum, size_t n, sdq__group kind) {
-    SDQ__ALIGNED int32_t acc[SDQ__MR][SDQ__NR];
     size_t r;
-    int done = 0;
     for (r = 0; r < n && s->last; r++) SDQ__N(fetch)(t->y + (i + r) * t->ldy + j, 0);
 #define SDQ__QTILE(rows, wide, full) \
-    done = SDQ__N(qtile)(t, s, i, j, acc[0], sum, kind, rows, wide, full)
+    SDQ__N(qtile)(t, s, i, j, sum, kind, full ? rows : n, rows, wide, full)
     SDQ__PICK(SDQ__QTILE, SDQ__QTILE_ROWS);
 #undef SDQ__QTILE
-    if (!done) SDQ__N(qtile_end)(t, s, i, j, n, acc[0], sum);
 }
 
 SDQ__WORD void SDQ__N(qtiles)(const sdq__qtile *t, sdq__group kind) {
@@ -20221,66 +20230,66 @@ SDQ__KERNEL void SDQ__K(gemm_s16)(const sdq__qtile *t) { SDQ__N(qtiles)(t, SDQ__
 /* The VNNI tier is the AVX-512 tier with other integer products: it ends here. */
 #if SDQ__TIER < 4
 
-/* After the sums v of row i, columns j..j+15, of which n exist: + bias, + res. */
-SDQ__WORD void SDQ__N(ftile_end)(const sdq__ftile *t, size_t i, size_t j, SDQ__V v, size_t n) {
-    if (t->bias) v = SDQ__N(add)(v, SDQ__N(load)(t->bias + j, n));
-    if (t->res) v = SDQ__N(add)(v, SDQ__N(load)(t->res + i * t->ldr + j, n));
-    SDQ__N(store)(t->y + i * t->ldy + j, v, n);
-}
-
-SDQ__WORD void SDQ__N(ftile)(const sdq__ftile *t, size_t i, size_t j, float *sum, size_t rows,
+SDQ__WORD void SDQ__N(ftile)(const sdq__ftile *t, size_t i, size_t j, size_t n, size_t rows,
                              int wide, int full) {
-    const size_t have = t->mr - i, step = t->astep;
-    const sdq__ftile d = *t;
+    const size_t astep = t->astep;
     const size_t nl = full ? 16 : t->nr - j, nh = full ? 16 : t->nr - j - 16;
     const float *b = t->b + j, *const *a = t->a + i;
     size_t tap, k, at;
-#define SDQ__ROW(r) SDQ__V l##r = SDQ__N(set1)(0.0f), h##r = l##r;
+#define SDQ__ROW(r) SDQ__V f##r = SDQ__N(set1)(0.0f), g##r = f##r;
     SDQ__ROWS(SDQ__ROW)
 #undef SDQ__ROW
     if (t->more) {
-#define SDQ__ROW(r) if (rows > r && have > r) { \
-            l##r = SDQ__N(load)(t->y + (i + r) * t->ldy + j, nl); \
-            if (wide) h##r = SDQ__N(load)(t->y + (i + r) * t->ldy + j + 16, nh); \
+        const float *from = t->y + i * t->ldy + j;
+#define SDQ__ROW(r) if (rows > r && n > r) { \
+            f##r = SDQ__N(load)(from, nl); \
+            if (wide) g##r = SDQ__N(load)(from + 16, nh); \
+            from += t->ldy; \
         }
         SDQ__ROWS(SDQ__ROW)
 #undef SDQ__ROW
     }
     for (tap = 0; tap < t->taps; tap++, a += t->mr) {
-#define SDQ__ROW(r) const float *a##r = a[rows > r && (full || have > r) ? r : 0];
+#define SDQ__ROW(r) const float *a##r = a[rows > r && n > r ? r : 0];
         SDQ__ROWS(SDQ__ROW)
 #undef SDQ__ROW
-        for (k = t->kc, at = 0; k > 0; k--, at += step, b += SDQ__NR) {
+        for (k = t->kc, at = 0; k > 0; k--, at += astep, b += SDQ__NR) {
             const SDQ__V bl = SDQ__N(load)(b, 16), bh = wide ? SDQ__N(load)(b + 16, 16) : bl;
             SDQ__N(fetch)(b, SDQ__AHEAD);
 #define SDQ__ROW(r) if (rows > r) { \
                 const SDQ__V x = SDQ__N(set1)(a##r[at]); \
-                l##r = SDQ__N(fma)(x, bl, l##r); \
-                if (wide) h##r = SDQ__N(fma)(x, bh, h##r); \
+                f##r = SDQ__N(fma)(x, bl, f##r); \
+                if (wide) g##r = SDQ__N(fma)(x, bh, g##r); \
             }
             SDQ__ROWS(SDQ__ROW)
 #undef SDQ__ROW
         }
     }
+    if (t->bias) {
+        const SDQ__V l = SDQ__N(load)(t->bias + j, nl);
+        const SDQ__V h = wide ? SDQ__N(load)(t->bias + j + 16, nh) : l;
 #define SDQ__ROW(r) if (rows > r) { \
-        if (full) SDQ__N(ftile_end)(&d, i + r, j, l##r, 16); \
-        else SDQ__N(store)(sum + r * SDQ__NR, l##r, 16); \
-        if (wide && full) SDQ__N(ftile_end)(&d, i + r, j + 16, h##r, 16); \
-        else if (wide) SDQ__N(store)(sum + r * SDQ__NR + 16, h##r, 16); \
-    }
-    SDQ__ROWS(SDQ__ROW)
+            f##r = SDQ__N(add)(f##r, l); \
+            if (wide) g##r = SDQ__N(add)(g##r, h); \
+        }
+        SDQ__ROWS(SDQ__ROW)
 #undef SDQ__ROW
+    }
+    if (t->res) {
+        const float *from = t->res + i * t->ldr + j;
+        const size_t *const ld = &t->ldr;
+        SDQ__ROWS(SDQ__ADD_ROW)
+    }
+    {
+        float *to = t->y + i * t->ldy + j;
+        const size_t *const ld = &t->ldy;
+        SDQ__ROWS(SDQ__STORE_ROW)
+    }
 }
-
 SDQ__KERNEL void SDQ__N(ftile_of)(const sdq__ftile *t, size_t i, size_t j, size_t n) {
-    SDQ__ALIGNED float sum[SDQ__MR][SDQ__NR];
-    size_t r, c;
-#define SDQ__FTILE(rows, wide, full) SDQ__N(ftile)(t, i, j, sum[0], rows, wide, full)
+#define SDQ__FTILE(rows, wide, full) SDQ__N(ftile)(t, i, j, full ? rows : n, rows, wide, full)
     SDQ__PICK(SDQ__FTILE, SDQ__FTILE_ROWS);
 #undef SDQ__FTILE
-    for (r = 0; r < n && !full; r++)
-        for (c = 0; c < 16 * SDQ__TILE_VECS && j + c < t->nr; c += 16)
-            SDQ__N(ftile_end)(t, i + r, j + c, SDQ__N(load)(sum[r] + c, 16), t->nr - j - c);
 }
 SDQ__KERNEL void SDQ__K(gemm_f32)(const sdq__ftile *t) {
     size_t i, j;
@@ -20343,17 +20352,34 @@ SDQ__WORD SDQ__V SDQ__N(split2)(SDQ__V x, SDQ__V *r) {
     *r = SDQ__N(sub)(x, SDQ__N(sub)(t, magic));
     return t;
 }
-/* 2^x for x <= 127, to 1.5e-7; 2^0 is 1 exactly, below -127 it is 0. 2^r, |r| <= 0.5, by minimax of
- * the relative error. Of its 15 operations 7 need the units that multiply. */
+/* 2^x[0..3] for x <= 127, to 1.5e-7; 2^0 is 1 exactly, and what is below 2^-126 is between 0 and
+ * that, up to -127 it is 0. 2^r, |r| <= 0.5, by minimax of the relative error. Of 12 operations 5
+ * need the units that multiply. Each waits for the one before, 40 cycles in all: vectors one after
+ * another fill a processor's queues before the next can begin, so four take every step together. */
+#define SDQ__FOUR(v, step) \
+    do { \
+        { enum { v = 0 }; step; } { enum { v = 1 }; step; } \
+        { enum { v = 2 }; step; } { enum { v = 3 }; step; } \
+    } while (0)
+SDQ__WORD void SDQ__N(exp2_four)(SDQ__V x[4]) {
+    const SDQ__V least = SDQ__N(set1)(-127.0f), c5 = SDQ__N(set1)(0.00132647262f);
+    const SDQ__V c4 = SDQ__N(set1)(0.00967151262f), c3 = SDQ__N(set1)(0.0555073375f);
+    const SDQ__V c2 = SDQ__N(set1)(0.240222421f), c1 = SDQ__N(set1)(0.693146978f);
+    const SDQ__V c0 = SDQ__N(set1)(1.0f);
+    SDQ__V t[4], r[4];
+    SDQ__FOUR(v, t[v] = SDQ__N(split2)(SDQ__N(max)(least, x[v]), &r[v]));
+    SDQ__FOUR(v, x[v] = SDQ__N(fma)(c5, r[v], c4));
+    SDQ__FOUR(v, x[v] = SDQ__N(fma)(x[v], r[v], c3));
+    SDQ__FOUR(v, x[v] = SDQ__N(fma)(x[v], r[v], c2));
+    SDQ__FOUR(v, x[v] = SDQ__N(fma)(x[v], r[v], c1));
+    SDQ__FOUR(v, x[v] = SDQ__N(fma)(x[v], r[v], c0));
+    SDQ__FOUR(v, x[v] = SDQ__N(shift2)(x[v], t[v]));
+}
 SDQ__WORD SDQ__V SDQ__N(exp2)(SDQ__V x) {
-    SDQ__V r, q = SDQ__N(set1)(0.00132647262f);
-    const SDQ__V t = SDQ__N(split2)(SDQ__N(max)(SDQ__N(set1)(-127.0f), x), &r);
-    q = SDQ__N(fma)(q, r, SDQ__N(set1)(0.00967151262f));
-    q = SDQ__N(fma)(q, r, SDQ__N(set1)(0.0555073375f));
-    q = SDQ__N(fma)(q, r, SDQ__N(set1)(0.240222421f));
-    q = SDQ__N(fma)(q, r, SDQ__N(set1)(0.693146978f));
-    q = SDQ__N(fma)(q, r, SDQ__N(set1)(1.0f));
-    return SDQ__N(mul)(q, SDQ__N(power2)(t));
+    SDQ__V y[4];
+    y[0] = y[1] = y[2] = y[3] = x;
+    SDQ__N(exp2_four)(y);
+    return y[0];
 }
 
 /* x sigmoid(x) = x / (1 + exp(-x)). -inf gives NaN, as inf / inf does. */
@@ -20941,12 +20967,18 @@ SDQ__KERNEL void SDQ__K(softmax_cols)(float *s, size_t n, float scale, float *m,
         const SDQ__V old = SDQ__N(load)(m + c, 16), sums = SDQ__N(load)(l + c, 16);
         const SDQ__V top = SDQ__N(max)(SDQ__N(mul)(SDQ__N(highest_rows)(s + c, n), vs), old);
         const SDQ__V a = SDQ__N(exp2)(SDQ__N(sub)(old, top)), shift = SDQ__N(neg)(top);
-        SDQ__V sum = SDQ__N(set1)(0.0f);
-        for (i = 0; i < n; i++) {
-            float *at = s + i * SDQ__NR + c;
-            const SDQ__V e = SDQ__N(exp2)(SDQ__N(fma)(SDQ__N(load)(at, 16), vs, shift));
-            SDQ__N(store)(at, e, 16);
-            sum = SDQ__N(add)(sum, e);
+        SDQ__V sum = SDQ__N(set1)(0.0f), e[4];
+        float *at = s + c;
+        for (i = n; i >= 4; i -= 4, at += 4 * SDQ__NR) {
+            SDQ__FOUR(v, e[v] = SDQ__N(fma)(SDQ__N(load)(at + v * SDQ__NR, 16), vs, shift));
+            SDQ__N(exp2_four)(e);
+            SDQ__FOUR(v, SDQ__N(store)(at + v * SDQ__NR, e[v], 16));
+            SDQ__FOUR(v, sum = SDQ__N(add)(sum, e[v]));
+        }
+        for (; i > 0; i--, at += SDQ__NR) {
+            e[0] = SDQ__N(exp2)(SDQ__N(fma)(SDQ__N(load)(at, 16), vs, shift));
+            SDQ__N(store)(at, e[0], 16);
+            sum = SDQ__N(add)(sum, e[0]);
         }
         SDQ__N(store)(m + c, top, 16);
         SDQ__N(store)(alpha + c, a, 16);
@@ -20963,7 +20995,7 @@ SDQ__WORD SDQ__V SDQ__N(weight)(SDQ__V x, float most, int fine) {
     q = SDQ__N(fma)(q, r, SDQ__N(set1)(most * (fine ? 0.240240991f : 0.242214225f)));
     q = SDQ__N(fma)(q, r, SDQ__N(set1)(most * (fine ? 0.693124175f : 0.693287098f)));
     q = SDQ__N(fma)(q, r, SDQ__N(set1)(most));
-    return SDQ__N(sub)(SDQ__N(fma)(q, SDQ__N(power2)(t), magic), magic);
+    return SDQ__N(sub)(SDQ__N(add)(SDQ__N(shift2)(q, t), magic), magic);
 }
 /* Weight i of 16 columns; those behind the last are 0. Adds it to *sum. */
 SDQ__WORD SDQ__V SDQ__N(weight_row)(const float *s, size_t i, size_t n, SDQ__V scale, SDQ__V shift,
