@@ -2338,9 +2338,9 @@ typedef struct sdq__ftile {
  * and row i has a scale s[g*mr+i] and zero point z[g*mr+i], each segment and column a weight sum
  * wsum[g*32+j]. Definition, with acc the exact int32 sum of the segment's products:
  *   f = +0;  for g: f = fmaf(s[g][i], (float)(acc[g] - z[g][i] * wsum[g][j]), f)
- *   y = fmaf(f, sw[j], bias[j])  (bias NULL: f * sw[j]),  then + res[i][j] where given
- * taps*quads is a multiple of seg. If `more`, + y[i][j] (old) comes last. wsum NULL: there are no
- * zero points.
+ *   y = fmaf(f, sw[j], bias[j])  (bias NULL: f * sw[j]),  then + res[line[i]+j] where given
+ * and the result is y[line[i]+j]. taps*quads is a multiple of seg. If `more`, + the old y comes
+ * last. wsum NULL: there are no zero points.
  * gemm_s8u8: rows are s8, "weights" u8. gemm_s16: groups of two s16 instead, and no sum of a
  * segment leaves int32. */
 typedef enum sdq__group { SDQ__U8S8, SDQ__S8U8, SDQ__S16 } sdq__group;
@@ -2353,7 +2353,7 @@ typedef struct sdq__qtile {
     const int32_t *wsum;
     const float *sw, *bias, *res;
     float *y;
-    size_t ldr, ldy;
+    const size_t *line;         /* [mr]: where rows begin in y and res */
     int more;
 } sdq__qtile;
 
@@ -3692,14 +3692,15 @@ typedef struct sdq__qinput {    /* a quantized tensor */
 
 typedef struct sdq__qweight {   /* packed for the kernels */
     int8_t *b;                  /* [panel][tap][quad][32][4] */
-    int32_t *sum;               /* [panel][segment][32]: sums of the weights of a segment */
-    size_t n, taps, quads, seg, segs;
+    int32_t *sum;               /* [panel][sums][32]: sums of the weights of a segment; of a tap if
+                                 * all taps are one segment */
+    size_t n, taps, quads, seg, segs, sums;
 } sdq__qweight;
 
 /* A 3x3 window at the border covers padding: 16 % of all products at 8x8, 2 % at 64x64. So tiles
  * of such a product take pixels in another order, zone by zone: the first row of every picture, the
  * last one, what is left of the first column and of the last, what is inside. Each zone begins a
- * new tile; taps that are padding for the whole zone are left out. */
+ * new tile; taps that are padding for the whole zone are left out, of the sums of weights, too. */
 typedef struct sdq__zone {
     size_t first;               /* row of the product where it begins, a multiple of 12 */
     size_t y, x, h, w;          /* its pixels, of every picture */
@@ -3724,6 +3725,7 @@ typedef struct sdq__qgemm {
     size_t dy, dx;
     int sorted;                 /* pixels are in the order of zones */
     sdq__zone zone[SDQ__ZONES];
+    const int32_t *sum;         /* NULL, or of all taps of a zone: [zone][panel][32] */
     sdq_profile *profile;
     size_t m, ldy;
     sdq__plan plan;
@@ -3731,13 +3733,14 @@ typedef struct sdq__qgemm {
 } sdq__qgemm;
 
 /* What a task finds out once for its block of rows and uses for every panel: for each tile of 12
- * rows the row pointers [taps][mr], scales and zero points [segs][mr], and, if they are not in
- * order, rows of the result. */
+ * rows the row pointers [taps][mr], scales and zero points [segs][mr], where rows of the result
+ * begin; and the sums of weights [panel][segs][32]. */
 typedef struct sdq__qrows {
     const uint8_t **a;
-    size_t *to;
+    size_t *line;
     float *s;
     int32_t *z;
+    const int32_t *sum;
 } sdq__qrows;
 
 static size_t sdq__qgemm_scratch(const sdq__qgemm *w) {         /* bytes per thread */
@@ -3745,20 +3748,6 @@ static size_t sdq__qgemm_scratch(const sdq__qgemm *w) {         /* bytes per thr
          * sdq__u_round_up(w->w->taps * sizeof(uint8_t *) + sizeof(size_t) + w->w->segs * 8,
                            SDQ__ALIGN);
 }
-/* Of the tile that begins `row` rows behind the block. */
-static inline sdq__qrows sdq__qgemm_tile_rows(const sdq__qgemm *w, int thread, size_t row) {
-    char *at = (char *)w->scratch + (size_t)thread * sdq__qgemm_scratch(w);
-    sdq__qrows r;
-    r.a = (const uint8_t **)(void *)at + row * w->w->taps;
-    at += w->plan.rows * w->w->taps * sizeof(uint8_t *);
-    r.to = (size_t *)(void *)at + row;
-    at += w->plan.rows * sizeof(size_t);
-    r.s = (float *)(void *)at + row * w->w->segs;
-    at += w->plan.rows * w->w->segs * sizeof(float);
-    r.z = (int32_t *)(void *)at + row * w->w->segs;
-    return r;
-}
-
 /* Zones, and m: their rows, each filled up to whole tiles. */
 static void sdq__qgemm_sort(sdq__qgemm *w) {
     const size_t h = w->g.oh, v = w->g.ow;
@@ -3783,14 +3772,47 @@ static void sdq__qgemm_sort(sdq__qgemm *w) {
 }
 static int sdq__qgemm_sortable(const sdq__qgemm *w) {
     const sdq__geom *g = &w->g;
-    return w->x->per_row && g->kh == 3 && g->kw == 3 && g->stride == 1 && !g->transposed
+    return g->kh == 3 && g->kw == 3 && g->stride == 1 && !g->transposed
         && g->top == 1 && g->left == 1 && g->oh == g->h && g->ow == g->w && g->oh > 1 && g->ow > 1
-        && !w->geglu && !w->spread && !(w->res && w->more);
+        && !w->geglu && !w->spread;
 }
 static const sdq__zone *sdq__qgemm_zone(const sdq__qgemm *w, size_t m) {
     size_t i = SDQ__ZONES - 1;
     while (w->zone[i].first > m) i--;
     return &w->zone[i];
+}
+/* Sums over the taps of a zone, or over all. */
+static void sdq__qgemm_sums(sdq_ctx *ctx, sdq__qgemm *w) {
+    const size_t panels = sdq__gemm_panels(w->w->n), taps = w->w->taps;
+    const size_t zones = w->sorted ? SDQ__ZONES : 1;
+    int32_t *to = SDQ__PUSH_N(ctx, int32_t, zones * panels * SDQ__NR);
+    size_t i, p, t, j;
+    w->sum = to;
+    for (i = 0; i < zones && to; i++)
+        for (p = 0; p < panels; p++, to += SDQ__NR) {
+            memset(to, 0, SDQ__NR * sizeof *to);
+            for (t = 0; t < taps; t++) {
+                const int32_t *from = w->w->sum + (p * taps + t) * SDQ__NR;
+                if (w->sorted && w->zone[i].out[t]) continue;
+                for (j = 0; j < SDQ__NR; j++) to[j] += from[j];
+            }
+        }
+}
+
+/* Of the tile that begins at m, `row` rows behind the block. */
+static sdq__qrows sdq__qgemm_tile_rows(const sdq__qgemm *w, int thread, size_t m, size_t row) {
+    const size_t zone = w->sorted ? (size_t)(sdq__qgemm_zone(w, m) - w->zone) : 0;
+    char *at = (char *)w->scratch + (size_t)thread * sdq__qgemm_scratch(w);
+    sdq__qrows r;
+    r.a = (const uint8_t **)(void *)at + row * w->w->taps;
+    at += w->plan.rows * w->w->taps * sizeof(uint8_t *);
+    r.line = (size_t *)(void *)at + row;
+    at += w->plan.rows * sizeof(size_t);
+    r.s = (float *)(void *)at + row * w->w->segs;
+    at += w->plan.rows * w->w->segs * sizeof(float);
+    r.z = (int32_t *)(void *)at + row * w->w->segs;
+    r.sum = w->sum ? w->sum + zone * sdq__gemm_panels(w->w->n) * SDQ__NR : w->w->sum;
+    return r;
 }
 /* Rows of the tile that begins at m. */
 static size_t sdq__qgemm_mr(const sdq__qgemm *w, size_t m) {
@@ -3800,7 +3822,7 @@ static size_t sdq__qgemm_mr(const sdq__qgemm *w, size_t m) {
     return sdq__u_min(SDQ__MR, z->first + w->g.n * z->h * z->w - m);
 }
 
-/* As sdq__gemm_gather; and the rows of the result where they are not m, m + 1, ... */
+/* As sdq__gemm_gather; and the rows of the result. */
 static void sdq__qgemm_gather_sorted(const sdq__qgemm *w, size_t m, size_t mr, size_t *src,
                                      size_t *to) {
     const sdq__zone *z = sdq__qgemm_zone(w, m);
@@ -3830,25 +3852,27 @@ static void sdq__qgemm_gather(const sdq__qgemm *w, size_t m, size_t mr, size_t *
     size_t i;
     if (w->sorted) { sdq__qgemm_gather_sorted(w, m, mr, src, to); return; }
     sdq__gemm_gather(&w->g, m, mr, src);
+    for (i = 0; i < mr; i++) to[i] = m + i;
     if (!w->spread) return;
     at = sdq__gemm_pixel(&w->g, m);
     for (i = 0; i < mr; i++, sdq__gemm_next(&w->g, &at))
         to[i] = ((at.b * w->g.oh + at.y) * 2 + w->dy) * 2 * w->g.ow + at.x * 2 + w->dx;
 }
 
-/* One range per entry: padding reads the entry's zero point. */
+/* One range per entry: padding reads the entry's zero point, or is left out. */
 static void sdq__qgemm_entry_rows(const sdq__qgemm *w, size_t m, size_t mr, const size_t *src,
                                   const sdq__qrows *r) {
     const sdq__qinput *x = w->x;
-    const size_t per_entry = w->m / x->entries, taps = w->w->taps;
-    size_t i, t, e = m / per_entry, left = (e + 1) * per_entry - m;
-    for (i = 0; i < mr; i++, left--) {
-        if (left == 0) { e++; left = per_entry; }
+    const size_t per_entry = w->g.n * w->g.oh * w->g.ow / x->entries, taps = w->w->taps;
+    size_t i, t;
+    for (i = 0; i < mr; i++) {
+        const size_t e = (w->sorted ? r->line[i] : m + i) / per_entry;
         r->s[i] = x->s[e];
         r->z[i] = x->z[e];
         for (t = 0; t < taps; t++) {
             const size_t row = src[t * mr + i];
-            r->a[t * mr + i] = row == SIZE_MAX ? x->pad + e * x->ld : x->q + row * x->ld;
+            const uint8_t *pad = row == SIZE_MAX ? x->pad + e * x->ld : NULL;
+            r->a[t * mr + i] = row < SDQ__LEFT_OUT ? x->q + row * x->ld : pad;
         }
     }
 }
@@ -3876,37 +3900,25 @@ static void sdq__qgemm_row_rows(const sdq__qgemm *w, size_t mr, const size_t *sr
 }
 
 /* Panel p of a tile of rows, to y. */
-static void sdq__qgemm_panel(const sdq__qgemm *w, sdq__qtile *t, size_t p, float *y, size_t ldy) {
+static void sdq__qgemm_panel(const sdq__qgemm *w, sdq__qtile *t, const sdq__qrows *r, size_t p,
+                             float *y) {
     const sdq__qweight *b = w->w;
     const size_t col = p * SDQ__NR;
     t->nr = sdq__u_min(SDQ__NR, b->n - col);
     t->b = b->b + col * b->taps * b->quads * 4;
-    t->wsum = b->sum + col * b->segs;
+    t->wsum = r->sum + col * b->segs;
     t->sw = w->sw + col;
     t->bias = w->bias ? w->bias + col : NULL;
     t->y = y;
-    t->ldy = ldy;
     w->k->gemm_u8s8(t);
 }
 
-/* Panel p of a tile to rows `to` of the result, which it is added to or to res. */
-static void sdq__qgemm_scatter(const sdq__qgemm *w, sdq__qtile *t, const size_t *to, size_t p) {
-    float part[SDQ__MR * SDQ__NR];
-    const size_t col = p * SDQ__NR, bytes = sdq__u_min(SDQ__NR, w->w->n - col) * sizeof *part;
-    const float *old = w->res ? w->res : w->y;
-    size_t i;
-    t->more = w->more || w->res;
-    for (i = 0; i < t->mr && t->more; i++)
-        memcpy(part + i * SDQ__NR, old + to[i] * w->ldy + col, bytes);
-    sdq__qgemm_panel(w, t, p, part, SDQ__NR);
-    for (i = 0; i < t->mr; i++) memcpy(w->y + to[i] * w->ldy + col, part + i * SDQ__NR, bytes);
-}
-
 /* Panel p and its gate, of a tile of rows that begins at m. */
-static void sdq__qgemm_geglu(const sdq__qgemm *w, sdq__qtile *t, int thread, size_t m, size_t p) {
+static void sdq__qgemm_geglu(const sdq__qgemm *w, sdq__qtile *t, const sdq__qrows *r, int thread,
+                             size_t m, size_t p) {
     float pair[SDQ__MR * 2 * SDQ__NR];
-    sdq__qgemm_panel(w, t, p, pair, 2 * SDQ__NR);
-    sdq__qgemm_panel(w, t, p + w->plan.all, pair + SDQ__NR, 2 * SDQ__NR);
+    sdq__qgemm_panel(w, t, r, p, pair);
+    sdq__qgemm_panel(w, t, r, p + w->plan.all, pair + SDQ__NR);
     sdq__gemm_geglu(w->k, w->profile, thread, w->y + m * w->ldy + p * SDQ__NR, w->ldy, pair,
                     t->mr);
 }
@@ -3918,25 +3930,24 @@ static void sdq__qgemm_geglu(const sdq__qgemm *w, sdq__qtile *t, int thread, siz
 static void sdq__qgemm_panels(const sdq__qgemm *w, int thread, const sdq__part *at, size_t p0,
                               size_t p1) {
     sdq__qtile t;
-    size_t m, p;
+    size_t m, p, pairs[SDQ__MR];
     t.taps = w->w->taps;
     t.quads = w->w->quads;
     t.seg = w->w->seg;
-    t.ldr = w->ldy;
     t.more = w->more;
     t.res = NULL;
+    for (m = 0; m < SDQ__MR; m++) pairs[m] = m * 2 * SDQ__NR;
     for (m = at->m0; m < at->m1; m += SDQ__MR) {
-        const sdq__qrows r = sdq__qgemm_tile_rows(w, thread, m - at->m0);
+        const sdq__qrows r = sdq__qgemm_tile_rows(w, thread, m, m - at->m0);
         t.mr = sdq__qgemm_mr(w, m);
         t.a = r.a;
         t.s = r.s;
         t.z = r.z;
+        t.line = w->geglu ? pairs : r.line;
         for (p = p0; p < p1; p++) {
-            const size_t y = m * w->ldy + p * SDQ__NR;
-            if (w->geglu) { sdq__qgemm_geglu(w, &t, thread, m, p); continue; }
-            if (w->spread || w->sorted) { sdq__qgemm_scatter(w, &t, r.to, p); continue; }
-            if (w->res) t.res = w->res + y;
-            sdq__qgemm_panel(w, &t, p, w->y + y, w->ldy);
+            if (w->geglu) { sdq__qgemm_geglu(w, &t, &r, thread, m, p); continue; }
+            if (w->res) t.res = w->res + p * SDQ__NR;
+            sdq__qgemm_panel(w, &t, &r, p, w->y + p * SDQ__NR);
         }
     }
 }
@@ -3946,7 +3957,7 @@ static void sdq__qgemm_task(void *arg, size_t task, int thread) {
     const sdq__part at = sdq__gemm_part(&w->plan, task);
     const size_t panel = w->w->taps * w->w->quads * 4 * SDQ__NR * (w->geglu ? 2 : 1);
     const size_t keep = sdq__u_max(1, SDQ__QGEMM_KEEP / panel);
-    size_t p, m, src[SDQ__MAX_TAPS * SDQ__MR];
+    size_t p, m, i, src[SDQ__MAX_TAPS * SDQ__MR];
     if (w->fill) {
         const sdq_work was = sdq__par_work(w->profile, thread, SDQ_WORK_QUANTIZE);
         w->fill(w->fill_arg, at.m0, at.m1 - at.m0);
@@ -3954,10 +3965,11 @@ static void sdq__qgemm_task(void *arg, size_t task, int thread) {
     }
     for (m = at.m0; m < at.m1; m += SDQ__MR) {
         const size_t mr = sdq__qgemm_mr(w, m);
-        const sdq__qrows r = sdq__qgemm_tile_rows(w, thread, m - at.m0);
-        sdq__qgemm_gather(w, m, mr, src, r.to);
+        const sdq__qrows r = sdq__qgemm_tile_rows(w, thread, m, m - at.m0);
+        sdq__qgemm_gather(w, m, mr, src, r.line);
         if (w->x->per_row) sdq__qgemm_row_rows(w, mr, src, &r);
         else sdq__qgemm_entry_rows(w, m, mr, src, &r);
+        for (i = 0; i < mr; i++) r.line[i] *= w->ldy;
     }
     for (p = at.p0; p < at.p1; p += keep)
         sdq__qgemm_panels(w, thread, &at, p, sdq__u_min(p + keep, at.p1));
@@ -3986,6 +3998,7 @@ static void sdq__qgemm_run(sdq_ctx *ctx, sdq__qgemm *w, int geglu) {
     w->profile = ctx->profile;
     w->geglu = geglu;
     if (sdq__qgemm_sortable(w)) sdq__qgemm_sort(w);
+    if (w->w->sums > w->w->segs) sdq__qgemm_sums(ctx, w);
     w->plan = sdq__gemm_plan(ctx, w->m, sdq__gemm_panels(w->w->n) / (geglu ? 2 : 1),
                              w->w->taps * row * SDQ__NR, w->x->rows * row,
                              w->w->segs > w->w->taps ? SDQ__GEMM_MB : SDQ__GEMM_MB_MOST);
@@ -4028,14 +4041,14 @@ static void sdq__qgemm_pack_task(void *arg, size_t panel, int thread) {
     const sdq__qweight *w = a->w;
     const size_t columns = sdq__u_min(SDQ__NR, w->n - panel * SDQ__NR);
     int8_t *to = w->b + panel * w->taps * w->quads * SDQ__NR * 4;
-    int32_t *sum = w->sum + panel * w->segs * SDQ__NR;
+    int32_t *sum = w->sum + panel * w->sums * SDQ__NR;
     size_t tap, k, n, j;
     (void)thread;
     if (columns < SDQ__NR) memset(to, 0, w->taps * w->quads * SDQ__NR * 4);
-    memset(sum, 0, w->segs * SDQ__NR * sizeof *sum);
+    memset(sum, 0, w->sums * SDQ__NR * sizeof *sum);
     for (tap = 0; tap < w->taps; tap++, to += w->quads * SDQ__NR * 4)
         for (k = 0; k < w->quads; k += n) {
-            const size_t seg = (tap * w->quads + k) / w->seg;
+            const size_t seg = w->segs > 1 ? (tap * w->quads + k) / w->seg : tap;
             n = sdq__u_min(sdq__u_min(16, w->seg), w->quads - k);
             for (j = 0; j < columns; j++)
                 sum[seg * SDQ__NR + j] += sdq__qgemm_pack_quads(
@@ -4284,10 +4297,12 @@ static void sdq__qatt_product(const sdq__qatt *w, sdq__qtile t, const char *a, s
                               const float *s, const int32_t *z, size_t m) {
     const uint8_t *row[SDQ__MR];
     float *y = t.y;
-    size_t i, r;
+    size_t i, r, line[SDQ__MR];
+    for (r = 0; r < SDQ__MR; r++) line[r] = r * SDQ__NR;
     t.taps = 1;
     t.seg = t.quads;
-    t.nr = t.ldy = SDQ__NR;
+    t.nr = SDQ__NR;
+    t.line = line;
     t.a = row;
     for (i = 0; i < m; i += SDQ__MR) {
         t.mr = sdq__u_min(SDQ__MR, m - i);
@@ -5904,6 +5919,7 @@ static void sdq__ly_set_parts(sdq_layer *l) {
         p->w.seg = range == SDQ_RANGE_BLOCK ? SDQ__NR / 4
                  : range == SDQ_RANGE_POSITION ? p->w.quads : taps * p->w.quads;
         p->w.segs = taps * p->w.quads / p->w.seg;
+        p->w.sums = p->w.segs > 1 ? p->w.segs : taps;
     }
 }
 
@@ -6802,7 +6818,7 @@ static void sdq__ly_product(sdq_ctx *ctx, const sdq_layer *l, const sdq_tensor *
 static sdq_status sdq__ly_alloc_weight(sdq_ctx *ctx, sdq__qweight *w, int heap) {
     const size_t panels = sdq__gemm_panels(w->n);
     const size_t bytes = panels * w->taps * w->quads * SDQ__NR * 4,
-                 sums = panels * w->segs * SDQ__NR;
+                 sums = panels * w->sums * SDQ__NR;
     w->b = heap ? SDQ__NEW_N(ctx, int8_t, bytes) : SDQ__PUSH_N(ctx, int8_t, bytes);
     w->sum = heap ? SDQ__NEW_N(ctx, int32_t, sums) : SDQ__PUSH_N(ctx, int32_t, sums);
     return w->b && w->sum ? SDQ_OK : ctx->status;
@@ -20034,12 +20050,12 @@ static void SDQ__N(qrow)(const sdq__qtile *t, size_t g, size_t i, sdq__group kin
 static void SDQ__N(qtile)(const sdq__qtile *t, sdq__group kind) {
     size_t g, i, j;
     for (i = 0; i < t->mr; i++) {
-        float *y = t->y + i * t->ldy, f[SDQ__NR];
+        float *y = t->y + t->line[i], f[SDQ__NR];
         memset(f, 0, sizeof f);
         for (g = 0; g < t->taps * t->quads / t->seg; g++) SDQ__N(qrow)(t, g, i, kind, f);
         for (j = 0; j < t->nr; j++) {
             f[j] = t->bias ? fmaf(f[j], t->sw[j], t->bias[j]) : f[j] * t->sw[j];
-            if (t->res) f[j] += t->res[i * t->ldr + j];
+            if (t->res) f[j] += t->res[t->line[i] + j];
             y[j] = t->more ? f[j] + y[j] : f[j];
         }
     }
@@ -20072,18 +20088,15 @@ SDQ__KERNEL void SDQ__K(gemm_s16)(const sdq__qtile *t) { SDQ__N(qtile)(t, SDQ__S
     else if (limit > 8 && n <= 8) tile(8, pair, 0); \
     else tile(limit, pair, 0)
 
-/* Of row r: add or store a line of 32 columns, of which nl, nh exist; then the next line. *ld is
- * read for every row: no register is left for it. */
-#define SDQ__ADD_ROW(r) if (rows > r && n > r) { \
+/* Of row r: add or store a line of 32 columns, of which nl, nh exist. */
+#define SDQ__ADD_LINE(r, from) do { \
         f##r = SDQ__N(add)(f##r, SDQ__N(load)(from, nl)); \
-        if (wide) g##r = SDQ__N(add)(g##r, SDQ__N(load)(from + 16, nh)); \
-        from += *ld; \
-    }
-#define SDQ__STORE_ROW(r) if (rows > r && n > r) { \
+        if (wide) g##r = SDQ__N(add)(g##r, SDQ__N(load)((from) + 16, nh)); \
+    } while (0)
+#define SDQ__STORE_LINE(r, to) do { \
         SDQ__N(store)(to, f##r, nl); \
-        if (wide) SDQ__N(store)(to + 16, g##r, nh); \
-        to += *ld; \
-    }
+        if (wide) SDQ__N(store)((to) + 16, g##r, nh); \
+    } while (0)
 
 /* Ask for the 128 bytes that are `ahead` bytes behind p; they need not exist. Panels come from
  * memory or a far cache in one stream; SDQ__AHEAD is as far as was best. */
@@ -20178,27 +20191,30 @@ SDQ__WORD void SDQ__N(qtile)(const sdq__qtile *t, const SDQ__N(segment) *s, size
 #undef SDQ__ROW
         }
     }
-    if (t->res) {
-        const float *from = t->res + i * t->ldr + j;
-        const size_t *const ld = &t->ldr;
-        SDQ__ROWS(SDQ__ADD_ROW)
-    }
-    if (t->more) {
-        const float *from = t->y + i * t->ldy + j;
-        const size_t *const ld = &t->ldy;
-        SDQ__ROWS(SDQ__ADD_ROW)
-    }
     {
-        float *to = t->y + i * t->ldy + j;
-        const size_t *const ld = &t->ldy;
-        SDQ__ROWS(SDQ__STORE_ROW)
+        const size_t *line = t->line + i;
+        const float *res = t->res + j;
+        float *y = t->y + j;
+        if (t->res) {
+#define SDQ__ROW(r) if (rows > r && n > r) SDQ__ADD_LINE(r, res + line[r]);
+            SDQ__ROWS(SDQ__ROW)
+#undef SDQ__ROW
+        }
+        if (t->more) {
+#define SDQ__ROW(r) if (rows > r && n > r) SDQ__ADD_LINE(r, y + line[r]);
+            SDQ__ROWS(SDQ__ROW)
+#undef SDQ__ROW
+        }
+#define SDQ__ROW(r) if (rows > r && n > r) SDQ__STORE_LINE(r, y + line[r]);
+        SDQ__ROWS(SDQ__ROW)
+#undef SDQ__ROW
     }
 }
 
 SDQ__WORD void SDQ__N(qtile_of)(const sdq__qtile *t, const SDQ__N(segment) *s, size_t i, size_t j,
                                 float *sum, size_t n, sdq__group kind) {
     size_t r;
-    for (r = 0; r < n && s->last; r++) SDQ__N(fetch)(t->y + (i + r) * t->ldy + j, 0);
+    for (r = 0; r < n && s->last; r++) SDQ__N(fetch)(t->y + t->line[i + r] + j, 0);
 #define SDQ__QTILE(rows, wide, full) \
     SDQ__N(qtile)(t, s, i, j, sum, kind, full ? rows : n, rows, wide, full)
     SDQ__PICK(SDQ__QTILE, SDQ__QTILE_ROWS);
@@ -20277,13 +20293,15 @@ SDQ__WORD void SDQ__N(ftile)(const sdq__ftile *t, size_t i, size_t j, size_t n, 
     }
     if (t->res) {
         const float *from = t->res + i * t->ldr + j;
-        const size_t *const ld = &t->ldr;
-        SDQ__ROWS(SDQ__ADD_ROW)
+#define SDQ__ROW(r) if (rows > r && n > r) { SDQ__ADD_LINE(r, from); from += t->ldr; }
+        SDQ__ROWS(SDQ__ROW)
+#undef SDQ__ROW
     }
     {
         float *to = t->y + i * t->ldy + j;
-        const size_t *const ld = &t->ldy;
-        SDQ__ROWS(SDQ__STORE_ROW)
+#define SDQ__ROW(r) if (rows > r && n > r) { SDQ__STORE_LINE(r, to); to += t->ldy; }
+        SDQ__ROWS(SDQ__ROW)
+#undef SDQ__ROW
     }
 }
 SDQ__KERNEL void SDQ__N(ftile_of)(const sdq__ftile *t, size_t i, size_t j, size_t n) {

@@ -1158,9 +1158,9 @@ static void qtile_oracle(const sdq__qtile *t, sdq__group kind, float *y) {
                 f = fmaf(t->s[g * t->mr + i], (float)acc, f);
             }
             f = t->bias ? fmaf(f, t->sw[j], t->bias[j]) : f * t->sw[j];
-            if (t->res) f += t->res[i * t->ldr + j];
-            if (t->more) f += y[i * t->ldy + j];
-            y[i * t->ldy + j] = f;
+            if (t->res) f += t->res[t->line[i] + j];
+            if (t->more) f += y[t->line[i] + j];
+            y[t->line[i] + j] = f;
         }
 }
 static void bytes_fill(void *p, size_t n) {
@@ -1190,11 +1190,12 @@ static void qtile_once(tile_memory *w, const sdq__kernels *k, sdq__group kind, s
     int8_t *b;
     int32_t *z, *wsum;
     float *s;
-    size_t i, total, len, segs;
+    size_t i, total, len, segs, ld, line[12];
     int most;
     memset(&t, 0, sizeof t);
     t.mr = mr;
     t.nr = nr;
+    t.line = line;
     t.taps = tap_choice[sdqt_below(4)];
     t.quads = 1 + sdqt_below(40);
     total = t.taps * t.quads;
@@ -1225,11 +1226,16 @@ static void qtile_once(tile_memory *w, const sdq__kernels *k, sdq__group kind, s
     for (i = 0; i < segs * 32; i++) wsum[i] = (int32_t)sdqt_below(40000) - 20000;
     t.sw = tile_floats(&w->sw, nr, at_end);
     if (flags & 1) t.bias = tile_floats(&w->bias, nr, at_end);
-    t.ldr = nr + sdqt_below(6);
-    t.ldy = nr + sdqt_below(6);
-    if (flags & 2) t.res = tile_floats(&w->res, (mr - 1) * t.ldr + nr, at_end);
+    ld = nr + sdqt_below(6);
+    len = (mr - 1) * ld + nr;
+    for (i = 0; i < mr; i++) line[i] = i * ld;
+    for (i = 0; i < mr; i++) {              /* in any order */
+        const size_t j = sdqt_below(mr), old = line[i];
+        line[i] = line[j];
+        line[j] = old;
+    }
+    if (flags & 2) t.res = tile_floats(&w->res, len, at_end);
     t.more = (flags & 4) != 0;
-    len = (mr - 1) * t.ldy + nr;
     t.y = tile_y(w, len, at_end);
     qtile_oracle(&t, kind, w->want);
     if (pairs) k->gemm_s16(&t);
