@@ -2972,9 +2972,9 @@ static void sdq__t_copy(sdq_ctx *ctx, void *dst, size_t ldd, const void *src, si
     (void)sdq__par_work(ctx->profile, 0, was);
 }
 
-/* Release the arena to the mark but keep y: its data moves down to where the mark is. While the
- * tape records everything stays where it is, because backward needs it, and so does a tensor that
- * is there as bytes only. */
+/* Release the arena to the mark but keep y: its data moves down to where the mark is, unless that
+ * would win less than a quarter of its size. While the tape records everything stays where it is,
+ * because backward needs it, and so does a tensor that is there as bytes only. */
 static sdq_tensor *sdq__keep(sdq_ctx *ctx, sdq_mark mark, sdq_tensor *y) {
     sdq_tensor old, *head;
     size_t bytes;
@@ -2988,7 +2988,10 @@ static sdq_tensor *sdq__keep(sdq_ctx *ctx, sdq_mark mark, sdq_tensor *y) {
     if (y) {
         char *data = (char *)sdq__push(ctx, bytes), *from = (char *)old.data;
         if (!data) return NULL;
-        if (from >= data + bytes || data >= from + bytes)
+        if (from > data && from <= data + bytes / 4) {      /* y ends within the same chunk */
+            if (!sdq__push(ctx, (size_t)(from - data))) return NULL;
+            data = from;
+        } else if (from >= data + bytes || data >= from + bytes)
             sdq__t_copy(ctx, data, 1, from, 1, 1, bytes);
         else if (from != data && !ctx->dry) memmove(data, from, bytes);
         old.data = data;
