@@ -3691,6 +3691,7 @@ typedef struct sdq__qinput {    /* a quantized tensor */
     uint8_t *pad;               /* per entry: [entries][ld] filled with z; per row: [ld] zeros */
     size_t rows, entries, ld, blocks;
     int per_row;
+    const sdq_layer *of;        /* NULL, or whose ranges these are */
 } sdq__qinput;
 
 typedef struct sdq__qweight {   /* packed for the kernels */
@@ -6695,27 +6696,29 @@ static sdq_status sdq__ly_quantize_input(sdq_ctx *ctx, const sdq_layer *l, const
     return ctx->status;
 }
 
-/* Whether an input that was quantized for another layer is what this one would make of it: ranges
- * that come from the numbers alone, cut the same way. */
+/* Whether an input that was quantized before is what this layer would make of it: by its own
+ * ranges, or by ranges that come from the numbers alone, cut the same way. */
 static int sdq__ly_takes(const sdq_layer *l, const sdq__qinput *q) {
     const size_t ld = l->part[0].w.quads * 4;
     const sdq_range range = sdq__ly_range(l);
-    return q && q->per_row && l->parts == 1 && q->ld == ld
-        && ((range == SDQ_RANGE_POSITION && q->blocks == 1)
-            || (range == SDQ_RANGE_BLOCK && q->blocks == ld / SDQ__NR));
+    if (!q || l->parts > 1 || q->ld != ld) return 0;
+    return q->of == l
+        || (q->per_row && range == SDQ_RANGE_POSITION && q->blocks == 1)
+        || (q->per_row && range == SDQ_RANGE_BLOCK && q->blocks == ld / SDQ__NR);
 }
 
-/* Whether l takes what was quantized before. */
-static int sdq__ly_takes_bytes(const sdq_layer *l, const sdq_tensor *x, sdq_mode mode) {
+/* Whether l takes what was quantized before, for it alone or for others that read x, too. */
+static int sdq__ly_takes_bytes(const sdq_layer *l, const sdq_tensor *x, sdq_mode mode, int alone) {
     const sdq_range range = sdq__ly_range(l);
     return mode == SDQ_INT8 && l->quant.enabled && l->parts == 1 && sdq__t_chan(x) == l->in
-        && (range == SDQ_RANGE_POSITION || range == SDQ_RANGE_BLOCK);
+        && (range == SDQ_RANGE_POSITION || range == SDQ_RANGE_BLOCK
+            || (range == SDQ_RANGE_STATIC && alone));
 }
 
 /* Several layers are going to read x: quantize it once, if it will be done the same way by all. */
 static sdq_tensor *sdq__ly_share(sdq_ctx *ctx, const sdq_layer *l, sdq_tensor *x, sdq_mode mode) {
     sdq__qinput *q;
-    if (!x || !sdq__ly_takes_bytes(l, x, mode)) return x;
+    if (!x || !sdq__ly_takes_bytes(l, x, mode, 0)) return x;
     q = SDQ__PUSH_N(ctx, sdq__qinput, 1);
     if (!q || sdq__ly_quantize_input(ctx, l, &l->part[0], x, q) != SDQ_OK) return NULL;
     x->q = q;
@@ -6743,7 +6746,7 @@ static void sdq__ly_affine_task(void *arg, size_t task, int thread) {
     sdq__ly_quantize_from(&w->run, x, r, n);
 }
 
-/* The result has bytes and no floats. */
+/* The result has bytes, by the ranges of l, and no floats. */
 static sdq_tensor *sdq__ly_affine(sdq_ctx *ctx, const sdq_layer *l, const sdq_tensor *x,
                                   const float *a, const float *b) {
     sdq_tensor *y = SDQ__PUSH_N(ctx, sdq_tensor, 1);
@@ -6753,6 +6756,7 @@ static sdq_tensor *sdq__ly_affine(sdq_ctx *ctx, const sdq_layer *l, const sdq_te
     sdq_work was;
     if (!y || !q || sdq__ly_quantize_begin(ctx, l, &l->part[0], x, &w.run, q) != SDQ_OK)
         return NULL;
+    q->of = l;
     w.a = a;
     w.b = b;
     mark = sdq_arena_mark(ctx);
@@ -13283,7 +13287,7 @@ static int sdq__md_stats(sdq_ctx *ctx, const sdq__norm *n, const sdq_tensor *x,
 static sdq_tensor *sdq__md_normalize_for(sdq_ctx *ctx, const sdq_layer *l, const sdq__norm *n,
                                          sdq_tensor *x, sdq_mode mode) {
     sdq__md_affine f;
-    if (!x || ctx->recording || !sdq__ly_takes_bytes(l, x, mode))
+    if (!x || ctx->recording || !sdq__ly_takes_bytes(l, x, mode, 1))
         return sdq__md_normalize(ctx, n, x, 1);
     return sdq__md_stats(ctx, n, x, &f) ? sdq__ly_affine(ctx, l, x, f.a, f.b) : NULL;
 }
@@ -14650,7 +14654,7 @@ static int sdq__va_put(const sdq_ctx *ctx, float *y, const sdq_tensor *t, const 
 static sdq_tensor *sdq__va_normed(sdq_ctx *ctx, const sdq_layer *l, const sdq_tensor *x,
                                   const sdq__va_band *b, const sdq__md_affine *f, sdq_mode mode) {
     const sdq_tensor *rows = sdq__va_rows(ctx, x, b->first, b->last);
-    const int bytes = rows && sdq__ly_takes_bytes(l, rows, mode);
+    const int bytes = rows && sdq__ly_takes_bytes(l, rows, mode, 1);
     sdq_tensor *y = bytes ? sdq__ly_affine(ctx, l, rows, f->a, f->b)
                   : rows ? sdq__t_like(ctx, rows) : NULL;
     sdq__gn w;

@@ -137,11 +137,14 @@ static Layer layer(sdq_ctx *ctx, const layer_shape &s, sdq_range range) {
 
 static double run(const Layer &l, sdq_ctx *ctx) {
     const sdq_mark mark = sdq_arena_mark(ctx);
-    sdq_tensor *x = sdq__ly_share(ctx, l.layer, l.x, SDQ_INT8);
+    sdq__qinput bytes;
+    need(ctx, sdq__ly_quantize_input(ctx, l.layer, &l.layer->part[0], l.x, &bytes) == SDQ_OK);
+    bytes.of = l.layer;
+    l.x->q = &bytes;
     const double t = now();
-    need(ctx, sdq_layer_forward(ctx, l.layer, x, nullptr, SDQ_INT8) != nullptr);
+    need(ctx, sdq_layer_forward(ctx, l.layer, l.x, nullptr, SDQ_INT8) != nullptr);
     const double seconds = now() - t;
-    l.x->q = nullptr;               /* it is in the arena */
+    l.x->q = nullptr;
     sdq_arena_release(ctx, mark);
     return seconds;
 }
