@@ -40,7 +40,7 @@ fuzz: ## damaged files for a minute; SECONDS=600 SEED=2 for more
 	    -I. tests/fuzz.c -o build/fuzz -lm
 	build/fuzz $(or $(SECONDS),60) $(or $(SEED),1)
 
-mutations: ## break sdq.h in 21 places: are the tests awake? (minutes)
+mutations: ## break sdq.h in 22 places: are the tests awake? (minutes)
 	@CC="$(CC)" sh tests/mutations.sh
 
 golden: ## make the golden files again (Python; versions in tests/golden/manifest.json)

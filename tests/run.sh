@@ -108,6 +108,7 @@ else
 fi
 
 if part shape; then
+    suite mutations-fit sh tests/mutations.sh fit
     if python3 -c '' 2>/dev/null; then suite lint python3 tools/lint.py; else skip "lint: no python3"; fi
 fi
 
