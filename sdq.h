@@ -20159,7 +20159,7 @@ SDQ__WORD void SDQ__N(qtile)(const sdq__qtile *t, const SDQ__N(segment) *s, size
     {   /* float sums (+)= scale (integer sums - zero point * sum of weights) */
         const size_t g = s->g, at = g * t->mr + i;
         const float *scale = t->s + at;
-        const int32_t *z = t->wsum ? t->z + at : NULL, *w = t->wsum + g * SDQ__NR + j;
+        const int32_t *z = t->wsum ? t->z + at : NULL, *w = z ? t->wsum + g * SDQ__NR + j : NULL;
         const SDQ__I none = SDQ__N(int0)(), wl = z ? SDQ__N(int_load)(w) : none;
         const SDQ__I wh = z && wide ? SDQ__N(int_load)(w + 16) : none;
 #define SDQ__ROW(r) if (rows > r) { \
@@ -20202,9 +20202,9 @@ SDQ__WORD void SDQ__N(qtile)(const sdq__qtile *t, const SDQ__N(segment) *s, size
     }
     {
         const size_t *line = t->line + i;
-        const float *res = t->res + j;
         float *y = t->y + j;
         if (t->res) {
+            const float *res = t->res + j;
 #define SDQ__ROW(r) if (rows > r && n > r) SDQ__ADD_LINE(r, res + line[r]);
             SDQ__ROWS(SDQ__ROW)
 #undef SDQ__ROW

@@ -84,7 +84,7 @@ units() {
 # Scalar kernels but for the test of the kernels; no optimizer where running takes less than building.
 san_flags() {
     case $1 in
-    kernels) echo "-O1" ;;
+    kernels) echo "-O0" ;;
     layer|networks|ops|distill|oom|single) echo "-O1 -DSDQ_NO_SIMD" ;;
     *) echo "-O0 -DSDQ_NO_SIMD" ;;
     esac
