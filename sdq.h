@@ -10612,16 +10612,12 @@ static void sdq__tok_compose(sdq__tok_chars *t) {
 
 /* NFC and lower case, as UTF-8; bytes that are none become U+FFFD. Rust's to_lowercase, which the
  * reference uses, knows one letter that becomes two: U+0130. */
-static sdq_status sdq__tok_normalise(sdq_ctx *ctx, const char *text, sdq__str *out) {
-    const char *p = text, *end = text + strlen(text);
+static sdq_status sdq__tok_normalise(sdq_ctx *ctx, const char *p, const char *end, sdq__str *out) {
     sdq__tok_chars t;
     char utf8[4];
     size_t i;
     sdq_status st = SDQ_ERR_OOM;
     memset(&t, 0, sizeof t);
-    if ((size_t)(end - p) > SDQ__TOK_TEXT)
-        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "a prompt of %zu bytes; at most 2^20 are allowed",
-                         (size_t)(end - p));
     while (p < end) {
         uint32_t c = 0xfffdu;
         const size_t n = sdq__js_utf8(p, end, &c);
@@ -10644,7 +10640,12 @@ done:
 /* --- vocabulary --- */
 
 typedef struct sdq__tok_merge { uint64_t pair; int32_t rank, id; } sdq__tok_merge;
-typedef struct sdq__tok_special { char *text; size_t len; int32_t id; } sdq__tok_special;
+typedef struct sdq__tok_special {
+    char *text;
+    size_t len;
+    int32_t id;
+    int raw;            /* found in the prompt as it is, before it is normalised */
+} sdq__tok_special;
 
 #define SDQ__TOK_EMPTY UINT64_MAX
 
@@ -10740,14 +10741,16 @@ static void sdq__tok_alphabet(unsigned char *order, uint32_t *sign) {
     for (b = 0; b < 256; b++) sign[b] = sdq__tok_printable(b) ? b : 256 + other++;
 }
 
-/* Recognise `text`, normalised, as the token of that id wherever it stands. */
+/* Recognise `text`, normalised if not raw, as the token of that id wherever it stands. */
 static sdq_status sdq__tok_add_special(sdq_ctx *ctx, sdq_tokenizer *t, const char *text,
-                                       int32_t id) {
+                                       int32_t id, int raw) {
     sdq__str s;
     sdq_status st;
     size_t i;
     memset(&s, 0, sizeof s);
-    st = sdq__tok_normalise(ctx, text, &s);
+    if (raw) sdq__str_add(ctx, &s, text, strlen(text));
+    st = raw ? s.bad ? SDQ_ERR_OOM : SDQ_OK
+             : sdq__tok_normalise(ctx, text, text + strlen(text), &s);
     if (st == SDQ_OK && !sdq__grow(ctx, (void **)(void *)&t->specials, &t->special_cap,
                                    t->special_count + 1, sizeof *t->specials)) st = SDQ_ERR_OOM;
     for (i = 0; i < t->special_count && st == SDQ_OK && s.len; i++)
@@ -10961,9 +10964,9 @@ static sdq_status sdq__tok_create(sdq_ctx *ctx, sdq_tokenizer *t, const char *me
     t->pad = sdq__tok_pad_id(t, d->pad, start, end);
     if (t->pad < 0)
         return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "the pad token must be start, end or one byte");
-    SDQ__TRY(sdq__tok_add_special(ctx, t, start, t->start));
-    SDQ__TRY(sdq__tok_add_special(ctx, t, end, t->end));
-    return d->pad ? sdq__tok_add_special(ctx, t, d->pad, t->pad) : SDQ_OK;
+    SDQ__TRY(sdq__tok_add_special(ctx, t, start, t->start, 0));
+    SDQ__TRY(sdq__tok_add_special(ctx, t, end, t->end, 0));
+    return d->pad ? sdq__tok_add_special(ctx, t, d->pad, t->pad, 0) : SDQ_OK;
 }
 
 SDQ_API sdq_status sdq_tokenizer_create(sdq_ctx *ctx, const char *merges, size_t bytes,
@@ -10976,6 +10979,7 @@ SDQ_API sdq_status sdq_tokenizer_create(sdq_ctx *ctx, const char *merges, size_t
     memset(&d, 0, sizeof d);
     if (desc) d = *desc;
     st = sdq__tok_create(ctx, t, merges, bytes, &d);
+    t->specials[t->special_count].raw = raw;
     if (st == SDQ_OK) *out = t;
     else sdq_tokenizer_free(ctx, t);
     return st;
@@ -11040,7 +11044,7 @@ static sdq_status sdq__tok_resolve(sdq_ctx *ctx, sdq_tokenizer *t, const sdq__to
     if (*id < 0)
         return sdq__fail(ctx, SDQ_ERR_MISSING, "%s: %s '%s' is not in the vocabulary", f->path,
                          key, text);
-    return sdq__tok_add_special(ctx, t, text, *id);
+    return sdq__tok_add_special(ctx, t, text, *id, 0);
 }
 
 /* {"token": id, ..} -> the map; added: a token that the vocabulary's merges do not make. */
@@ -11055,7 +11059,7 @@ static sdq_status sdq__tok_list(sdq_ctx *ctx, sdq_tokenizer *t, const sdq__tok_f
                              v->key);
         sdq__tok_map_add(map, v->key, strlen(v->key), (int32_t)id);
         t->vocab = sdq__u_max(t->vocab, id + 1);
-        if (added) SDQ__TRY(sdq__tok_add_special(ctx, t, v->key, (int32_t)id));
+        if (added) SDQ__TRY(sdq__tok_add_special(ctx, t, v->key, (int32_t)id, 0));
     }
     return SDQ_OK;
 }
@@ -11080,7 +11084,12 @@ static sdq_status sdq__tok_names(sdq_ctx *ctx, sdq_tokenizer *t, const sdq__tok_
                              "no content or no id", f->path, v->key);
         sdq__tok_map_add(map, text, strlen(text), (int32_t)id);
         t->vocab = sdq__u_max(t->vocab, id + 1);
-        SDQ__TRY(sdq__tok_add_special(ctx, t, text, (int32_t)id));
+        if (sdq__js_bool(v, "single_word", 0))
+            return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s/tokenizer_config.json: added token '%s' "
+                             "is to be found as a whole word only (\"single_word\"), which sdq "
+                             "does not do", f->path, text);
+        SDQ__TRY(sdq__tok_add_special(ctx, t, text, (int32_t)id,
+                                      !sdq__js_bool(v, "normalized", 1)));
     }
     return SDQ_OK;
 }
@@ -11239,14 +11248,15 @@ static sdq_status sdq__tok_piece(sdq_ctx *ctx, const sdq_tokenizer *t, sdq__tok_
     return SDQ_OK;
 }
 
-/* The longest special token at p, or NULL. */
+/* The longest special token at p, or NULL: of those found in raw text, or in normalised. */
 static const sdq__tok_special *sdq__tok_special_at(const sdq_tokenizer *t, const char *p,
-                                                   const char *end) {
+                                                   const char *end, int raw) {
     const sdq__tok_special *best = NULL;
     size_t i;
     for (i = 0; i < t->special_count; i++) {
         const sdq__tok_special *s = &t->specials[i];
-        if (s->len > (size_t)(end - p) || memcmp(s->text, p, s->len) != 0) continue;
+        if (s->raw != raw || s->len > (size_t)(end - p) || memcmp(s->text, p, s->len) != 0)
+            continue;
         if (!best || s->len > best->len) best = s;
     }
     return best;
@@ -11278,7 +11288,7 @@ static size_t sdq__tok_run(const sdq_tokenizer *t, const char *p, const char *en
     size_t len = n, more;
     if (contraction) return contraction;
     if (kind == SDQ__TOK_NUMBER) return len;
-    while (p + len < end && !sdq__tok_special_at(t, p + len, end) &&
+    while (p + len < end && !sdq__tok_special_at(t, p + len, end, 0) &&
            sdq__tok_kind(p + len, end, &more) == kind) len += more;
     return len;
 }
@@ -11289,7 +11299,7 @@ static sdq_status sdq__tok_text(sdq_ctx *ctx, const sdq_tokenizer *t, const char
     sdq_status st = SDQ_OK;
     memset(&w, 0, sizeof w);
     while (p < end && st == SDQ_OK) {
-        const sdq__tok_special *special = sdq__tok_special_at(t, p, end);
+        const sdq__tok_special *special = sdq__tok_special_at(t, p, end, 0);
         size_t n;
         int kind;
         if (special) {
@@ -11313,7 +11323,6 @@ SDQ_API sdq_status sdq_tokenizer_encode(sdq_ctx *ctx, const sdq_tokenizer *t, co
                                         int32_t *ids, size_t max, size_t *count) {
     const size_t length = ids ? sdq__u_min(max, t->length) : 0;
     sdq__tok_ids o;
-    sdq__str text;
     size_t i;
     sdq_status st;
     if (count) *count = 0;
@@ -11322,10 +11331,7 @@ SDQ_API sdq_status sdq_tokenizer_encode(sdq_ctx *ctx, const sdq_tokenizer *t, co
     o.ids = ids;
     o.room = length ? length - 2 : 0;
     o.total = 0;
-    memset(&text, 0, sizeof text);
-    st = sdq__tok_normalise(ctx, utf8, &text);
-    if (st == SDQ_OK) st = sdq__tok_text(ctx, t, text.s, text.s ? text.s + text.len : NULL, &o);
-    sdq__str_free(ctx, &text);
+    st = sdq__tok_prompt(ctx, t, utf8, utf8 + bytes, &o);
     if (st != SDQ_OK) return st;
     if (count) *count = o.total + 2;
     if (!length) return SDQ_OK;
@@ -11530,14 +11536,37 @@ static void sdq__opt_norm_task(void *arg, size_t task, int thread) {
 static double sdq__opt_norm(sdq_ctx *ctx, const sdq_optim *o, float *scratch) {
     double sum = 0.0;
     size_t i, j;
+/* A prompt, cut at its raw special tokens; what is between them is normalised piece by piece. */
+static sdq_status sdq__tok_prompt(sdq_ctx *ctx, const sdq_tokenizer *t, const char *p,
+                                  const char *end, sdq__tok_ids *o) {
+    sdq_status st = SDQ_OK;
+    while (p < end && st == SDQ_OK) {
+        const sdq__tok_special *special = NULL;
+        const char *stop = p;
+        sdq__str text;
+        memset(&text, 0, sizeof text);
+        while (stop < end && (special = sdq__tok_special_at(t, stop, end, 1)) == NULL) stop++;
+        st = sdq__tok_normalise(ctx, p, stop, &text);
+        if (st == SDQ_OK && text.s) st = sdq__tok_text(ctx, t, text.s, text.s + text.len, o);
+        sdq__str_free(ctx, &text);
+        if (special) sdq__tok_emit(o, special->id);
+        p = stop + (special ? special->len : 0);
+    }
+    return st;
+}
+
     for (i = 0; i < o->count; i++) {
         sdq__opt_run w;
         if (!o->leaf[i].t->grad) continue;
+    const size_t bytes = strlen(utf8);
         w.k = ctx->k; w.l = &o->leaf[i]; w.part = scratch;
         w.n = sdq_tensor_count(w.l->t);
         sdq__par_for(ctx, sdq__u_div_up(w.n, SDQ__PIECE), sdq__opt_norm_task, &w);
         for (j = 0; j * SDQ__PIECE < w.n; j++) sum += (double)scratch[j];
     }
+    if (bytes > SDQ__TOK_TEXT)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "a prompt of %zu bytes; at most 2^20 are allowed",
+                         bytes);
     return sqrt(sum);
 }
 

@@ -114,14 +114,14 @@ static void copy_to(const char *from, const char *to) {
     char *text = NULL;
     size_t bytes = 0;
     SDQT_CHECK(sdq__io_read(ctx, from, 1 << 24, &text, &bytes) == SDQ_OK);
-    SDQT_CHECK(text && sdq__io_write(ctx, to, text, bytes) == SDQ_OK);
+    SDQT_CHECK(text && sdq_bytes_write(ctx, to, text, bytes) == SDQ_OK);
     sdq__free(ctx, text);
 }
 
 static void put(const char *name, const char *text) {
     char path[64];
     (void)snprintf(path, sizeof path, DIR "/%s", name);
-    SDQT_CHECK(sdq__io_write(ctx, path, text, strlen(text)) == SDQ_OK);
+    SDQT_CHECK(sdq_bytes_write(ctx, path, text, strlen(text)) == SDQ_OK);
 }
 
 /* added_tokens.json counts unless the configuration lists its tokens, as in transformers; the
@@ -242,7 +242,8 @@ static void test_nfc(int tier) {
     for (i = 0; i < sizeof list / sizeof *list; i++) {
         sdq__str s;
         memset(&s, 0, sizeof s);
-        SDQT_CHECK(sdq__tok_normalise(ctx, list[i][0], &s) == SDQ_OK);
+        SDQT_CHECK(sdq__tok_normalise(ctx, list[i][0], list[i][0] + strlen(list[i][0]), &s)
+                   == SDQ_OK);
         SDQT_THAT(s.s && strcmp(s.s, list[i][1]) == 0, "NFC %zu differs", i);
         sdq__str_free(ctx, &s);
     }
@@ -355,6 +356,11 @@ static const char small_vocab[] =
 static const char small_config[] = "{\"model_max_length\":5,\"bos_token\":{\"content\":\"<s>\"},"
     "\"eos_token\":\"</s>\",\"unk_token\":\"</s>\",\"pad_token\":\"b</w>\","
     "\"added_tokens_decoder\":{\"9\":{\"content\":\"<style>\"}}}";
+static const char raw_config[] = "{\"model_max_length\":5,\"bos_token\":\"<s>\","
+    "\"eos_token\":\"</s>\",\"unk_token\":\"</s>\",\"pad_token\":\"b</w>\","
+    "\"added_tokens_decoder\":{\"9\":{\"content\":\"<New>\",\"normalized\":false}}}";
+static const char word_config[] = "{\"bos_token\":\"<s>\",\"eos_token\":\"</s>\","
+    "\"added_tokens_decoder\":{\"9\":{\"content\":\"new\",\"single_word\":true}}}";
 static const char small_merges[] = "#version: 0.2\na b</w>\n";
 
 static void put_small(void) {
@@ -364,7 +370,7 @@ static void put_small(void) {
 }
 
 static void test_small_folder(int tier) {
-    static const int32_t want[5] = {5, 4, 9, 6, 3};
+    static const int32_t want[5] = {5, 4, 9, 6, 3}, raw_want[5] = {5, 2, 9, 4, 6};
     sdq_tokenizer *t = NULL;
     int32_t ids[5] = {0};
     size_t i;
@@ -376,6 +382,16 @@ static void test_small_folder(int tier) {
     SDQT_BYTES(ids, want, sizeof want);
     SDQT_CHECK(t && sdq_tokenizer_encode(ctx, t, "z", ids, 5, NULL) == SDQ_OK && ids[1] == 6);
     sdq_tokenizer_free(ctx, t);
+    /* a token that is found before the text is made lower case, and one that asks for too much */
+    put_text(DIR "/tokenizer_config.json", raw_config, strlen(raw_config));
+    SDQT_CHECK(sdq_tokenizer_load(ctx, DIR, &t) == SDQ_OK);
+    SDQT_CHECK(t && sdq_tokenizer_encode(ctx, t, "a<New>AB", ids, 5, NULL) == SDQ_OK);
+    SDQT_BYTES(ids, raw_want, sizeof raw_want);
+    SDQT_CHECK(t && sdq_tokenizer_encode(ctx, t, "<new>", ids, 5, &i) == SDQ_OK && i > 3);
+    sdq_tokenizer_free(ctx, t);
+    put_text(DIR "/tokenizer_config.json", word_config, strlen(word_config));
+    failed(sdq_tokenizer_load(ctx, DIR, &t), SDQ_ERR_UNSUPPORTED, "single_word");
+    put_small();
     for (i = 0; i < strlen(small_vocab); i++) {
         put_text(DIR "/vocab.json", small_vocab, i);
         SDQT_CHECK(sdq_tokenizer_load(ctx, DIR, &t) == SDQ_ERR_FORMAT && !t);
