@@ -12630,8 +12630,9 @@ static void sdq__sf_text_name(const sdq__sf_source *s, const char *name, char *o
     const char *rest;
     size_t n = 0;
     if (!s->openclip) {
-        const int lost = !sdq__sf_at(s->set->files[0], "%s%s", s->prefix, name)
-                      && strncmp(name, "text_model.", 11) == 0;
+        const int lost = sdq__io_starts(name, "text_model.")
+            && !sdq__sf_at(s->set->files[0], "%stext_model.embeddings.token_embedding.weight",
+                           s->prefix);
         (void)snprintf(out, size, "%s", lost ? name + 11 : name);
     } else if ((rest = sdq__sf_match(name, "text_model.encoder.layers.#.", &n)) != NULL) {
         const char *to = sdq__sf_swap(inner, SDQ__COUNT(inner), rest, buf, sizeof buf);
@@ -12672,24 +12673,35 @@ static int sdq__sf_find(const sdq__sf_source *s, const char *name, sdq_entry *ou
 }
 
 /* An array that no network needs: it belongs to another part or to training, or it is a table of
- * numbers 0, 1, 2, ... SD 2 uses the last but one layer of its text encoder. */
+ * numbers 0, 1, 2, ... SD 2 uses the last but one layer of its text encoder, and a folder's
+ * config.json may ask for fewer layers than there are. */
 static int sdq__sf_dead(const sdq__sf_source *s, const char *name) {
-    size_t n = 0;
-    if (strcmp(name, "text_model.embeddings.position_ids") == 0) return 1;
-    if (!s->prefix) return 0;
-    if (strncmp(name, s->prefix, strlen(s->prefix)) != 0) return 1;
-    name += strlen(s->prefix);
-    if (s->part == SDQ_PART_VAE) return strncmp(name, "loss.", 5) == 0;
+    static const char *const other[] = {"text_projection", "visual_projection", "vision_model.",
+                                        "visual."};
+    size_t n = 0, i;
+    if (s->prefix && strncmp(name, s->prefix, strlen(s->prefix)) != 0) return 1;
+    name += s->prefix ? strlen(s->prefix) : 0;
+    if (s->part == SDQ_PART_VAE)
+        return s->prefix && (sdq__io_starts(name, "loss.") || sdq__io_starts(name, "model_ema."));
     if (s->part != SDQ_PART_TEXT) return 0;
     if (sdq__io_ends(name, "embeddings.position_ids") || !strcmp(name, "logit_scale")
-        || !strcmp(name, "attn_mask") || strncmp(name, "text_projection", 15) == 0) return 1;
-    return s->openclip && sdq__sf_match(name, "transformer.resblocks.#.", &n)
+        || !strcmp(name, "attn_mask")) return 1;
+    return (sdq__sf_match(name, s->openclip ? "transformer.resblocks.#."
+                                            : "text_model.encoder.layers.#.", &n)
+            || (s->prefix && sdq__sf_match(name, "encoder.layers.#.", &n)))
         && n >= s->layers[0];
 }
 
 /* --- configuration --- */
 
-static size_t sdq__sf_dim(const sdq_entry *e, int i) { return e ? e->dim[i] : 0; }
+/* A dimension of an array that the configuration is read from: `name` behind the prefix. */
+static size_t sdq__sf_need(sdq_ctx *ctx, const sdq__sf_source *s, const char *name, int i) {
+    const sdq_entry *e = sdq__sf_at(s->set->files[0], "%s%s", s->prefix, name);
+    if (e) return e->dim[i];
+    sdq__fail(ctx, SDQ_ERR_MISSING, "%s: %s%s is missing; is the file complete?", s->set->path,
+              s->prefix, name);
+    return 0;
+}
 
 /* "key": [a, b, ..], */
 static void sdq__sf_put_sizes(sdq_ctx *ctx, sdq__str *t, const char *key, const size_t *v,
@@ -12789,11 +12801,10 @@ static void sdq__sf_put_heads(sdq_ctx *ctx, sdq__str *t, const sdq__sf_source *s
 static void sdq__sf_unet_config(sdq_ctx *ctx, sdq__sf_source *s, sdq__str *t) {
     const sdq_file *f = s->set->files[0];
     const size_t vae = sdq__sf_vae_levels(f), shrink = (size_t)1 << (vae ? vae - 1 : 3);
-    const sdq_entry *in = sdq__sf_at(f, "%sinput_blocks.0.0.weight", s->prefix);
     const sdq_entry *proj = sdq__sf_transformer(f, "proj_in.weight");
     const sdq_entry *key = sdq__sf_transformer(f, "transformer_blocks.0.attn2.to_k.weight");
     const int mid = sdq__sf_at(f, "%smiddle_block.0.in_layers.0.weight", s->prefix) != NULL;
-    size_t i, time = sdq__sf_dim(sdq__sf_at(f, "%stime_embed.0.weight", s->prefix), 0);
+    size_t i, time = sdq__sf_need(ctx, s, "time_embed.0.weight", 0);
     sdq__sf_plan p;
     memset(&p, 0, sizeof p);
     if (!sdq__sf_scan_unet(s, &p)) {
@@ -12801,12 +12812,17 @@ static void sdq__sf_unet_config(sdq_ctx *ctx, sdq__sf_source *s, sdq__str *t) {
         return;
     }
     if (!p.cross_down[s->levels - 1]) p.depth[s->levels - 1] = sdq__sf_depth(f, "middle_block", 1);
-    for (i = 0; i < s->levels; i++) p.depth[i] = sdq__u_max(p.depth[i], 1);
+    for (i = 0; i < s->levels; i++) {
+        p.depth[i] = sdq__u_max(p.depth[i], 1);
+        if (s->layers[i] == 0)
+            sdq__fail(ctx, SDQ_ERR_MISSING, "%s: %sinput_blocks.%zu.0.in_layers.2.weight is "
+                      "missing; is the file complete?", s->set->path, s->prefix, s->down[i]);
+    }
     sdq__str_format(ctx, t, "{\n  \"_class_name\": \"UNet2DConditionModel\",\n");
     sdq__str_format(ctx, t, "  \"sample_size\": %zu,\n", sdq__sf_pixels(f, s->sd2) / shrink);
     sdq__str_format(ctx, t, "  \"in_channels\": %zu,\n  \"out_channels\": %zu,\n",
-                    sdq__sf_dim(in, 1),
-                    sdq__sf_dim(sdq__sf_at(f, "%sout.2.weight", s->prefix), 0));
+                    sdq__sf_need(ctx, s, "input_blocks.0.0.weight", 1),
+                    sdq__sf_need(ctx, s, "out.2.weight", 0));
     sdq__sf_put_sizes(ctx, t, "block_out_channels", p.channels, s->levels);
     sdq__sf_put_same(ctx, t, "layers_per_block", s->layers, s->levels);
     sdq__sf_put_same(ctx, t, "transformer_layers_per_block", p.depth, s->levels);
@@ -12819,7 +12835,7 @@ static void sdq__sf_unet_config(sdq_ctx *ctx, sdq__sf_source *s, sdq__str *t) {
     if (time != 4 * p.channels[0])
         sdq__str_format(ctx, t, "  \"time_embedding_dim\": %zu,\n", time);
     sdq__str_format(ctx, t, "  \"cross_attention_dim\": %zu,\n  \"use_linear_projection\": %s\n}\n",
-                    sdq__sf_dim(key, 1), proj && proj->rank == 2 ? "true" : "false");
+                    key ? key->dim[1] : 0, proj && proj->rank == 2 ? "true" : "false");
 }
 
 static void sdq__sf_vae_config(sdq_ctx *ctx, sdq__sf_source *s, sdq__str *t) {
@@ -12830,20 +12846,23 @@ static void sdq__sf_vae_config(sdq_ctx *ctx, sdq__sf_source *s, sdq__str *t) {
         sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s: the VAE has more than 8 levels", s->set->path);
         return;
     }
-    for (i = 0; i < s->levels; i++)
-        channels[i] =
-            sdq__sf_dim(sdq__sf_at(f, "%sencoder.down.%zu.block.0.conv1.weight", s->prefix, i), 0);
+    if (s->levels == 0) (void)sdq__sf_need(ctx, s, "encoder.down.0.block.0.norm1.weight", 0);
+    for (i = 0; i < s->levels; i++) {
+        char name[48];
+        (void)snprintf(name, sizeof name, "encoder.down.%zu.block.0.conv1.weight", i);
+        channels[i] = sdq__sf_need(ctx, s, name, 0);
+    }
     while (layers < 64
            && sdq__sf_at(f, "%sencoder.down.0.block.%zu.norm1.weight", s->prefix, layers)) layers++;
     sdq__str_format(ctx, t, "{\n  \"_class_name\": \"AutoencoderKL\",\n");
     sdq__str_format(ctx, t, "  \"in_channels\": %zu,\n  \"out_channels\": %zu,\n",
-                    sdq__sf_dim(sdq__sf_at(f, "%sencoder.conv_in.weight", s->prefix), 1),
-                    sdq__sf_dim(sdq__sf_at(f, "%sdecoder.conv_out.weight", s->prefix), 0));
+                    sdq__sf_need(ctx, s, "encoder.conv_in.weight", 1),
+                    sdq__sf_need(ctx, s, "decoder.conv_out.weight", 0));
     sdq__sf_put_sizes(ctx, t, "block_out_channels", channels, s->levels);
     sdq__sf_put_kinds(ctx, t, "down_block_types", "DownEncoderBlock2D", "", NULL, s->levels);
     sdq__sf_put_kinds(ctx, t, "up_block_types", "UpDecoderBlock2D", "", NULL, s->levels);
     sdq__str_format(ctx, t, "  \"layers_per_block\": %zu,\n  \"latent_channels\": %zu,\n", layers,
-                    sdq__sf_dim(sdq__sf_at(f, "%sdecoder.conv_in.weight", s->prefix), 1));
+                    sdq__sf_need(ctx, s, "decoder.conv_in.weight", 1));
     if (!sdq__sf_at(f, "%squant_conv.weight", s->prefix))
         sdq__str_format(ctx, t, "  \"use_quant_conv\": false,\n");
     if (!sdq__sf_at(f, "%spost_quant_conv.weight", s->prefix))
@@ -12854,14 +12873,17 @@ static void sdq__sf_vae_config(sdq_ctx *ctx, sdq__sf_source *s, sdq__str *t) {
                     sdq__sf_pixels(f, s->sd2));
 }
 
-/* An array of the text encoder under its transformers name. */
-static size_t sdq__sf_text_dim(const sdq__sf_source *s, const char *name, int i) {
-    sdq_entry e;
-    return sdq__sf_find(s, name, &e) ? e.dim[i] : 0;
+/* The same of the text encoder, by its transformers name. */
+static size_t sdq__sf_text_dim(sdq_ctx *ctx, const sdq__sf_source *s, const char *name, int i) {
+    char own[320];
+    int third;
+    sdq__sf_name(s, name, own, sizeof own, &third);
+    return sdq__sf_need(ctx, s, own + strlen(s->prefix), i);
 }
 
 static void sdq__sf_text_config(sdq_ctx *ctx, sdq__sf_source *s, sdq__str *t) {
-    const size_t width = sdq__sf_text_dim(s, "text_model.embeddings.token_embedding.weight", 1);
+    static const char token[] = "text_model.embeddings.token_embedding.weight";
+    const size_t width = sdq__sf_text_dim(ctx, s, token, 1);
     size_t layers = 0;
     char name[96];
     sdq_entry e;
@@ -12876,12 +12898,12 @@ static void sdq__sf_text_config(sdq_ctx *ctx, sdq__sf_source *s, sdq__str *t) {
     sdq__str_format(ctx, t, "{\n  \"architectures\": [\"CLIPTextModel\"],\n"
                     "  \"model_type\": \"clip_text_model\",\n  \"vocab_size\": %zu,\n"
                     "  \"hidden_size\": %zu,\n  \"intermediate_size\": %zu,\n",
-                    sdq__sf_text_dim(s, "text_model.embeddings.token_embedding.weight", 0), width,
-                    sdq__sf_text_dim(s, "text_model.encoder.layers.0.mlp.fc1.weight", 0));
+                    sdq__sf_text_dim(ctx, s, token, 0), width,
+                    sdq__sf_text_dim(ctx, s, "text_model.encoder.layers.0.mlp.fc1.weight", 0));
     sdq__str_format(ctx, t, "  \"num_hidden_layers\": %zu,\n  \"num_attention_heads\": %zu,\n"
                     "  \"max_position_embeddings\": %zu,\n  \"hidden_act\": \"%s\"\n}\n", layers,
                     sdq__u_max(width / 64, 1),
-                    sdq__sf_text_dim(s, "text_model.embeddings.position_embedding.weight", 0),
+                    sdq__sf_text_dim(ctx, s, "text_model.embeddings.position_embedding.weight", 0),
                     s->sd2 ? "gelu" : "quick_gelu");
 }
 
@@ -12934,6 +12956,8 @@ static sdq_status sdq__sf_open(sdq_ctx *ctx, const sdq__st_set *set, sdq_part pa
  * A key that the file lacks has the value that diffusers 0.39 gives it. Keys that change
  * what is computed in a way not written here are refused; keys that no version of the
  * class knows are ignored, as diffusers does: a structure they might mean shows up as tensors
+    for (i = 0; i < SDQ__COUNT(other); i++)
+        if (sdq__io_starts(name, other[i])) return 1;
  * without a place, and those are refused.
  * ======================================================================== */
 
@@ -13649,7 +13673,10 @@ static void sdq__tx_build(sdq__builder *b) {
     const double factor = (double)sdq__md_float(b, "initializer_factor", 1e-6, 1e6);
     const sdq__json *act = sdq__md_get(b, "hidden_act");
     const sdq__json *named = sdq__js_get(b->root, "architectures");
-    const int unnamed = named && named->kind == SDQ__JS_NULL;   /* a configuration saved alone */
+    const sdq__json *head = named && named->kind == SDQ__JS_ARRAY ? named->child : NULL;
+    const int unnamed = named   /* a configuration saved alone, or one whose projection is unused */
+        && (named->kind == SDQ__JS_NULL || (head && !head->next && head->kind == SDQ__JS_STRING
+            && !strcmp(head->str, "CLIPTextModelWithProjection")));
     sdq__text *t = b->model->text = SDQ__NEW(b->ctx, sdq__text);
     size_t i, at;
     sdq__md_fixed(b, fixed + unnamed, SDQ__COUNT(fixed) - (size_t)unnamed);
@@ -14901,7 +14928,8 @@ done:
     return st;
 }
 
-/* The network's own folder with a '/' behind it: `folder`, or its subfolder of that name. */
+/* The network's own folder with a '/' behind it: the subfolder of that name, or `folder` itself. (A
+ * pipeline's folder may have a config.json, too, which belongs to none of its networks.) */
 static sdq_status sdq__md_folder(sdq_ctx *ctx, const char *folder, sdq_part part, char **out) {
     const char *name = sdq_part_name(part), *slash;
     int i;
@@ -14910,7 +14938,7 @@ static sdq_status sdq__md_folder(sdq_ctx *ctx, const char *folder, sdq_part part
     for (i = 0; i < 2; i++) {
         char sub[32] = "", *dir, *config;
         int found;
-        if (i == 1) (void)snprintf(sub, sizeof sub, "%s/", name);
+        if (i == 0) (void)snprintf(sub, sizeof sub, "%s/", name);
         dir = sdq__io_join(ctx, folder, slash, sub);
         config = dir ? sdq__io_join(ctx, dir, "config.json", "") : NULL;
         if (!config) { sdq__free(ctx, dir); return SDQ_ERR_OOM; }
@@ -14949,7 +14977,7 @@ static sdq_status sdq__md_place_folder(sdq_ctx *ctx, const char *folder, sdq_par
     if (!p->file || !stem) goto done;
     if (weights) SDQ__TRY_DONE(sdq__st_set_open(ctx, stem, NULL, &p->set));
     p->src.set = p->set;
-    st = sdq__io_read(ctx, p->file, (size_t)1 << 20, &p->config.s, &p->config.len);
+    st = sdq__io_read_text(ctx, p->file, (size_t)1 << 20, &p->config.s, &p->config.len);
 done:
     sdq__free(ctx, stem);
     sdq__free(ctx, dir);
@@ -15077,7 +15105,7 @@ static sdq_status sdq__md_surplus(sdq_ctx *ctx, const sdq__sf_source *src, const
         if (sdq__md_find(src, m->param[i].name, &e)) used[sdq__st_set_place(src->set, e.name)] = 1;
     for (i = 0; st == SDQ_OK && i < n; i++) {
         const sdq_entry *left = sdq__st_set_entry(src->set, i);
-        if (used[i] || sdq__sf_dead(src, left->name)) continue;
+        if (used[i] || sdq__sf_dead(&s, left->name)) continue;
         sdq__md_shape(left->rank, left->dim, shape, sizeof shape);
         st = sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s: %s %s has no place in the network that %s "
                        "describes", src->set->path, left->name, shape, sdq__md_asks(src));
@@ -15257,7 +15285,9 @@ SDQ_API sdq_tensor *sdq_model_param_copy(sdq_ctx *ctx, const sdq_model *m, size_
     const sdq_tensor *t = sdq_model_param(m, i, NULL);
     sdq_tensor *y;
     if (!t) {
-        sdq__fail(ctx, SDQ_ERR_ARGUMENT, "model: parameter %zu of %zu is not there", i, m->params);
+        sdq__fail(ctx, SDQ_ERR_ARGUMENT, i < m->params
+                  ? "model: parameter %zu of %zu is int8 or packed: it has no float values"
+                  : "model: parameter %zu of %zu is not there", i, m->params);
         return NULL;
     }
     y = sdq_tensor_new(ctx, SDQ_F32, m->param[i].rank, m->param[i].dim);
@@ -15279,8 +15309,9 @@ static sdq_status sdq__md_entries(sdq_ctx *ctx, const sdq_model *m, sdq_dtype dt
         const size_t count = p->dim[0] * p->dim[1] * p->dim[2] * p->dim[3];
         size_t k;
         if (!t)
-            return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s: the layer holds int8 weights only and "
-                             "cannot be saved as float", p->name);
+            return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s: the layer's weights are int8 or packed;"
+                             " to save a network as float load it with sdq_model_load, or the "
+                             "pipeline with `trainable`", p->name);
         entry[i].name = p->name;
         entry[i].dtype = SDQ_F32;
         entry[i].store = dtype == SDQ_F32 ? SDQ_F32 : dtype;
@@ -15330,8 +15361,10 @@ SDQ_API sdq_status sdq_model_save(sdq_ctx *ctx, const sdq_model *m, const char *
     weights = sdq__io_join(ctx, dir, sdq__md_kinds_of[m->info.part].weights, ".safetensors");
     if (!config || !weights) goto done;
     SDQ__TRY_DONE(sdq__md_write(ctx, m, weights, dtype));
-    st = sdq__io_write(ctx, config, m->config, strlen(m->config));
+    sdq__sf_source s = *src;
+    st = sdq_bytes_write(ctx, config, m->config, strlen(m->config));
 done:
+    if (m->text) s.layers[0] = m->text->count;
     sdq__free(ctx, config);
     sdq__free(ctx, weights);
     sdq__free(ctx, dir);
@@ -15410,6 +15443,7 @@ struct sdq_scheduler {
     sdq_scheduler_desc d;       /* resolved: no field means "default" any more */
     size_t count;
     float *alpha;               /* [train_steps] cumulative product a[t] */
+    if (!m) return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "sdq_model_freeze: the model is NULL");
     float *time;                /* [count] */
     float *sigma;               /* [count + 1] */
     float init;

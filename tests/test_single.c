@@ -433,6 +433,17 @@ static void test_damage(int tier) {
         {"first_stage_model.encoder.mid.attn_1.proj_out.bias", SDQ_PART_VAE},
         {"cond_stage_model.model.transformer.resblocks.1.attn.in_proj_bias", SDQ_PART_TEXT},
         {"cond_stage_model.model.ln_final.weight", SDQ_PART_TEXT}};
+    static const struct { const char *name; sdq_part part; } told[] = {
+        {"model.diffusion_model.out.2.weight", SDQ_PART_UNET},
+        {"model.diffusion_model.time_embed.0.weight", SDQ_PART_UNET},
+        {"model.diffusion_model.input_blocks.1.0.in_layers.2.weight", SDQ_PART_UNET},
+        {"first_stage_model.encoder.conv_in.weight", SDQ_PART_VAE},
+        {"first_stage_model.decoder.conv_out.weight", SDQ_PART_VAE},
+        {"first_stage_model.encoder.down.0.block.0.conv1.weight", SDQ_PART_VAE},
+        {"cond_stage_model.transformer.text_model.embeddings.position_embedding.weight",
+         SDQ_PART_TEXT},
+        {"cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight",
+         SDQ_PART_TEXT}};
     size_t i;
     edit w;
     sdq_entry *e;
@@ -455,6 +466,13 @@ static void test_damage(int tier) {
         e->dtype = SDQ_I16;
         edit_save(&w, OUT, NULL, NULL);
         refused(OUT, SDQ_ERR_UNSUPPORTED, gone[i].name, "stored as I16", gone[i].part);
+    }
+    for (i = 0; i < SDQ__COUNT(told); i++) {        /* what the configuration is read from */
+        w = edit_open(FIRST);
+        *edit_find(&w, told[i].name) = w.e[w.n - 1];
+        w.n--;
+        edit_save(&w, OUT, NULL, NULL);
+        refused(OUT, SDQ_ERR_MISSING, told[i].name, "is missing", told[i].part);
     }
     w = edit_open(FIRST);
     edit_add(&w, "model.diffusion_model.input_blocks.1.0.extra", SDQ_F32, 2, 2, zeros);
@@ -490,6 +508,8 @@ static void test_variants(int tier) {
     w.n--;
     edit_add(&w, "cond_stage_model.transformer.embeddings.position_ids", SDQ_F32, 1, 77, ids);
     edit_add(&w, "first_stage_model.loss.logvar", SDQ_F32, 1, 1, ids);
+    edit_add(&w, "first_stage_model.model_ema.decay", SDQ_F32, 1, 1, ids);
+    edit_add(&w, "cond_stage_model.transformer.visual_projection.weight", SDQ_F32, 1, 1, ids);
     edit_save(&w, OUT, NULL, NULL);
     for (i = SDQ_PART_TEXT; i < SDQ_PART_COUNT; i++) same_part(FIRST, OUT, (sdq_part)i);
     w = edit_open(SECOND);          /* attention as linear layers, as some programs save it */
@@ -614,6 +634,26 @@ static void make_shards(const char *variant, const char *index_path, const char 
     free(w.e);
 }
 
+/* A text encoder of which config.json wants fewer layers, saved with what others need. */
+static void more_text(void) {
+    static const char from[] = DIR "/folder/text_encoder/model.safetensors";
+    edit w = edit_open(from);
+    edit_add(&w, "text_model.encoder.layers.7.mlp.fc1.bias", SDQ_F32, 1, 1, "0000");
+    edit_add(&w, "text_projection.weight", SDQ_F32, 1, 1, "0000");
+    edit_add(&w, "logit_scale", SDQ_F32, 1, 1, "0000");
+    edit_save(&w, OUT, NULL, NULL);
+    (void)rename(from, DIR "/kept2");
+    (void)rename(OUT, from);
+    same_part(DIR "/same", DIR "/folder", SDQ_PART_TEXT);
+    w = edit_open(from);
+    edit_add(&w, "text_model.encoder.layers.0.mlp.fc9.bias", SDQ_F32, 1, 1, "0000");
+    edit_save(&w, OUT, NULL, NULL);
+    (void)rename(OUT, from);
+    refused(DIR "/folder", SDQ_ERR_UNSUPPORTED, "layers.0.mlp.fc9.bias", "has no place",
+            SDQ_PART_TEXT);
+    (void)rename(DIR "/kept2", from);
+}
+
 static void test_folders(int tier) {
     static const char index[] = UNET ".safetensors.index.json";
     static const char half[] = UNET ".safetensors.index.fp16.json";
@@ -628,6 +668,10 @@ static void test_folders(int tier) {
     (void)remove(half);
     same_part(DIR "/same", DIR "/folder", SDQ_PART_UNET);           /* shards */
     same_part(FIRST, DIR "/folder/unet", SDQ_PART_UNET);            /* the network's own folder */
+    put_file(DIR "/folder/config.json", "{}", 2);                   /* nobody's */
+    same_part(FIRST, DIR "/folder", SDQ_PART_UNET);
+    (void)remove(DIR "/folder/config.json");
+    more_text();
     (void)rename(DIR "/kept", UNET ".safetensors");
     make_shards("", index, "{\"weight_map\": {\"conv_in.weight\": \"../x.safetensors\"}}");
     (void)rename(UNET ".safetensors", DIR "/kept");
@@ -658,6 +702,9 @@ static void test_folders(int tier) {
     (void)remove(half);
     refused(DIR "/folder", SDQ_ERR_MISSING, "diffusion_pytorch_model.safetensors: not found",
             "fp16", SDQ_PART_UNET);
+    put_file(UNET ".safetensors", "version https://git-lfs.github.com/spec/v1\n", 43);
+    refused(DIR "/folder", SDQ_ERR_FORMAT, "git-lfs", "git lfs pull", SDQ_PART_UNET);
+    (void)remove(UNET ".safetensors");
     put_file(UNET ".bin", "PK\3\4", 4);
     refused(DIR "/folder", SDQ_ERR_UNSUPPORTED, UNET ".bin: is a pickle", "save_pretrained",
             SDQ_PART_UNET);
