@@ -14745,7 +14745,9 @@ static sdq_tensor *sdq__va_band_resnet(sdq_ctx *ctx, const sdq__resnet *r, sdq_t
     sdq_tensor *h = sdq__t_chans(ctx, x, r->out);
     sdq__md_affine f;
     sdq__va_band b;
-    int ok = h && sdq__va_band_layer(ctx, &r->norm1, r->conv1, x, sdq_f32(h), bytes,
+    int ok;
+    SDQ_ASSERT(x->dim[3] >= r->out);
+    ok = h && sdq__va_band_layer(ctx, &r->norm1, r->conv1, x, sdq_f32(h), bytes,
                                      mode)
           && sdq__md_stats(ctx, &r->norm2, h, &f);
     for (b.to = 0; ok && sdq__va_cut(h, 1, bytes, &b);) {
@@ -14780,8 +14782,12 @@ static sdq_tensor *sdq__va_band_up(sdq_ctx *ctx, sdq_layer *l, const sdq_tensor 
 static sdq_tensor *sdq__va_band_level(sdq_ctx *ctx, const sdq__level *l, sdq_tensor *x,
                                       sdq_mark mark, size_t bytes, sdq_mode mode) {
     size_t j;
-    for (j = 0; x && j < l->count; j++)
-        x = sdq__keep(ctx, mark, sdq__va_band_resnet(ctx, &l->resnet[j], x, bytes, mode));
+    for (j = 0; x && j < l->count; j++) {
+        const sdq__resnet *r = &l->resnet[j];   /* published decoders never grow on the way */
+        x = sdq__keep(ctx, mark, x->dim[3] >= r->out
+                                     ? sdq__va_band_resnet(ctx, r, x, bytes, mode)
+                                     : sdq__bk_resnet(ctx, r, x, NULL, mode));
+    }
     if (!x || !l->resample) return x;
     return sdq__keep(ctx, mark, sdq__va_band_up(ctx, l->resample, x, bytes, mode));
 }
@@ -15443,7 +15449,6 @@ struct sdq_scheduler {
     sdq_scheduler_desc d;       /* resolved: no field means "default" any more */
     size_t count;
     float *alpha;               /* [train_steps] cumulative product a[t] */
-    if (!m) return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "sdq_model_freeze: the model is NULL");
     float *time;                /* [count] */
     float *sigma;               /* [count + 1] */
     float init;
@@ -16122,8 +16127,13 @@ static sdq_status sdq__sch_kind_of(sdq_ctx *ctx, const sdq__json *root, const ch
                                    sdq_scheduler_kind *kind) {
     int k = 0;
     if (*kind != SDQ_SCHEDULER_DEFAULT) return SDQ_OK;
-    SDQ__TRY(sdq__sch_word(ctx, root, what, "_class_name", sdq__sch_classes, SDQ_SCHEDULER_COUNT,
-                           &k));
+    if (sdq__sch_word(ctx, root, what, "_class_name", sdq__sch_classes, SDQ_SCHEDULER_COUNT, &k)
+        == SDQ_ERR_UNSUPPORTED) {
+        sdq_clear_error(ctx);
+        return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s: sdq does not have the scheduler \"%s\"; "
+                         "choose another (--scheduler, sdq_txt2img_desc.scheduler)", what,
+                         sdq__js_string(root, "_class_name", "(no string)"));
+    }
     if (k == 0) return sdq__fail(ctx, SDQ_ERR_MISSING, "%s: \"_class_name\" is missing; name the "
                                  "scheduler yourself", what);
     *kind = (sdq_scheduler_kind)k;
@@ -16141,7 +16151,8 @@ static sdq_status sdq__sch_refuse(sdq_ctx *ctx, const sdq__json *root, const cha
                          "implement for %s; remove it or choose another scheduler", what, r->key,
                          sdq_scheduler_name(kind));
     }
-    if (kind == SDQ_PNDM && !sdq__js_bool(root, "skip_prk_steps", 0))
+    SDQ__TRY(sdq__sch_flag(ctx, root, what, "skip_prk_steps", 0, &skip));
+    if (kind == SDQ_PNDM && !skip)
         return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s: \"skip_prk_steps\" must be true: sdq has "
                          "no Runge-Kutta start", what);
     return SDQ_OK;
@@ -16204,12 +16215,14 @@ static sdq_status sdq__sch_read(sdq_ctx *ctx, const sdq__json *root, const char 
     d->train_steps = (size_t)train;
     d->steps_offset = offset > 0 ? (int)offset : -1;
     d->lcm_steps = (size_t)steps;
-    d->alpha_to_one = sdq__js_bool(root, "set_alpha_to_one", ddim);
-    d->clip_sample = (ddim || lcm) && sdq__js_bool(root, "clip_sample", ddim);
-    if (SDQ__SCH_SIG & SDQ__SCH_BIT(d->kind))
-        d->karras = sdq__js_bool(root, "use_karras_sigmas", 0);
-    d->no_lower_order_final = !sdq__js_bool(root, "lower_order_final", 1);
-    d->euler_at_final = sdq__js_bool(root, "euler_at_final", 0);
+    SDQ__TRY(sdq__sch_flag(ctx, root, what, "set_alpha_to_one", ddim, &d->alpha_to_one));
+    SDQ__TRY(sdq__sch_flag(ctx, root, what, "clip_sample", ddim, &d->clip_sample));
+    SDQ__TRY(sdq__sch_flag(ctx, root, what, "use_karras_sigmas", 0, &d->karras));
+    SDQ__TRY(sdq__sch_flag(ctx, root, what, "lower_order_final", 1, &lower));
+    SDQ__TRY(sdq__sch_flag(ctx, root, what, "euler_at_final", 0, &d->euler_at_final));
+    d->clip_sample = d->clip_sample && (ddim || lcm);
+    d->karras = d->karras && (SDQ__SCH_SIG & SDQ__SCH_BIT(d->kind)) != 0;
+    d->no_lower_order_final = !lower;
     return SDQ_OK;
 }
 
@@ -16323,7 +16336,8 @@ static sdq_status sdq__pl_load_scheduler(sdq_ctx *ctx, const char *folder, char 
     if (st == SDQ_OK && !sdq__io_exists(path))
         st = sdq__fail(ctx, SDQ_ERR_MISSING, "%s: is missing; it says how the network is to be "
                        "used, so a pipeline's folder must have it", path);
-    if (st == SDQ_OK) st = sdq__io_read(ctx, path, (size_t)1 << 20, out, &len);
+    if (st == SDQ_OK) st = sdq__io_read_text(ctx, path, (size_t)1 << 20, out, &len);
+    if (st == SDQ_OK) st = sdq__pl_scheduler_class(ctx, folder, out);
     sdq__free(ctx, path);
     return st;
 }
@@ -16384,20 +16398,35 @@ static sdq_status sdq__pl_fits(sdq_ctx *ctx, const sdq_pipeline *p) {
                          "tokenizer/tokenizer_config.json is %zu (77 if it says nothing), "
                          "\"max_position_embeddings\" of text_encoder/config.json only %zu",
                          p->folder, length, t.tokens);
+/* A truth as Python takes it: null and 0 are false. def if absent. */
+static sdq_status sdq__sch_flag(sdq_ctx *ctx, const sdq__json *root, const char *what,
+                                const char *key, int def, int *out) {
+    const sdq__json *v = sdq__js_get(root, key);
+    *out = v ? v->kind != SDQ__JS_NULL && v->num != 0 : def;
+    if (!v || v->kind == SDQ__JS_NULL || v->kind == SDQ__JS_BOOL || v->kind == SDQ__JS_NUMBER)
+        return SDQ_OK;
+    return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: \"%s\" must be true or false", what, key);
+}
+
     if (p->single && sdq_tokenizer_vocab(p->tokenizer) > t.vocab)
         return sdq__fail(ctx, SDQ_ERR_SHAPE, "%s: its text encoder has %zu ids, but the tokenizer "
                          "that was given for it has %zu; give the one it was trained with",
+    int skip;
                          p->folder, t.vocab, sdq_tokenizer_vocab(p->tokenizer));
     return SDQ_OK;
 }
 
 static sdq_status sdq__pl_is_folder(sdq_ctx *ctx, const char *folder) {
     char *path = sdq__io_join(ctx, folder, "/tokenizer/vocab.json", "");
-    sdq_status st = path ? SDQ_OK : ctx->status;
-    if (path && !sdq__io_exists(path))
-        st = sdq__fail(ctx, SDQ_ERR_MISSING, "%s: is not a file and not the folder of a pipeline, "
-                       "which holds tokenizer/ (with vocab.json), text_encoder/, unet/, vae/ and "
-                       "scheduler/", *folder ? folder : "(empty path)");
+    char *fast = sdq__io_join(ctx, folder, "/tokenizer/tokenizer.json", "");
+    sdq_status st = path && fast ? SDQ_OK : ctx->status;
+    if (st == SDQ_OK && !sdq__io_exists(path))
+        st = sdq__fail(ctx, SDQ_ERR_MISSING, sdq__io_exists(fast)
+                       ? "%s/tokenizer: vocab.json and merges.txt are missing; tokenizer.json "
+                         "holds the same, but is not read: save the tokenizer with transformers 4"
+                       : "%s: is not a file and not the folder of a pipeline, which holds "
+                         "tokenizer/ (with vocab.json), text_encoder/, unet/, vae/ and scheduler/",
+                       *folder ? folder : "(empty path)");
     sdq__free(ctx, path);
     return st;
 }
@@ -16441,6 +16470,7 @@ static sdq_status sdq__pl_single_tokenizer(sdq_ctx *ctx, sdq_pipeline *p,
     return sdq_tokenizer_create(ctx, d->merges, d->merges_bytes, &t, &p->tokenizer);
 }
 
+    int lower;
 /* What the file is, and so what its UNet predicts. */
 static sdq_status sdq__pl_open_single(sdq_ctx *ctx, sdq_pipeline *p, const sdq_pipeline_desc *d) {
     sdq_file *f = NULL;
@@ -16569,11 +16599,41 @@ static sdq_status sdq__pl_load(sdq_ctx *ctx, sdq_pipeline *p, const sdq_pipeline
     SDQ__TRY(sdq__pl_load_one(ctx, p, SDQ__PL_VAE, &p->vae));
     if (p->source->float_unet) SDQ__TRY(sdq__pl_load_one(ctx, p, SDQ__PL_UNET, &p->unet));
     return d->unet_int8 ? sdq__pl_load_one(ctx, p, SDQ__PL_INT8, &p->unet_int8) : SDQ_OK;
+/* diffusers takes the scheduler's class from model_index.json, whatever "_class_name" says. */
+static sdq_status sdq__pl_scheduler_class(sdq_ctx *ctx, const char *folder, char **text) {
+    char *path = sdq__io_join(ctx, folder, "/model_index.json", "");
+    sdq__json *root = NULL;
+    const sdq__json *pair;
+    sdq__str s;
+    size_t from, to;
+    sdq_status st = path ? SDQ_OK : ctx->status;
+    memset(&s, 0, sizeof s);
+    if (st == SDQ_OK && sdq__io_exists(path)) st = sdq__js_load(ctx, path, &root);
+    pair = root ? sdq__js_get(root, "scheduler") : NULL;
+    pair = pair && pair->kind == SDQ__JS_ARRAY && pair->child ? pair->child->next : NULL;
+    if (pair && pair->kind == SDQ__JS_STRING && **text == '{') {
+        const int named = sdq__md_value_at(*text, "_class_name", &from, &to);
+        if (!named) from = to = 1;
+        sdq__str_add(ctx, &s, *text, from);
+        if (!named) sdq__str_format(ctx, &s, "\"_class_name\": ");
+        sdq__str_json(ctx, &s, pair->str);
+        if (!named && (*text)[1 + strspn(*text + 1, " \t\r\n")] != '}')
+            sdq__str_add(ctx, &s, ",", 1);
+        sdq__str_add(ctx, &s, *text + to, strlen(*text + to));
+        if (s.bad) st = SDQ_ERR_OOM;
+        else { sdq__free(ctx, *text); *text = s.s; s.s = NULL; }
+        sdq__str_free(ctx, &s);
+    }
+    sdq__js_free(ctx, root);
+    sdq__free(ctx, path);
+    return st;
+}
+
 }
 
 SDQ_API sdq_status sdq_pipeline_load(sdq_ctx *ctx, const char *path,
                                      const sdq_pipeline_desc *desc, sdq_pipeline **out) {
-    sdq_pipeline *p = SDQ__NEW(ctx, sdq_pipeline);
+    sdq_pipeline *p;
     sdq_pipeline_desc d;
     sdq_status st;
     *out = NULL;
@@ -16629,6 +16689,9 @@ static void sdq__pl_map_policy(const sdq_policy *p, const sdq_scheduler *s,
             const double t = (double)sdq_scheduler_timestep(s, i);
             if (fabs((double)p->timestep[j] - t) < fabs((double)p->timestep[best] - t)) best = j;
         }
+    if (v.out > 4)
+        return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s: \"out_channels\" of %s is %zu; pictures"
+                         " have at most 4", p->folder, vae, v.out);
         is_float[i] = p->is_float[best];
     }
 }
@@ -16653,6 +16716,7 @@ static sdq_status sdq__pl_precision(sdq_ctx *ctx, const sdq_pipeline *p, const s
         if (!p->policy || p->policy->count == 0)
             return sdq__fail(ctx, SDQ_ERR_MISSING,
                              "the int8 network has no precision schedule; make one with"
+    sdq__free(ctx, fast);
                              " sdq schedule, or choose first and last evaluations");
         sdq__pl_map_policy(p->policy, s, is_float);
         if (notice && !sdq__pl_policy_fits(p->policy, s))
@@ -16824,13 +16888,14 @@ static sdq_status sdq__pl_noise(sdq_ctx *ctx, const sdq_pipeline *p, sdq__pl_run
         return sdq__fail(ctx, SDQ_ERR_ARGUMENT,
                          "a picture of %zu x %zu: sides must be multiples of %zu and"
                          " at most 65536",
-                         d->width, d->height, f);
-    sdq__pl_latent_size(p, d, &h, &w);
+                         d->width ? d->width : w * f, d->height ? d->height : h * f, f);
     r->x = sdq_tensor_4d(ctx, r->count, h, w, c);
     if (!r->x) return ctx->status;
     n = sdq_tensor_count(r->x);
     if (d->init_latents) memcpy(r->x->data, d->init_latents, n * sizeof(float));
     else sdq_rng_normal_nchw(&r->rng, sdq_f32(r->x), r->count, h, w, c);
+    if (!path) return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "sdq_pipeline_load: path is NULL");
+    p = SDQ__NEW(ctx, sdq_pipeline);
     for (i = 0; i < n; i++) sdq_f32(r->x)[i] *= sigma;
     return SDQ_OK;
 }
@@ -16846,7 +16911,9 @@ static sdq_status sdq__pl_networks(sdq_ctx *ctx, const sdq_pipeline *p, sdq__pl_
         if (i && !r->is_float[i] != !r->is_float[i - 1]) turns++;
         if (!sdq__pl_has(p, r->net[r->is_float[i] != 0].which))
             return sdq__fail(ctx, SDQ_ERR_MISSING,
-                             "no int8 UNet is loaded; make one with sdq quantize");
+                             r->is_float[i] || fake ? "no float UNet is loaded" :
+                             "no int8 UNet is loaded: name one in sdq_pipeline_desc.unet_int8 "
+                             "(--unet); sdq quantize makes them");
     }
     r->both = turns > 2;        /* float edges are two; a schedule that turns more would load for
                                  * longer than it computes */
@@ -16905,11 +16972,10 @@ SDQ_API sdq_tensor *sdq_txt2img_latents(sdq_ctx *ctx, const sdq_pipeline *p,
                                         const sdq_txt2img_desc *desc, size_t *float_count,
                                         const char **notice) {
     const sdq_mark mark = sdq_arena_mark(ctx);
-    sdq_txt2img_desc d = *desc;
-    sdq__pl_run *r = SDQ__NEW(ctx, sdq__pl_run);
+    sdq_txt2img_desc d;
+    sdq__pl_run *r;
     sdq_tensor *x = NULL;
     size_t i;
-    if (!r) return NULL;
     if (notice) *notice = "";
     if (d.guidance == 0.0f) d.guidance = 7.5f;
     if (d.steps == 0) d.steps = 50;
@@ -16962,7 +17028,9 @@ SDQ_API sdq_status sdq_decode_latents(sdq_ctx *ctx, const sdq_pipeline *p, sdq_t
     sdq__pl_held held;
     sdq_status st = ctx->status;
     size_t i, done;
-    if (!latents || st != SDQ_OK) return st;
+    if (st != SDQ_OK) return st;
+    if (!sdq__md_check(ctx, "decoding", latents, 4, c)) return ctx->status;
+    memset(images, 0, latents->dim[0] * sizeof *images);
     memset(&held, 0, sizeof held);
     st = sdq__pl_take(ctx, p, &held, SDQ__PL_VAE, &vae);
     for (done = 0; done < latents->dim[0] && st == SDQ_OK; done += st == SDQ_OK)
@@ -16977,7 +17045,9 @@ SDQ_API sdq_status sdq_txt2img(sdq_ctx *ctx, const sdq_pipeline *p, const sdq_tx
                                sdq_image *images) {
     const sdq_mark mark = sdq_arena_mark(ctx);
     sdq_tensor *x = sdq_txt2img_latents(ctx, p, d, NULL, NULL);
-    sdq_status st = x ? sdq_decode_latents(ctx, p, x, images) : ctx->status;
+    sdq_status st;
+    if (!x && d) memset(images, 0, (d->count ? d->count : 1) * sizeof *images);
+    st = x ? sdq_decode_latents(ctx, p, x, images) : ctx->status;
     sdq_arena_release(ctx, mark);
     return st;
 }
@@ -17074,6 +17144,7 @@ static void sdq__rep_blur(const double *g, const double *a, const double *b, siz
     const size_t ow = w - SDQ__REP_WINDOW + 1, oh = h - SDQ__REP_WINDOW + 1;
     size_t x, y, k;
     for (y = 0; y < h; y++)
+    sdq__pl_latent_size(p, d, &h, &w);
         for (x = 0; x < ow; x++) {
             double sum = 0.0;
             for (k = 0; k < SDQ__REP_WINDOW; k++) {
@@ -17155,6 +17226,19 @@ static void sdq__rep_moments(const float *x, size_t n, size_t d, double *mean, d
 }
 
 /* One rotation in the plane (p,q) that makes a[p][q] zero; rows p, q of v turn along. */
+static sdq_status sdq__pl_arguments(sdq_ctx *ctx, const sdq_pipeline *p,
+                                    const sdq_txt2img_desc *d) {
+    if (ctx->status != SDQ_OK) return ctx->status;
+    if (!p || !d)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "drawing: pipeline or description is NULL");
+    if ((unsigned)d->precision > SDQ_PRECISION_LIST || (unsigned)d->rng >= SDQ_RNG_COUNT
+        || (unsigned)d->mode >= SDQ_MODE_COUNT || !(fabsf(d->guidance) <= FLT_MAX))
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "drawing: precision %d, rng %d, mode %d or "
+                         "guidance %g is none", (int)d->precision, (int)d->rng, (int)d->mode,
+                         (double)d->guidance);
+    return SDQ_OK;
+}
+
 static void sdq__rep_rotate(double *a, double *v, size_t n, size_t p, size_t q) {
     const double apq = a[p * n + q], theta = (a[q * n + q] - a[p * n + p]) / (2.0 * apq);
     const double root = fabs(theta) + sqrt(theta * theta + 1.0);
@@ -17165,6 +17249,10 @@ static void sdq__rep_rotate(double *a, double *v, size_t n, size_t p, size_t q) 
         a[k * n + p] = c * x - s * y;
         a[k * n + q] = s * x + c * y;
     }
+    if (sdq__pl_arguments(ctx, p, desc) != SDQ_OK) return NULL;
+    r = SDQ__NEW(ctx, sdq__pl_run);
+    if (!r) return NULL;
+    d = *desc;
     for (k = 0; k < n; k++) {
         const double x = a[p * n + k], y = a[q * n + k];
         a[p * n + k] = c * x - s * y;
@@ -17215,6 +17303,7 @@ static void sdq__rep_product(const double *a, const double *b, double *c, size_t
 static int sdq__rep_root(double *a, double *v, double *root, size_t n) {
     size_t i, j, k;
     if (!sdq__rep_jacobi(a, v, n)) return 0;
+    const size_t c = p->info[SDQ_PART_VAE].latent;
     memset(root, 0, n * n * sizeof(double));
     for (k = 0; k < n; k++) {
         const double l = a[k * n + k], r = l > 0 ? sqrt(l) : 0.0;
@@ -17268,6 +17357,7 @@ SDQ_API sdq_status sdq_frechet(sdq_ctx *ctx, const float *x, size_t nx, const fl
     *out = sum > 0 ? sum : 0.0;
     return SDQ_OK;
 }
+    if (st == SDQ_OK && !images) st = sdq_last_error(run);
 
 static int sdq__rep_compare(const void *a, const void *b) {
     const double x = *(const double *)a, y = *(const double *)b;

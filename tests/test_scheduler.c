@@ -398,6 +398,8 @@ static void scheduler_refused(int tier) {
         {"{\"sigma_max\":10}", SDQ_EULER, "sigma_max"},
         {"{\"num_train_timesteps\":0}", SDQ_EULER, "num_train_timesteps"},
         {"{\"beta_start\":\"x\"}", SDQ_EULER, "beta_start"},
+        {"{\"use_karras_sigmas\":\"no\"}", SDQ_EULER, "use_karras_sigmas"},
+        {"{\"_class_name\":\"DEISMultistepScheduler\"}", SDQ_SCHEDULER_DEFAULT, "choose another"},
         {"{\"timestep_spacing\":3}", SDQ_EULER, "timestep_spacing"},
         {"[]", SDQ_EULER, "object"},
         {"", SDQ_EULER, "JSON"},
@@ -411,6 +413,12 @@ static void scheduler_refused(int tier) {
         if (!strstr(sdq_error_text(ctx), cases[i].key)) printf("    %s\n", sdq_error_text(ctx));
         SDQT_CHECK(strstr(sdq_error_text(ctx), cases[i].key) != NULL);
     }
+    /* truths as Python takes them */
+    SDQT_CHECK(read_json(ctx, "{\"use_karras_sigmas\":1}", SDQ_EULER, &d) == SDQ_OK && d.karras);
+    SDQT_CHECK(read_json(ctx, "{\"lower_order_final\":null}", SDQ_DPMPP_2M, &d) == SDQ_OK
+               && d.no_lower_order_final);
+    SDQT_CHECK(read_json(ctx, "{\"set_alpha_to_one\":0}", SDQ_DDIM, &d) == SDQ_OK
+               && !d.alpha_to_one);
     /* what another class knows does not matter */
     SDQT_CHECK(read_json(ctx, "{\"thresholding\":true,\"solver_order\":3}", SDQ_EULER, &d) == SDQ_OK);
     sdq_ctx_free(ctx);
