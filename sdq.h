@@ -11,7 +11,7 @@
  *     #define SDQ_IMPLEMENTATION
  *     #include "sdq.h"
  *
- * and include sdq.h without the define wherever else you need it. Build with
+ * and include sdq.h without the define wherever else you need it. C99, C++11 or later. Build with
  *
  *     cc -O2 -fopenmp prog.c -lm         (leave out -fopenmp for one thread)
  *
@@ -33,6 +33,9 @@
  *             || sdq_txt2img(ctx, pipe, &desc, &image)
  *             || sdq_image_write(ctx, "out.png", &image, NULL, 0))
  *             return fprintf(stderr, "%s\n", sdq_error_text(ctx)), 1;
+ *         sdq_image_free(ctx, &image);
+ *         sdq_pipeline_free(ctx, pipe);
+ *         sdq_ctx_free(ctx);
  *         return 0;
  *     }
  *
@@ -40,7 +43,7 @@
  * GPUs, big-endian machines. It prints nothing, never exits, reads no environment variables and
  * has no mutable globals.
  *
- * Contents (search for the marks):
+ * Contents (search for the marks; grep -n '^ . >>' lists them with their lines):
  *
  *     >>manual        the book: load, draw, calibrate, train, convert; numerics, memory, errors
  *     >>api-config >>api-types >>api-context >>api-tensor >>api-ops >>api-layer >>api-quant
@@ -94,9 +97,9 @@
  *     of the network (quantize_shortcuts, quantize_last_self). attention_bits is for speed: the
  *     default of 16 loses nothing that can be measured against 32 (float), 8 a third of a decibel.
  *     The decoder needs no calibration: sdq_pipeline_desc.vae_int8.
- *     weight_bits 4 makes a file of half the size and costs a good part of the likeness (28 dB for
- *     46 in the emoji model, 29 to 30 with weight_group 16 and training); it is as fast as 8 bits
- *     and takes the same memory.
+ *     weight_bits 4 halves the file, but pictures are less alike: 28 dB instead of 46 in the emoji
+ *     model, 29 to 30 with weight_group 16 and training. It is as fast as 8 bits and takes the same
+ *     memory.
  *
  * Training
  *     Any function that computes a loss with ops can be trained by sdq_fit: it must draw its
@@ -125,7 +128,7 @@
  *     Ranges observed on shares are joined by minimum and maximum
  *     (sdq_model_reduce_ranges), trajectories in order (sdq_states_gather). Observers that move
  *     while training are joined after every step; one process would move them after every
- *     micro-batch. Calibrating, drawing and measuring need no joining but at their end: share out
+ *     micro-batch. Calibrating, drawing and measuring need joining only at the end: share out the
  *     prompts or seeds.
  *     Planning, for P trained parameters and N machines: a step sends and receives 2 (N-1)/N 4 P
  *     bytes per machine (a ring). A UNet of SD 1.5, P = 860e6: 3.4 GB for two machines, 5.2 GB for
@@ -202,7 +205,7 @@
  *     Functions return sdq_status; ops return NULL. The first error stays in the context with one
  *     sentence that names file, tensor, what was expected and what was found, until
  *     sdq_clear_error. While an error stands, ops do nothing, so a formula needs one check at its
- *     end.
+ *     end; most other functions return that error, too. So clear it once you have dealt with it.
  *
  * Files
  *     Float models are diffusers folders (F32, F16, BF16; whole or in shards; where there is
@@ -229,8 +232,15 @@
  *     SDQ_STATIC         all functions private to this file
  *     SDQ_SELF "name.h"  if you renamed this file
  *     SDQ_NO_SIMD        scalar kernels only (slow: for reference)
- *     SDQ_NO_MMAP        files are read instead of mapped
+ *     SDQ_NO_MMAP        files are read instead of mapped, large heap blocks come from malloc, too
  *     SDQ_ASSERT(x)      replaces assert for this file's own invariants
+ *     SDQ_API            what stands before every public declaration; define it everywhere alike
+ *     SDQ_ALLOW_FAST_MATH  compile with -ffast-math or its parts all the same: results then differ
+ *                        from CPU to CPU, and what is not finite is not found
+ *     _DEFAULT_SOURCE    with -std=c99 or c11 (not gnu99): define it before the first include of
+ *                        that file. Without it glibc hides fsync, realpath, madvise and anonymous
+ *                        mappings: files are not flushed before they are renamed, a link is
+ *                        replaced by a file, and freed memory may stay with the process
  *
  * Words
  *     n,c,h,w entry, channels, height, width; oc,kh,kw output channels and kernel; m,n,k rows,
@@ -287,7 +297,7 @@ typedef enum sdq_status {
 #define SDQ__X(name, value, text) name = value,
     SDQ_STATUS_LIST(SDQ__X)
 #undef SDQ__X
-    SDQ_STATUS_LAST = -11
+    SDQ_STATUS_LAST = -11       /* none: behind the last one */
 } sdq_status;
 
 typedef enum sdq_dtype {
@@ -316,22 +326,25 @@ typedef struct sdq_ctx sdq_ctx;
 
 typedef struct sdq_ctx_desc {
     sdq_tier tier;      /* AUTO: the best one this CPU and OS can run; others are caps */
-    int threads;        /* 0: all processors OpenMP reports; without OpenMP always 1; <= 1024 */
-    void *(*alloc)(void *user, size_t bytes);   /* NULL: malloc, free */
-    void (*release)(void *user, void *p);
+    int threads;        /* 0: as many as OpenMP would take: all processors, or OMP_NUM_THREADS; more
+                         * than 1024 are 1024; without OpenMP always 1 */
+    void *(*alloc)(void *user, size_t bytes);   /* aligned as malloc's; NULL, and release, too: */
+    void (*release)(void *user, void *p);       /* malloc, and mmap for large blocks */
     void *user;
 } sdq_ctx_desc;
 
 /* Create a context: allocator, thread count, instruction set, error, scratch memory.
  * A context belongs to one thread at a time; different contexts never interact.
  *   desc   NULL or zero-initialised = defaults. Not kept.
- *   out    the context, NULL on failure; free with sdq_ctx_free */
+ *   out    the context, NULL on failure; free with sdq_ctx_free
+ * SDQ_ERR_ARGUMENT: an unknown tier, threads < 0, alloc without release; _OOM. */
 SDQ_API sdq_status sdq_ctx_create(const sdq_ctx_desc *desc, sdq_ctx **out);
 SDQ_API void sdq_ctx_free(sdq_ctx *ctx);
 /* The first error since the last sdq_clear_error and its sentence ("" if none). */
 SDQ_API sdq_status sdq_last_error(const sdq_ctx *ctx);
 SDQ_API const char *sdq_error_text(const sdq_ctx *ctx);
 SDQ_API void sdq_clear_error(sdq_ctx *ctx);
+/* The status in words: "out of memory". */
 SDQ_API const char *sdq_status_name(sdq_status status);
 SDQ_API sdq_tier sdq_ctx_tier(const sdq_ctx *ctx);
 SDQ_API int sdq_ctx_threads(const sdq_ctx *ctx);
@@ -358,7 +371,7 @@ typedef struct sdq_tensor {
     int rank;           /* 1..4 */
     size_t dim[4];      /* unused dims are 1 */
     void *data;
-    float *grad;        /* NULL until a backward pass wrote to it */
+    float *grad;        /* like data; NULL until a backward pass wrote to it. See sdq_backward */
     int needs_grad;     /* set by the user on leaves, inherited by results while recording */
     struct sdq__qinput *q;      /* private: the same numbers as bytes, for the layers that follow */
 } sdq_tensor;
@@ -376,7 +389,8 @@ static inline float *sdq_f32(const sdq_tensor *t) { return (float *)t->data; }
  * >>api-ops   operations and the tape
  *
  * An op computes at once and returns a new tensor in the arena. NULL in, NULL out: the first
- * error stays in the context, so that a formula needs no checks inside.
+ * error stays in the context, so that a formula needs no checks inside. Operands are F32, but for
+ * ids; another type is SDQ_ERR_ARGUMENT.
  * While the tape records, an op also notes what its backward needs.
  * ======================================================================== */
 
@@ -410,6 +424,7 @@ SDQ_API sdq_tensor *sdq_attention_int(sdq_ctx *ctx, sdq_tensor *q, sdq_tensor *k
                                       int heads, int bits);
 SDQ_API sdq_tensor *sdq_upsample(sdq_ctx *ctx, sdq_tensor *x, size_t h, size_t w); /* nearest */
 SDQ_API sdq_tensor *sdq_concat(sdq_ctx *ctx, sdq_tensor *a, sdq_tensor *b);        /* channels */
+/* Channels [first, first + count) of x. */
 SDQ_API sdq_tensor *sdq_slice(sdq_ctx *ctx, sdq_tensor *x, size_t first, size_t count);
 /* Entries of a batch, weighted and added up: x [n,..], weight [n] -> [1,..]. weight is copied. */
 SDQ_API sdq_tensor *sdq_combine(sdq_ctx *ctx, sdq_tensor *x, const float *weight);
@@ -430,7 +445,9 @@ SDQ_API sdq_tensor *sdq_sample_gaussian(sdq_ctx *ctx, sdq_tensor *moments, sdq_t
 
 /* Record from here on. Until sdq_tape_end nothing that ops made may be released. */
 SDQ_API void sdq_tape_begin(sdq_ctx *ctx);
-/* Gradients of a scalar into every tensor that needs them. Adds to what .grad holds. */
+/* Gradients of a scalar into every tensor that needs them. Leaves add to what .grad holds, which is
+ * in the arena but for leaves of an optimizer: after sdq_arena_release set that of your own leaves
+ * to NULL. Several losses of one tape: one call each. */
 SDQ_API sdq_status sdq_backward(sdq_ctx *ctx, sdq_tensor *loss);
 SDQ_API void sdq_tape_end(sdq_ctx *ctx);
 /* Run fn without recording and run it again, recorded, in the backward pass: the memory of one
@@ -459,15 +476,15 @@ typedef struct sdq_layer sdq_layer;
 typedef struct sdq_layer_desc {
     const char *name;       /* for messages and files; copied. NULL: "" */
     size_t in, out;         /* channels */
-    int kernel;             /* 0 or 1: 1x1 or linear; 3: 3x3 */
+    int kernel;             /* 0 or 1: 1x1 or linear; 2: 2x2; 3: 3x3 */
     int stride;             /* 0 = 1 */
-    int pad[4];             /* top, left, bottom, right */
+    int pad[4];             /* zeros added at the top, left, bottom, right; none with 1x1 */
     int no_bias;
 } sdq_layer_desc;
 
 /* A layer of zeros with int8 enabled and no ranges yet; on the heap.
  *   out   the layer, NULL on failure; free with sdq_layer_free
- * SDQ_ERR_ARGUMENT: no channels, a kernel over 3, a stride with a 1x1 kernel. */
+ * SDQ_ERR_ARGUMENT: no channels, a kernel over 3, a stride or padding with a 1x1 kernel. */
 SDQ_API sdq_status sdq_layer_create(sdq_ctx *ctx, const sdq_layer_desc *desc, sdq_layer **out);
 /* layer may be NULL. */
 SDQ_API void sdq_layer_free(sdq_ctx *ctx, sdq_layer *layer);
@@ -571,7 +588,8 @@ SDQ_API sdq_status sdq_ctx_profile(sdq_ctx *ctx, sdq_profile *profile);
  * >>api-files   safetensors files, pictures, datasets, tokenizers
  *
  * Every function that reads a file checks it completely first: a damaged or hostile file gives an
- * error, never a wrong read. Files are written under path + ".tmp" and renamed when complete.
+ * error, never a wrong read. Files are written under path + ".tmp" and renamed when complete; links
+ * are followed, a device or a pipe is written as it is.
  * ======================================================================== */
 
 /* A key and its value, both UTF-8 and not NULL. */
@@ -649,6 +667,9 @@ SDQ_API sdq_status sdq_image_png_encode(sdq_ctx *ctx, const sdq_image *image,
                                         const sdq_pair *text, size_t ntext,
                                         unsigned char **png, size_t *bytes);
 SDQ_API void sdq_bytes_free(sdq_ctx *ctx, unsigned char *bytes);
+/* Write bytes as every file here is written: to path + ".tmp", flushed, and renamed when complete.
+ * Where path is a link the file behind it is replaced; a device or a pipe is written as it is. */
+SDQ_API sdq_status sdq_bytes_write(sdq_ctx *ctx, const char *path, const void *data, size_t bytes);
 /* Resize to w x h: bilinear, the filter widened when shrinking (as Pillow's BILINEAR and
  * torchvision's antialias do). src and dst must differ; dst is new. */
 SDQ_API sdq_status sdq_image_resize(sdq_ctx *ctx, const sdq_image *src, size_t w, size_t h,
@@ -1195,7 +1216,8 @@ typedef struct sdq_fit_desc {
     uint64_t seed;
     const char *state;          /* file of the optimizer's state; NULL: none is written or read */
     size_t save_every;          /* steps; 0: only before the first step and at the end */
-    sdq_progress_fn progress;   /* stage "train", i = steps done, n = steps, value = loss */
+    sdq_progress_fn progress;   /* stage "train", i = steps done, n = steps, value = loss. Not 0 is
+                                 * SDQ_FIT_STOP */
     int (*after)(void *user, const sdq_fit_info *info); /* returns sdq_fit_then; NULL: none */
     void *user;                 /* of both */
     size_t validate_every;      /* steps; 0: never; also before the first and after the last step */
@@ -1285,7 +1307,9 @@ SDQ_API sdq_status sdq_optim_add_model(sdq_ctx *ctx, sdq_optim *optim, sdq_model
  * >>api-pipeline   from a prompt to a picture, with a precision per evaluation
  * ======================================================================== */
 
-/* The networks of a model and what belongs to them; for reading once loaded. */
+/* The networks of a model and what belongs to them; for reading once loaded. But unet_int8 may be
+ * set to a converted UNet of the same structure, which the pipeline then frees
+ * (examples/train_mpi.c). */
 typedef struct sdq_pipeline {
     sdq_tokenizer *tokenizer;
     sdq_model *text, *vae;      /* these four are NULL where they are loaded on demand */
@@ -1382,11 +1406,12 @@ typedef struct sdq_txt2img_desc {
     sdq_precision precision;
     size_t k_first, k_last;
     const unsigned char *is_float;
-    const float *init_latents;          /* NULL, or [count,h,w,4] noise instead of the seed's */
+    const float *init_latents;          /* NULL, or standard normal noise [count,h,w,c] instead of
+                                         * the seed's: h, w, c of the latents */
     sdq_mode mode;                      /* of evaluations that are not float: 0 and INT8: int8
                                          * network; FAKE: the float network's layers in FAKE mode */
     sdq_step_fn step;                   /* NULL or called after every evaluation */
-    sdq_progress_fn progress;           /* stages "text", "unet", "vae" */
+    sdq_progress_fn progress;           /* stage "unet": evaluations done, of all */
     void *user;
 } sdq_txt2img_desc;
 
@@ -1404,16 +1429,16 @@ SDQ_API sdq_tensor *sdq_txt2img_latents(sdq_ctx *ctx, const sdq_pipeline *pipeli
                                         const sdq_txt2img_desc *desc, size_t *float_count,
                                         const char **notice);
 /* Latents to pictures of 8 bits; images: `count` structs to fill, free each with sdq_image_free.
- * Values that are not finite are SDQ_ERR_NUMERIC, here and above. */
+ * After an error all are empty. Values that are not finite are SDQ_ERR_NUMERIC, here and above. */
 SDQ_API sdq_status sdq_decode_latents(sdq_ctx *ctx, const sdq_pipeline *pipeline,
                                       sdq_tensor *latents, sdq_image *images);
-/* Both. */
+/* sdq_txt2img_latents and sdq_decode_latents in one call. */
 SDQ_API sdq_status sdq_txt2img(sdq_ctx *ctx, const sdq_pipeline *pipeline,
                                const sdq_txt2img_desc *desc, sdq_image *images);
 /* The most memory that loading a pipeline and drawing will take, found in a fraction of a second:
  * the same calls are made, but nothing is computed and no weight is read. It is what the process
- * grows by where memory is zero until it is touched (Linux, macOS), with the allocator, the threads
- * and the tier of ctx.
+ * grows by where memory is zero until it is touched (Linux, macOS), with the threads and the tier
+ * of ctx.
  *   path, pipeline  as in sdq_pipeline_load
  *   desc            as in sdq_txt2img; step and progress are not called
  * Errors: those of the two functions. */
@@ -1428,7 +1453,8 @@ SDQ_API sdq_tensor *sdq_pipeline_ids(sdq_ctx *ctx, const sdq_pipeline *pipeline,
  * >>api-recipe   calibrate, distill, convert, choose the precision of every evaluation
  * ======================================================================== */
 
-/* What training changes. Fewer parameters drift less: see the manual, "Train". */
+/* What training changes. Fewer parameters drift less: see the manual, "Training a quantized
+ * network". */
 typedef enum sdq_train_set {
     SDQ_TRAIN_ALL = 0,          /* weights, biases, norms; with learn_scales scales, too */
     SDQ_TRAIN_SMALL,            /* the same without weights */
@@ -1469,6 +1495,7 @@ typedef struct sdq_recipe {
     float noise_loss;           /* weight of MSE(student, noise); needs pictures */
     float teacher_loss;         /* weight of MSE(student, teacher) */
     int coherent;               /* see sdq_distill_task */
+    int decay_all;              /* weight decay of biases and norms, too: torch's AdamW */
 } sdq_recipe;
 SDQ_API sdq_recipe sdq_recipe_default(void);
 SDQ_API sdq_recipe sdq_recipe_reference(void);
@@ -1477,7 +1504,10 @@ SDQ_API sdq_recipe sdq_recipe_reference(void);
  * to even, where the largest of a layer is a normal half, 2^-14 to 65504, so that none moves by
  * more than 2^-11 of the largest; else, and where training moves them, they are F32 in the file.
  * Biases and norms stay F32.
- *   keep_float   NULL, or layers (or prefixes ending in '.') that stay float, NULL at the end */
+ *   keep_float   NULL, or layers (or prefixes ending in '.') that stay float, NULL at the end
+ * What an earlier calibration added to biases is taken back. SDQ_ERR_ARGUMENT: no UNet, a value of
+ * the recipe that is none, a name in keep_float that no layer has; _UNSUPPORTED: a layer is too
+ * large for exact sums. */
 SDQ_API sdq_status sdq_recipe_apply(sdq_ctx *ctx, sdq_model *unet, const sdq_recipe *recipe,
                                     const char *const *keep_float);
 /* "range_conv=block split_skip=1 ...": for reports and files. Writes at most size bytes. */
@@ -1487,7 +1517,8 @@ SDQ_API void sdq_recipe_to_str(const sdq_recipe *recipe, char *buf, size_t size)
  * data-free training and calibration (as EfficientDM, arXiv 2310.03270). On the heap. */
 typedef struct sdq_states sdq_states;
 /* Run desc's denoising loop in float for every prompt and keep the states.
- *   seed of prompt i = desc->seed + i; desc->prompt is ignored */
+ *   seed of prompt i = desc->seed + i; desc->prompt and desc->step are ignored, desc->progress gets
+ *   the stage "states" */
 SDQ_API sdq_status sdq_states_collect(sdq_ctx *ctx, const sdq_pipeline *pipeline,
                                       const char *const *prompts, size_t n,
                                       const sdq_txt2img_desc *desc, sdq_states **out);
@@ -1510,7 +1541,11 @@ SDQ_API void sdq_states_free(sdq_ctx *ctx, sdq_states *states);
 SDQ_API size_t sdq_states_count(const sdq_states *states);
 
 /* Observe the input ranges of all layers on the states (FLOAT mode: what the float network sees),
- * then correct biases if asked. */
+ * those of results where they are quantized (a second pass, FAKE mode), then correct biases if
+ * asked. An earlier correction is taken back first.
+ *   batch      states at a time; 0: 8, at most 64
+ *   progress   NULL, or called with the stages "calibrate", "outputs", "bias"
+ * Errors: SDQ_ERR_NUMERIC (a result is not finite), _CANCELLED, _OOM: biases are as they were. */
 SDQ_API sdq_status sdq_calibrate_states(sdq_ctx *ctx, sdq_model *unet, const sdq_states *states,
                                         size_t batch, int bias_correction,
                                         sdq_progress_fn progress, void *user);
@@ -1549,12 +1584,15 @@ SDQ_API sdq_tensor *sdq_distill_task_loss(sdq_ctx *ctx, void *task, sdq_rng *rng
 /* Put what a recipe trains (its train_set) into the optimizer.
  *   scale_lr   rate of static input ranges, times the optimizer's; weight scales get a twentieth.
  *              Both are relative: with lr 1e-5 and scale_lr 1000 a step is about one per cent.
+ *              0: scales stay as they are.
  * What calibration made is kept in the state, so that a student whose state will be loaded need not
  * be calibrated: weights must be those of the float model, as they were when the run began. */
 SDQ_API sdq_status sdq_optim_add_student(sdq_ctx *ctx, sdq_optim *optim, sdq_model *unet,
                                          const sdq_recipe *recipe, float scale_lr);
 
-/* Convert every quantized layer to packed int8; float weights of these layers are dropped. */
+/* Convert every quantized layer to packed int8; float weights of these layers are dropped. A
+ * pipeline draws with it as unet_int8, not as unet. SDQ_ERR_NOT_CALIBRATED, _NUMERIC: a range is
+ * missing or not finite; nothing was converted then. */
 SDQ_API sdq_status sdq_model_convert(sdq_ctx *ctx, sdq_model *unet);
 /* Give up training: weights are packed for the float kernels, one copy stays. */
 SDQ_API sdq_status sdq_model_freeze(sdq_ctx *ctx, sdq_model *model);
@@ -1564,7 +1602,8 @@ SDQ_API sdq_status sdq_model_freeze(sdq_ctx *ctx, sdq_model *model);
 SDQ_API sdq_status sdq_vae_quantize(sdq_ctx *ctx, sdq_model *vae, sdq_range range);
 /* One safetensors file: int8 weights [out,kh,kw,in] or 4-bit ones, two in a byte, scales, ranges,
  * everything float, the settings and the schedule in the metadata.
- *   policy, recipe   NULL or stored along */
+ *   policy, recipe   NULL or stored along
+ * SDQ_ERR_ARGUMENT: no layer is int8, or one that is to be is not converted; _IO, _OOM. */
 SDQ_API sdq_status sdq_model_save_int8(sdq_ctx *ctx, const sdq_model *unet, const char *path,
                                        const sdq_policy *policy, const char *recipe);
 /*   folder   of the pipeline, or the single file: its UNet must have the structure of the one that
@@ -1618,8 +1657,11 @@ SDQ_API sdq_status sdq_schedule_search(sdq_ctx *ctx, const sdq_pipeline *pipelin
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__FAST_MATH__) && !defined(SDQ_ALLOW_FAST_MATH)
-#error "sdq.h promises equal bits on every CPU; -ffast-math breaks that. Compile without it."
+#if !defined(SDQ_ALLOW_FAST_MATH) && \
+    (defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || \
+     (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__ > 0))
+#error "sdq.h promises equal bits on every CPU and finds what is not finite: -ffast-math and its \
+parts (-ffinite-math-only, -fassociative-math, ..) break that. Compile without them."
 #endif
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "sdq.h needs a little-endian machine"
@@ -1788,6 +1830,42 @@ static sdq__hash sdq__u_hash_array(const char *name, size_t rank, const size_t *
 static size_t sdq__u_dtype_size(sdq_dtype d) {
     static const unsigned char size[SDQ_DTYPE_COUNT] = {4, 2, 2, 8, 1, 1, 2, 2, 4, 4, 8, 8, 1};
     return (unsigned)d < SDQ_DTYPE_COUNT ? size[d] : 0;
+}
+
+/* ---- numbers as text, with a decimal point in every locale ---- */
+
+#define SDQ__U_NUMBER 64    /* bytes of a number */
+
+/* x with `digits` significant digits; 17: a double comes back equal, 9: a float. */
+static const char *sdq__u_number(char buf[SDQ__U_NUMBER], double x, int digits) {
+    size_t i, n = 0;
+    (void)snprintf(buf, SDQ__U_NUMBER, "%.*g", digits, x);
+    for (i = 0; buf[i]; i++) {
+        if (strchr("0123456789+-einfa", buf[i])) buf[n++] = buf[i];
+        else if (n == 0 || buf[n - 1] != '.') buf[n++] = '.';   /* may have several bytes */
+    }
+    buf[n] = 0;
+    return buf;
+}
+
+/* The number that n bytes are, all of them; 0 when they are none. strtod wants the locale's
+ * decimal point. */
+static int sdq__u_parse(const char *from, size_t n, double *out) {
+    char buf[512], half[16], *end;
+    size_t i, m = 0, point;
+    (void)snprintf(half, sizeof half, "%.1f", 0.5);
+    point = strlen(half) - 2;                               /* "0.5": what stands between */
+    if (n == 0 || n > sizeof buf - 2 * sizeof half) return 0;
+    for (i = 0; i < n; i++) {
+        if (!from[i] || !strchr("0123456789+-.eE", from[i])) return 0;
+        if (from[i] != '.') { buf[m++] = from[i]; continue; }
+        if (m + point + n - i > sizeof buf) return 0;
+        memcpy(buf + m, half + 1, point);
+        m += point;
+    }
+    buf[m] = 0;
+    *out = strtod(buf, &end);
+    return end == buf + m;
 }
 
 /* ===========================================================================
@@ -2584,7 +2662,7 @@ SDQ_API sdq_status sdq_ctx_create(const sdq_ctx_desc *desc, sdq_ctx **out) {
     ctx->tier = d.tier == SDQ_TIER_AUTO || d.tier > best ? best : d.tier;
     ctx->k = sdq__k_table(ctx->tier);
 #ifdef _OPENMP
-    ctx->threads = d.threads ? d.threads : omp_get_num_procs();
+    ctx->threads = d.threads ? d.threads : omp_get_max_threads();
     if (ctx->threads > 1024) ctx->threads = 1024;       /* libgomp ends the process when it fails */
 #else
     ctx->threads = 1;
@@ -4635,12 +4713,14 @@ SDQ_API void sdq_tape_begin(sdq_ctx *ctx) { ctx->recording = 1; ctx->tape = NULL
 SDQ_API void sdq_tape_end(sdq_ctx *ctx) { ctx->recording = 0; ctx->tape = NULL; }
 
 SDQ_API sdq_status sdq_backward(sdq_ctx *ctx, sdq_tensor *loss) {
+    sdq__node *n;
     if (ctx->status != SDQ_OK) return ctx->status;
     if (!loss || sdq_tensor_count(loss) != 1)
         return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "backward: the loss must be one number");
     if (!loss->needs_grad)
         return sdq__fail(ctx, SDQ_ERR_ARGUMENT,
                          "backward: nothing that was recorded leads to the loss");
+    for (n = ctx->tape; n; n = n->prev) n->y->grad = NULL;      /* of an earlier loss: passed on */
     loss->grad = SDQ__PUSH_N(ctx, float, 1);
     if (!loss->grad) return ctx->status;
     loss->grad[0] = 1.0f;
@@ -4740,9 +4820,16 @@ SDQ_API sdq_tensor *sdq_checkpoint(sdq_ctx *ctx, sdq_block_fn fn, void *user, sd
 
 #define SDQ__PIECE 16384
 
+/* That x is there, and F32 as all operands are but ids. One that is missing failed before. */
+static int sdq__op_f32(sdq_ctx *ctx, const char *op, const sdq_tensor *x) {
+    if (!x || x->dtype == SDQ_F32) return x != NULL;
+    sdq__fail(ctx, SDQ_ERR_ARGUMENT, "%s: an operand is not F32", op);
+    return 0;
+}
+
 static int sdq__op_same(sdq_ctx *ctx, const char *op, const sdq_tensor *a, const sdq_tensor *b) {
     char sa[96], sb[96];
-    if (!a || !b) return 0;
+    if (!sdq__op_f32(ctx, op, a) || !sdq__op_f32(ctx, op, b)) return 0;
     if (sdq__t_same(a, b)) return 1;
     sdq__fail(ctx, SDQ_ERR_SHAPE, "%s: %s and %s differ", op, sdq__t_shape(a, sa),
               sdq__t_shape(b, sb));
@@ -4820,7 +4907,7 @@ static void sdq__op_scale_back(sdq_ctx *ctx, sdq__node *n) {
     if (d) sdq__op_scaled(ctx, ctx->k->axpy, d, n->y->grad, sdq_tensor_count(n->y), n->f[0]);
 }
 SDQ_API sdq_tensor *sdq_scale(sdq_ctx *ctx, sdq_tensor *x, float s) {
-    sdq_tensor *y = x ? sdq__t_like(ctx, x) : NULL;
+    sdq_tensor *y = sdq__op_f32(ctx, "scale", x) ? sdq__t_like(ctx, x) : NULL;
     sdq__node *n;
     if (!y) return NULL;
     sdq__op_scaled(ctx, ctx->k->scale, sdq_f32(y), sdq_f32(x), sdq_tensor_count(x), s);
@@ -4842,7 +4929,7 @@ SDQ_API sdq_tensor *sdq_add_vector(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *v) {
     sdq_tensor *y;
     sdq_work was;
     size_t e, r, rows, c;
-    if (!x || !v) return NULL;
+    if (!sdq__op_f32(ctx, "add_vector", x) || !sdq__op_f32(ctx, "add_vector", v)) return NULL;
     c = sdq__t_chan(x);
     if (x->rank < 2 || v->rank != 2 || v->dim[0] != x->dim[0] || v->dim[1] != c) {
         char a[96], b[96];
@@ -4873,7 +4960,7 @@ static void sdq__op_add_rows_back(sdq_ctx *ctx, sdq__node *n) {
 SDQ_API sdq_tensor *sdq_add_rows(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *p) {
     sdq_tensor *y;
     size_t e, size;
-    if (!x || !p) return NULL;
+    if (!sdq__op_f32(ctx, "add_rows", x) || !sdq__op_f32(ctx, "add_rows", p)) return NULL;
     if (x->rank != 3 || p->rank != 2 || p->dim[0] < x->dim[1] || p->dim[1] != x->dim[2]) {
         char a[96], b[96];
         sdq__fail(ctx, SDQ_ERR_SHAPE, "add_rows: table %s does not fit %s", sdq__t_shape(p, a),
@@ -4909,23 +4996,24 @@ static void sdq__op_quick_gelu_back(sdq_ctx *ctx, sdq__node *n) {
         sdq__op_binary(ctx, ctx->k->quick_gelu_bwd, d, n->y->grad, sdq_f32(n->x[0]),
                        sdq_tensor_count(n->y));
 }
-static sdq_tensor *sdq__op_activation(sdq_ctx *ctx, sdq_tensor *x,
+static sdq_tensor *sdq__op_activation(sdq_ctx *ctx, const char *name, sdq_tensor *x,
                                       void (*f)(float *, const float *, size_t),
                                       void (*back)(sdq_ctx *, sdq__node *)) {
-    sdq_tensor *y = x ? sdq__t_like(ctx, x) : NULL;
+    sdq_tensor *y = sdq__op_f32(ctx, name, x) ? sdq__t_like(ctx, x) : NULL;
     if (!y) return NULL;
     sdq__op_unary(ctx, f, sdq_f32(y), sdq_f32(x), sdq_tensor_count(x));
     (void)sdq__tape_push(ctx, back, y, x, NULL, NULL, NULL);
     return y;
 }
 SDQ_API sdq_tensor *sdq_silu(sdq_ctx *ctx, sdq_tensor *x) {
-    return sdq__op_activation(ctx, x, ctx->k->silu, sdq__op_silu_back);
+    return sdq__op_activation(ctx, "silu", x, ctx->k->silu, sdq__op_silu_back);
 }
 SDQ_API sdq_tensor *sdq_gelu(sdq_ctx *ctx, sdq_tensor *x) {
-    return sdq__op_activation(ctx, x, ctx->k->gelu, sdq__op_gelu_back);
+    return sdq__op_activation(ctx, "gelu", x, ctx->k->gelu, sdq__op_gelu_back);
 }
 SDQ_API sdq_tensor *sdq_quick_gelu(sdq_ctx *ctx, sdq_tensor *x) {
-    return sdq__op_activation(ctx, x, ctx->k->quick_gelu, sdq__op_quick_gelu_back);
+    return sdq__op_activation(ctx, "quick_gelu", x, ctx->k->quick_gelu,
+                              sdq__op_quick_gelu_back);
 }
 
 /* ---- y = h gelu(g), x = [h | g];  dh += dy gelu(g), dg += dy h gelu'(g) ---- */
@@ -4956,7 +5044,7 @@ SDQ_API sdq_tensor *sdq_geglu(sdq_ctx *ctx, sdq_tensor *x) {
     sdq_tensor *y;
     sdq_work was;
     sdq__geglu w;
-    if (!x) return NULL;
+    if (!sdq__op_f32(ctx, "geglu", x)) return NULL;
     if (sdq__t_chan(x) % 2) {
         sdq__fail(ctx, SDQ_ERR_SHAPE, "geglu: %zu channels are not even", sdq__t_chan(x));
         return NULL;
@@ -4983,7 +5071,7 @@ static void sdq__op_softmax_back(sdq_ctx *ctx, sdq__node *n) {
     }
 }
 SDQ_API sdq_tensor *sdq_softmax(sdq_ctx *ctx, sdq_tensor *x) {
-    sdq_tensor *y = x ? sdq__t_like(ctx, x) : NULL;
+    sdq_tensor *y = sdq__op_f32(ctx, "softmax", x) ? sdq__t_like(ctx, x) : NULL;
     size_t r, c, rows;
     if (!y) return NULL;
     c = sdq__t_chan(x);
@@ -5195,7 +5283,8 @@ SDQ_API sdq_tensor *sdq_group_norm(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *gamm
     sdq_mark mark;
     sdq__node *node;
     sdq__gn w;
-    if (!x || !gamma || !beta) return NULL;
+    if (!sdq__op_f32(ctx, "group_norm", x) || !sdq__op_f32(ctx, "group_norm", gamma)
+        || !sdq__op_f32(ctx, "group_norm", beta)) return NULL;
     c = sdq__t_chan(x);
     ng = groups > 0 ? (size_t)groups : 0;
     if (ng == 0 || c % ng || sdq_tensor_count(gamma) != c || sdq_tensor_count(beta) != c) {
@@ -5289,7 +5378,8 @@ SDQ_API sdq_tensor *sdq_layer_norm(sdq_ctx *ctx, sdq_tensor *x, sdq_tensor *gamm
     sdq_work was;
     sdq__node *n;
     sdq__ln w;
-    if (!x || !gamma || !beta) return NULL;
+    if (!sdq__op_f32(ctx, "layer_norm", x) || !sdq__op_f32(ctx, "layer_norm", gamma)
+        || !sdq__op_f32(ctx, "layer_norm", beta)) return NULL;
     memset(&w, 0, sizeof w);
     w.c = sdq__t_chan(x);
     if (sdq_tensor_count(gamma) != w.c || sdq_tensor_count(beta) != w.c) {
@@ -5338,7 +5428,8 @@ static sdq_tensor *sdq__op_attention(sdq_ctx *ctx, sdq_tensor *q, sdq_tensor *k,
     sdq_tensor *y;
     sdq__node *n;
     sdq__att w;
-    if (!q || !k || !v) return NULL;
+    if (!sdq__op_f32(ctx, "attention", q) || !sdq__op_f32(ctx, "attention", k)
+        || !sdq__op_f32(ctx, "attention", v)) return NULL;
     if (q->rank != 3 || !sdq__t_same(k, v) || k->rank != 3 || q->dim[0] != k->dim[0]
         || q->dim[2] != k->dim[2] || heads < 1 || q->dim[2] % (size_t)heads
         || (causal && q->dim[1] != k->dim[1])) {
@@ -5409,7 +5500,7 @@ SDQ_API sdq_tensor *sdq_upsample(sdq_ctx *ctx, sdq_tensor *x, size_t h, size_t w
     size_t dim[4];
     sdq_tensor *t[2];
     sdq_work was;
-    if (!x) return NULL;
+    if (!sdq__op_f32(ctx, "upsample", x)) return NULL;
     if (x->rank != 4 || h < x->dim[1] || w < x->dim[2]) {
         char s[96];
         sdq__fail(ctx, SDQ_ERR_SHAPE, "upsample: %s to %zu x %zu", sdq__t_shape(x, s), h, w);
@@ -5444,7 +5535,7 @@ SDQ_API sdq_tensor *sdq_concat(sdq_ctx *ctx, sdq_tensor *a, sdq_tensor *b) {
     sdq_tensor *y;
     size_t ca, cb, rows;
     int fits, i;
-    if (!a || !b) return NULL;
+    if (!sdq__op_f32(ctx, "concat", a) || !sdq__op_f32(ctx, "concat", b)) return NULL;
     ca = sdq__t_chan(a);
     cb = sdq__t_chan(b);
     rows = sdq__t_rows(a);
@@ -5474,7 +5565,7 @@ SDQ_API sdq_tensor *sdq_slice(sdq_ctx *ctx, sdq_tensor *x, size_t first, size_t 
     sdq_tensor *y;
     sdq__node *n;
     size_t c;
-    if (!x) return NULL;
+    if (!sdq__op_f32(ctx, "slice", x)) return NULL;
     c = sdq__t_chan(x);
     if (first > c || count > c - first || count == 0) {
         sdq__fail(ctx, SDQ_ERR_SHAPE, "slice: channels %zu + %zu of %zu", first, count, c);
@@ -5512,7 +5603,7 @@ SDQ_API sdq_tensor *sdq_embedding(sdq_ctx *ctx, sdq_tensor *ids, sdq_tensor *tab
     size_t dim[3], i, c, count;
     const int32_t *id;
     sdq_tensor *y;
-    if (!ids || !table) return NULL;
+    if (!ids || !sdq__op_f32(ctx, "embedding", table)) return NULL;
     if (ids->dtype != SDQ_I32 || ids->rank != 2 || table->rank != 2) {
         sdq__fail(ctx, SDQ_ERR_SHAPE, "embedding: ids must be I32 [n,t], the table [rows,c]");
         return NULL;
@@ -5542,10 +5633,10 @@ static void sdq__op_reshape_back(sdq_ctx *ctx, sdq__node *n) {
 SDQ_API sdq_tensor *sdq_reshape(sdq_ctx *ctx, sdq_tensor *x, int rank, const size_t *dim) {
     sdq_tensor *y;
     size_t count = 1;
-    int i;
+    int i, fits = 1;
     if (!x) return NULL;
-    for (i = 0; i < rank && i < 4; i++) count *= dim[i];
-    if (rank < 1 || rank > 4 || count != sdq_tensor_count(x)) {
+    for (i = 0; i < rank && i < 4; i++) fits = fits && sdq__u_mul(count, dim[i], &count);
+    if (rank < 1 || rank > 4 || !fits || count != sdq_tensor_count(x)) {
         char s[96];
         sdq__fail(ctx, SDQ_ERR_SHAPE, "reshape: %s to %zu elements", sdq__t_shape(x, s), count);
         return NULL;
@@ -5631,7 +5722,7 @@ SDQ_API sdq_tensor *sdq_combine(sdq_ctx *ctx, sdq_tensor *x, const float *weight
     sdq_tensor *y;
     sdq__node *n;
     float *w;
-    if (!x || !weight) return NULL;
+    if (!weight || !sdq__op_f32(ctx, "combine", x)) return NULL;
     memcpy(dim, x->dim, sizeof dim);
     dim[0] = 1;
     y = sdq_tensor_new(ctx, SDQ_F32, x->rank, dim);
@@ -5739,7 +5830,7 @@ SDQ_API sdq_tensor *sdq_kl(sdq_ctx *ctx, sdq_tensor *moments) {
     double sum = 0.0;
     size_t r, j, c, rows;
     int in;
-    if (!moments) return NULL;
+    if (!sdq__op_f32(ctx, "kl", moments)) return NULL;
     c = sdq__t_chan(moments) / 2;
     rows = sdq__t_rows(moments);
     if (sdq__t_chan(moments) % 2) {
@@ -5757,26 +5848,29 @@ SDQ_API sdq_tensor *sdq_kl(sdq_ctx *ctx, sdq_tensor *moments) {
     return y;
 }
 
-/* z = mu + exp(lv/2) noise;  dmu += dz, dlv += dz noise exp(lv/2) / 2 */
+/* z = mu + exp(lv/2) noise;  dmu += dz, dlv += dz noise exp(lv/2) / 2,
+ * dnoise += dz exp(lv/2) */
 static void sdq__op_gaussian_back(sdq_ctx *ctx, sdq__node *n) {
     const size_t c = sdq__t_chan(n->y), rows = sdq__t_rows(n->y);
     const float *x = sdq_f32(n->x[0]), *noise = sdq_f32(n->x[1]), *dz = n->y->grad;
-    float *d = sdq__tape_grad(ctx, n->x[0]);
+    float *d = sdq__tape_grad(ctx, n->x[0]), *dn = sdq__tape_grad(ctx, n->x[1]);
     size_t r, j;
     int in;
-    for (r = 0; d && r < rows; r++)
+    for (r = 0; r < rows; r++)
         for (j = 0; j < c; j++) {
             const size_t at = r * 2 * c + j, i = r * c + j;
-            const float lv = sdq__op_logvar(x[at + c], &in);
-            d[at] += dz[i];
-            if (in) d[at + c] += dz[i] * noise[i] * 0.5f * (float)exp(0.5 * (double)lv);
+            const float sd = (float)exp(0.5 * (double)sdq__op_logvar(x[at + c], &in));
+            if (d) d[at] += dz[i];
+            if (d && in) d[at + c] += dz[i] * noise[i] * 0.5f * sd;
+            if (dn) dn[i] += dz[i] * sd;
         }
 }
 SDQ_API sdq_tensor *sdq_sample_gaussian(sdq_ctx *ctx, sdq_tensor *moments, sdq_tensor *noise) {
     sdq_tensor *y;
     size_t r, j, c, rows;
     int in;
-    if (!moments || !noise) return NULL;
+    if (!sdq__op_f32(ctx, "sample_gaussian", moments)
+        || !sdq__op_f32(ctx, "sample_gaussian", noise)) return NULL;
     c = sdq__t_chan(moments) / 2;
     rows = sdq__t_rows(moments);
     if (sdq__t_chan(moments) % 2 || sdq_tensor_count(noise) != rows * c
@@ -5859,6 +5953,7 @@ struct sdq_layer {
     float *w_mn, *w_mx;         /* moving ranges of the weights */
     float out_mn, out_mx;
     int out_seen, observe;
+    double *bias_fix;           /* what it added to the bias; NULL: nothing */
     double *bias_sum;           /* bias correction: sum of FLOAT - FAKE per channel, and rows */
     double bias_rows;
 };
@@ -5899,6 +5994,7 @@ SDQ_API void sdq_layer_free(sdq_ctx *ctx, sdq_layer *l) {
     sdq__free(ctx, l->w_mn);
     sdq__free(ctx, l->w_mx);
     sdq__free(ctx, l->bias_sum);
+    sdq__free(ctx, l->bias_fix);
     sdq__free(ctx, l->name);
     sdq__free(ctx, l);
 }
@@ -5935,15 +6031,17 @@ static sdq_status sdq__ly_create(sdq_ctx *ctx, const sdq_layer_desc *desc, int b
     const size_t one = 1;
     sdq_layer *l;
     size_t dim[4], i;
+    int padded = 0, bad = 0;
     *out = NULL;
     if (ctx->status != SDQ_OK) return ctx->status;
+    for (i = 0; i < 4; i++) padded = padded || desc->pad[i] > 0, bad = bad || desc->pad[i] < 0;
     if (desc->in == 0 || desc->out == 0 || desc->kernel < 0 || desc->kernel > 3 || desc->stride < 0
-        || (desc->kernel <= 1 && desc->stride > 1))
+        || (desc->kernel <= 1 && (desc->stride > 1 || padded)) || bad)
         return sdq__fail(ctx, SDQ_ERR_ARGUMENT,
-                         "layer %s: %zu -> %zu channels, kernel %d, stride %d is not"
-                         " possible",
+                         "layer %s: %zu -> %zu channels, kernel %d, stride %d, padding %d %d %d %d "
+                         "is not possible",
                          desc->name ? desc->name : "", desc->in, desc->out, desc->kernel,
-                         desc->stride);
+                         desc->stride, desc->pad[0], desc->pad[1], desc->pad[2], desc->pad[3]);
     l = SDQ__NEW(ctx, sdq_layer);
     if (!l) return ctx->status;
     l->name = sdq__strdup(ctx, desc->name ? desc->name : "");
@@ -5951,7 +6049,7 @@ static sdq_status sdq__ly_create(sdq_ctx *ctx, const sdq_layer_desc *desc, int b
     l->out = desc->out;
     l->kh = l->kw = desc->kernel > 1 ? (size_t)desc->kernel : 1;
     l->stride = desc->stride ? (size_t)desc->stride : 1;
-    for (i = 0; i < 4; i++) l->pad[i] = desc->pad[i] > 0 ? (size_t)desc->pad[i] : 0;
+    for (i = 0; i < 4; i++) l->pad[i] = (size_t)desc->pad[i];
     dim[0] = l->out; dim[1] = l->kh; dim[2] = l->kw; dim[3] = l->in;
     if (l->name && sdq__t_set_shape(ctx, &l->w, 4, dim) == SDQ_OK
         && (bare || sdq__t_alloc(ctx, &l->w) == SDQ_OK)
@@ -5972,21 +6070,48 @@ SDQ_API sdq_status sdq_layer_create(sdq_ctx *ctx, const sdq_layer_desc *desc, sd
     return sdq__ly_create(ctx, desc, 0, out);
 }
 
+#define SDQ__Q_EXACT 65793      /* products of 255 x 128 that 2^31 - 1 has room for */
+
+/* Products in a sum of int32: all, those of a tap, or those of a block of channels. */
+static size_t sdq__ly_longest(const sdq_layer *l, const sdq_quant *q) {
+    const size_t taps = sdq__ly_taps(l);
+    const sdq_range range = q->range ? q->range : taps == 1 ? SDQ_RANGE_POSITION : SDQ_RANGE_STATIC;
+    return range == SDQ_RANGE_BLOCK ? SDQ__NR : range == SDQ_RANGE_POSITION ? l->in : taps * l->in;
+}
+
+/* Take back what calibration added to the bias, but for rounding. */
+static void sdq__ly_uncorrect(sdq_layer *l) {
+    size_t o;
+    for (o = 0; l->bias_fix && o < l->out; o++) sdq_f32(&l->b)[o] -= (float)l->bias_fix[o];
+}
+
 SDQ_API sdq_quant sdq_layer_quant(const sdq_layer *l) { return l->quant; }
 SDQ_API sdq_status sdq_layer_set_quant(sdq_ctx *ctx, sdq_layer *l, const sdq_quant *quant) {
     if (sdq__ly_is_int8(l))
         return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: has no float weights any more", l->name);
     if ((unsigned)quant->range >= SDQ_RANGE_COUNT)
         return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: range %d", l->name, (int)quant->range);
+    if ((unsigned)quant->weight_scale > SDQ_WEIGHT_FIXED
+        || !(quant->moving >= 0.0f && quant->moving <= 1.0f))
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: weight scale of kind %d, or observers "
+                         "that move by %g (0..1)", l->name, (int)quant->weight_scale,
+                         (double)quant->moving);
     if (quant->weight_bits != 0 && quant->weight_bits != 4 && quant->weight_bits != 8)
         return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: weights of %d bits, expected 4 or 8",
                          l->name, quant->weight_bits);
     if (quant->weight_bits == 4 && quant->weight_scale == SDQ_WEIGHT_MOVING)
         return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: weights of 4 bits have no moving scales;"
                          " choose current or fixed ones", l->name);
+    if (quant->enabled && sdq__ly_longest(l, quant) > SDQ__Q_EXACT)
+        return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "layer %s: sums of %zu products can leave 32 "
+                         "bits; at most %d with one range: use finer ranges or keep it float",
+                         l->name, sdq__ly_longest(l, quant), SDQ__Q_EXACT);
     if (l->upsamples && quant->enabled && (quant->split || quant->quantize_output))
         return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: upsamples its input, which cannot be"
                          " split, nor can its result be quantized", l->name);
+    sdq__ly_uncorrect(l);
+    sdq__free(ctx, l->bias_fix);
+    l->bias_fix = NULL;
     l->quant = *quant;
     l->out_seen = 0;
     memset(l->sw.data, 0, l->out * sizeof(float));      /* fixed scales are made anew */
@@ -6043,8 +6168,12 @@ static sdq_tensor *sdq__ly_result(sdq_ctx *ctx, const sdq_layer *l, sdq_tensor *
         fits = fits && x->rank == 4 && x->dim[1] + l->pad[0] + l->pad[2] >= l->kh
             && x->dim[2] + l->pad[1] + l->pad[3] >= l->kw;
     if (!fits) {
-        sdq__fail(ctx, SDQ_ERR_SHAPE, "layer %s: input %s, expected %zu channels%s", l->name,
-                  sdq__t_shape(x, sx), l->in, sdq__ly_taps(l) > 1 ? " in [n,h,w,c]" : "");
+        char of[64] = "";
+        if (sdq__ly_taps(l) > 1)
+            (void)snprintf(of, sizeof of, " in [n,h,w,c], of %zux%zu or more with its padding",
+                           l->kh, l->kw);
+        sdq__fail(ctx, SDQ_ERR_SHAPE, "layer %s: input %s%s, expected %zu channels%s", l->name,
+                  sdq__t_shape(x, sx), x->dtype == SDQ_F32 ? "" : ", which is not F32", l->in, of);
         return NULL;
     }
     if (sdq__ly_taps(l) > 1) {
@@ -7309,17 +7438,34 @@ static sdq_status sdq__ly_set_phases(sdq_ctx *ctx, sdq_layer *l, const float *w)
     return ctx->status;
 }
 
+static int sdq__ly_to_convert(const sdq_layer *l) {
+    return l->quant.enabled && (l->w.data || sdq__ly_frozen(l));
+}
+/* Not infinite, nor of NaN alone. */
+static int sdq__ly_sane(float mn, float mx) { return mn >= -FLT_MAX && mn <= mx && mx <= FLT_MAX; }
+
+static sdq_status sdq__ly_calibrated(sdq_ctx *ctx, const sdq_layer *l) {
+    const int is_static = sdq__ly_range(l) == SDQ_RANGE_STATIC;
+    const int input = !is_static || l->part[0].seen, output = l->quant.quantize_output;
+    size_t i;
+    if (!input || (output && !l->out_seen))
+        return sdq__fail(ctx, SDQ_ERR_NOT_CALIBRATED, "layer %s: its %s range was never observed; "
+                         "calibrate first", l->name, input ? "output" : "input");
+    for (i = 0; is_static && i < l->parts; i++)
+        if (!sdq__ly_sane(l->part[i].mn, l->part[i].mx)) break;
+    if ((!is_static || i == l->parts) && (!output || sdq__ly_sane(l->out_mn, l->out_mx)))
+        return SDQ_OK;
+    return sdq__fail(ctx, SDQ_ERR_NUMERIC, "layer %s: what was observed is not finite; are the "
+                     "weights and what it was calibrated with sound?", l->name);
+}
+
 SDQ_API sdq_status sdq_layer_convert(sdq_ctx *ctx, sdq_layer *l) {
     const sdq_mark mark = sdq_arena_mark(ctx);
     const float *w;
     const int8_t *q;
     sdq_status st;
-    if (!l->quant.enabled || (!l->w.data && !sdq__ly_frozen(l))) return SDQ_OK;
-    if (sdq__ly_range(l) == SDQ_RANGE_STATIC && !l->part[0].seen)
-        return sdq__fail(ctx, SDQ_ERR_NOT_CALIBRATED,
-                         "layer %s: its input range was never observed;"
-                         " calibrate first",
-                         l->name);
+    if (!sdq__ly_to_convert(l)) return SDQ_OK;
+    SDQ__TRY(sdq__ly_calibrated(ctx, l));
     sdq__ly_follow(l);
     w = sdq__ly_weights(ctx, l);
     if (l->upsamples) {
@@ -7337,19 +7483,22 @@ SDQ_API sdq_status sdq_layer_convert(sdq_ctx *ctx, sdq_layer *l) {
  * >>io   whole files in, whole files out
  *
  * Reading takes a file at once, up to a limit. Writing goes to path + ".tmp", is flushed to the
- * disk where the platform has fsync, and replaces `path` by a rename only when everything
- * succeeded: a reader sees the old file or the new one, never half of one.
+ * disk, and replaces `path` by a rename only when everything succeeded: a reader sees the old file
+ * or the new one, never half of one. The new file has the permissions of the old one; where `path`
+ * is a link, the file it leads to is replaced. A device or a pipe is written as it is.
  * ======================================================================== */
 
 #if SDQ__MMAP
 #include <dirent.h>
-/* -std=c99 hides fsync unless POSIX is asked for; fflush and fclose still see a full disk */
-#if defined(_DEFAULT_SOURCE) || defined(__APPLE__) || \
-    (defined(_POSIX_C_SOURCE) && _POSIX_C_SOURCE >= 200112L)
+#endif
+/* -std=c99 hides fsync, lstat and their like unless POSIX is asked for; fflush and fclose still
+ * see a full disk. */
+#if SDQ__MMAP && (defined(_DEFAULT_SOURCE) || defined(_BSD_SOURCE) || defined(__APPLE__) || \
+                  (defined(_POSIX_C_SOURCE) && _POSIX_C_SOURCE >= 200809L))
+#define SDQ__POSIX 1
 #define SDQ__FSYNC(file) fsync(fileno(file))
-#endif
-#endif
-#ifndef SDQ__FSYNC
+#else
+#define SDQ__POSIX 0
 #define SDQ__FSYNC(file) 0
 #endif
 
@@ -7439,20 +7588,77 @@ static sdq_status sdq__io_read(sdq_ctx *ctx, const char *path, size_t limit,
     return st;
 }
 
+/* The same of a text, without the byte order mark that some editors put in front. */
+static sdq_status sdq__io_read_text(sdq_ctx *ctx, const char *path, size_t limit,
+                                    char **out, size_t *len) {
+    SDQ__TRY(sdq__io_read(ctx, path, limit, out, len));
+    if (*len >= 3 && memcmp(*out, "\xef\xbb\xbf", 3) == 0) {
+        *len -= 3;
+        memmove(*out, *out + 3, *len + 1);
+    }
+    return SDQ_OK;
+}
+
 /* A file that is being written. `bad` is sticky: check once, in sdq__io_finish. */
-typedef struct sdq__io_out { FILE *f; const char *path; char *tmp; int bad; } sdq__io_out;
+typedef struct sdq__io_out {
+    FILE *f;
+    const char *path;   /* as the caller names it */
+    char *to, *tmp;     /* what is replaced, and what is written until then; tmp NULL: to itself */
+    int bad;
+} sdq__io_out;
+
+/* What `path` leads to: a file to replace, with its permissions in *mode; nothing yet (*mode 0); or
+ * a device or pipe (*direct), which a rename would throw away. */
+static sdq_status sdq__io_target(sdq_ctx *ctx, const char *path, char **to, unsigned *mode,
+                                 int *direct) {
+    const char *at = path;
+    char *real = NULL;
+    *mode = 0;
+    *direct = 0;
+#if SDQ__POSIX
+    struct stat s;
+    if (lstat(path, &s) == 0 && S_ISLNK(s.st_mode) && (real = realpath(path, NULL)) != NULL)
+        at = real;
+    if (stat(at, &s) == 0) {
+        *mode = (unsigned)s.st_mode & 0777u;
+        *direct = !S_ISREG(s.st_mode);
+        if (S_ISDIR(s.st_mode) || access(at, W_OK) != 0) {
+            free(real);
+            return sdq__fail(ctx, SDQ_ERR_IO, "%s: is %s", path, S_ISDIR(s.st_mode)
+                             ? "a folder; name a file in it" : "there and write-protected");
+        }
+    }
+#endif
+    *to = sdq__io_join(ctx, at, "", "");
+    free(real);
+    return *to ? SDQ_OK : SDQ_ERR_OOM;
+}
+
+static void sdq__io_leave(sdq_ctx *ctx, sdq__io_out *o) {
+    sdq__free(ctx, o->to);
+    sdq__free(ctx, o->tmp);
+    memset(o, 0, sizeof *o);
+}
 
 static sdq_status sdq__io_create(sdq_ctx *ctx, const char *path, sdq__io_out *o) {
+    unsigned mode;
+    int direct;
+    sdq_status st;
     memset(o, 0, sizeof *o);
+    if (!path || !*path)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "the file to write has no name");
     o->path = path;
-    o->tmp = sdq__io_join(ctx, path, ".tmp", "");
-    if (!o->tmp) return SDQ_ERR_OOM;
-    o->f = fopen(o->tmp, "wb");
-    if (o->f) return SDQ_OK;
-    sdq__fail(ctx, SDQ_ERR_IO, "%s: cannot be created (folder missing or not writable?)", o->tmp);
-    sdq__free(ctx, o->tmp);
-    o->tmp = NULL;
-    return SDQ_ERR_IO;
+    st = sdq__io_target(ctx, path, &o->to, &mode, &direct);
+    if (st == SDQ_OK && !direct && !(o->tmp = sdq__io_join(ctx, o->to, ".tmp", "")))
+        st = SDQ_ERR_OOM;
+    if (st == SDQ_OK && !(o->f = fopen(direct ? o->to : o->tmp, "wb")))
+        st = sdq__fail(ctx, SDQ_ERR_IO, "%s: cannot be created (folder missing or not writable?)",
+                       direct ? o->to : o->tmp);
+#if SDQ__POSIX
+    if (st == SDQ_OK && !direct && mode) (void)fchmod(fileno(o->f), (mode_t)mode);
+#endif
+    if (st != SDQ_OK) sdq__io_leave(ctx, o);
+    return st;
 }
 
 static void sdq__io_put(sdq__io_out *o, const void *data, size_t bytes) {
@@ -7462,23 +7668,23 @@ static void sdq__io_put(sdq__io_out *o, const void *data, size_t bytes) {
 /* Close; rename when st and every write were fine, remove the temporary file otherwise. */
 static sdq_status sdq__io_finish(sdq_ctx *ctx, sdq__io_out *o, sdq_status st) {
     if (!o->f) return st;
-    if (st == SDQ_OK && !o->bad && (fflush(o->f) != 0 || SDQ__FSYNC(o->f) != 0)) o->bad = 1;
+    if (st == SDQ_OK && !o->bad && fflush(o->f) != 0) o->bad = 1;
+    if (st == SDQ_OK && !o->bad && o->tmp && SDQ__FSYNC(o->f) != 0) o->bad = 1;
     if (fclose(o->f) != 0) o->bad = 1;
     if (st == SDQ_OK && o->bad)
         st = sdq__fail(ctx, SDQ_ERR_IO, "%s: write error; is the disk full?", o->path);
 #ifdef _WIN32
-    if (st == SDQ_OK) (void)remove(o->path);    /* rename does not replace there */
+    if (st == SDQ_OK) (void)remove(o->to);      /* rename does not replace there */
 #endif
-    if (st == SDQ_OK && rename(o->tmp, o->path) != 0)
+    if (st == SDQ_OK && o->tmp && rename(o->tmp, o->to) != 0)
         st = sdq__fail(ctx, SDQ_ERR_IO, "%s: cannot be renamed from %s", o->path, o->tmp);
-    if (st != SDQ_OK) (void)remove(o->tmp);
-    sdq__free(ctx, o->tmp);
-    memset(o, 0, sizeof *o);
+    if (st != SDQ_OK && o->tmp) (void)remove(o->tmp);
+    sdq__io_leave(ctx, o);
     return st;
 }
 
-/* Write a finished buffer. */
-static sdq_status sdq__io_write(sdq_ctx *ctx, const char *path, const void *data, size_t bytes) {
+SDQ_API sdq_status sdq_bytes_write(sdq_ctx *ctx, const char *path, const void *data,
+                                   size_t bytes) {
     sdq__io_out o;
     SDQ__TRY(sdq__io_create(ctx, path, &o));
     sdq__io_put(&o, data, bytes);
@@ -7675,22 +7881,10 @@ static sdq_status sdq__js_read_string(sdq__js_reader *r, const char **str, size_
     return SDQ_OK;
 }
 
-/* Convert digits that are known to be a JSON number. strtod wants the locale's decimal point. */
+/* Convert digits that are known to be a JSON number. */
 static sdq_status sdq__js_convert(sdq__js_reader *r, const char *from, double *out) {
-    char buf[512], half[16];
-    size_t n = 0, point;
-    (void)snprintf(half, sizeof half, "%.1f", 0.5);
-    point = strlen(half) - 2;                               /* "0.5": what stands between */
-    if ((size_t)(r->p - from) > sizeof buf - sizeof half)
-        return sdq__js_fail(r, "a number of more than 490 characters");
-    for (; from < r->p; from++) {
-        if (*from != '.') { buf[n++] = *from; continue; }
-        memcpy(buf + n, half + 1, point);
-        n += point;
-    }
-    buf[n] = 0;
-    *out = strtod(buf, NULL);
-    return SDQ_OK;
+    return sdq__u_parse(from, (size_t)(r->p - from), out)
+         ? SDQ_OK : sdq__js_fail(r, "a number of more than 490 characters");
 }
 
 static size_t sdq__js_digits(sdq__js_reader *r) {
@@ -7845,7 +8039,7 @@ static sdq_status sdq__js_load(sdq_ctx *ctx, const char *path, sdq__json **out) 
     size_t len;
     sdq_status st;
     *out = NULL;
-    SDQ__TRY(sdq__io_read(ctx, path, (size_t)1 << 27, &text, &len));
+    SDQ__TRY(sdq__io_read_text(ctx, path, (size_t)1 << 27, &text, &len));
     st = sdq__js_parse(ctx, text, len, path, out);
     sdq__free(ctx, text);
     return st;
@@ -7918,18 +8112,11 @@ static void sdq__str_format(sdq_ctx *ctx, sdq__str *b, const char *format, ...) 
     b->len += (size_t)n;
 }
 
-/* A number with `digits` significant digits (17: a double comes back equal, 9: a float) and a
- * decimal point in every locale; null when it is not finite. */
+/* A number as JSON has it; null when it is not finite. */
 static void sdq__str_number(sdq_ctx *ctx, sdq__str *b, double x, int digits) {
-    char buf[64];
-    size_t i, n = 0;
-    if (!(x - x == 0)) { sdq__str_add(ctx, b, "null", 4); return; }
-    (void)snprintf(buf, sizeof buf, "%.*g", digits, x);
-    for (i = 0; buf[i]; i++) {
-        if (strchr("0123456789+-e", buf[i])) buf[n++] = buf[i];
-        else if (n == 0 || buf[n - 1] != '.') buf[n++] = '.';   /* may have several bytes */
-    }
-    sdq__str_add(ctx, b, buf, n);
+    char buf[SDQ__U_NUMBER];
+    const char *text = x - x == 0 ? sdq__u_number(buf, x, digits) : "null";
+    sdq__str_add(ctx, b, text, strlen(text));
 }
 
 /* A JSON string in quotes. Bytes that are not UTF-8 become U+FFFD. */
@@ -8143,6 +8330,9 @@ static sdq_status sdq__st_header(sdq_ctx *ctx, sdq_file *f, size_t *length) {
                          f->path, f->size);
     for (i = 7; i >= 0; i--) n = (n << 8) | (unsigned char)f->bytes[i];
     if (sdq__st_is_pickle(f)) return sdq__st_no_pickle(ctx, f->path);
+    if (memcmp(f->bytes, "version ", 8) == 0)
+        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: is not the file but a pointer of git-lfs to it; "
+                         "fetch it with git lfs pull", f->path);
     if (n > SDQ__ST_HEADER_MAX)
         return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: HeaderTooLarge: not a safetensors file, or a "
                          "header above 100 MB", f->path);
@@ -8209,10 +8399,12 @@ SDQ_API void sdq_file_close(sdq_ctx *ctx, sdq_file *f) {
 }
 
 SDQ_API sdq_status sdq_file_open(sdq_ctx *ctx, const char *path, sdq_file **out) {
-    sdq_file *f = SDQ__NEW(ctx, sdq_file);
+    sdq_file *f;
     size_t header = 0;
     sdq_status st = SDQ_ERR_OOM;
     *out = NULL;
+    if (!path) return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "sdq_file_open: path is NULL");
+    f = SDQ__NEW(ctx, sdq_file);
     if (!f) return st;
     f->path = sdq__strdup(ctx, path);
     if (!f->path) goto done;
@@ -8679,6 +8871,13 @@ static void sdq__st_cache_key(uint64_t key, char text[17]) {
                    (unsigned long)(key & 0xffffffffu));
 }
 
+/* A record ends in the hash of what stands before. */
+static int sdq__st_cache_sound(const unsigned char *record, size_t bytes) {
+    uint64_t hash;
+    memcpy(&hash, record + bytes - 8, 8);
+    return hash == sdq__u_hash(0, record, bytes - 8);
+}
+
 /* The complete file: is it the one that is wanted? */
 static sdq_status sdq__st_cache_map(sdq_ctx *ctx, sdq__st_cache *c) {
     const sdq_entry *e;
@@ -8698,7 +8897,10 @@ static sdq_status sdq__st_cache_map(sdq_ctx *ctx, sdq__st_cache *c) {
                          " settings or networks (key %s, expected %s); delete it or name another"
                          " file", c->path, c->kind, key ? key : "missing", want);
     c->data = (const unsigned char *)e->data;
-    c->done = c->count;
+    for (c->done = 0; c->done < c->count; c->done++)
+        if (!sdq__st_cache_sound(c->data + c->done * c->bytes, c->bytes))
+            return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: record %zu is damaged; delete the file or "
+                             "name another", c->path, c->done);
     return SDQ_OK;
 }
 
@@ -8735,15 +8937,11 @@ static sdq_status sdq__st_cache_header(sdq_ctx *ctx, const sdq__st_cache *c, sdq
 static size_t sdq__st_cache_survey(FILE *f, const sdq__str *header, unsigned char *record,
                                    size_t bytes, size_t count, int *same) {
     size_t i, n = 0;
-    uint64_t hash;
     for (i = 0; i < header->len; i++)
         if (fgetc(f) != (int)(unsigned char)header->s[i]) return 0;
     *same = 1;
-    while (n < count && fread(record, 1, bytes, f) == bytes) {
-        memcpy(&hash, record + bytes - 8, 8);
-        if (hash != sdq__u_hash(0, record, bytes - 8)) break;
+    while (n < count && fread(record, 1, bytes, f) == bytes && sdq__st_cache_sound(record, bytes))
         n++;
-    }
     return n;
 }
 
@@ -9816,7 +10014,7 @@ SDQ_API sdq_status sdq_image_write(sdq_ctx *ctx, const char *path, const sdq_ima
     if (sdq__io_ends(path, ".ppm") || sdq__io_ends(path, ".pgm"))
         return sdq__img_write_ppm(ctx, path, m);
     SDQ__TRY(sdq_image_png_encode(ctx, m, text, ntext, &png, &bytes));
-    st = sdq__io_write(ctx, path, png, bytes);
+    st = sdq_bytes_write(ctx, path, png, bytes);
     sdq__free(ctx, png);
     return st;
 }
@@ -9934,6 +10132,10 @@ SDQ_API sdq_status sdq_image_fit(sdq_ctx *ctx, const sdq_image *src, size_t w, s
     if ((uint64_t)w * src->h >= (uint64_t)h * src->w)       /* the width decides */
         bh = sdq__u_max(h, (size_t)((uint64_t)w * src->h / src->w));
     else bw = sdq__u_max(w, (size_t)((uint64_t)h * src->w / src->h));
+    if (bw > SDQ__IMG_PIXELS / bh)
+        return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "a picture of %zu x %zu is too narrow to fill "
+                         "%zu x %zu: it would be %zu x %zu before it is cut", src->w, src->h, w, h,
+                         bw, bh);
     SDQ__TRY(sdq_image_resize(ctx, src, bw, bh, &big));
     st = sdq_image_new(ctx, w, h, src->c, dst);
     x0 = sdq__img_half(bw - w);
@@ -9974,11 +10176,6 @@ SDQ_API void sdq_dataset_free(sdq_ctx *ctx, sdq_dataset *d) {
 static sdq_status sdq__data_add(sdq_ctx *ctx, sdq_dataset *d, const char *where, const char *name,
                                 const char *caption, double weight) {
     sdq__data_item *item;
-    if (!name || !caption)
-        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: file_name or text is missing", where);
-    if (!sdq__io_safe_name(name, 1))
-        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: the file name '%s' leaves the folder", where,
-                         name);
     if (!(weight >= 0) || weight > 1e30)
         return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: a weight must be a number from 0 up", where);
     if (!sdq__grow(ctx, (void **)(void *)&d->items, &d->cap, d->count + 1, sizeof *d->items))
@@ -9988,6 +10185,22 @@ static sdq_status sdq__data_add(sdq_ctx *ctx, sdq_dataset *d, const char *where,
     item->caption = sdq__strdup(ctx, caption);
     item->weight = (float)weight;
     return item->path && item->caption ? SDQ_OK : SDQ_ERR_OOM;
+}
+
+/* The same for a name that a file tells. */
+static sdq_status sdq__data_add_told(sdq_ctx *ctx, sdq_dataset *d, const char *where,
+                                     const char *name, const char *caption, double weight) {
+    if (!name || !caption)
+        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: file_name or text is missing", where);
+    if (!sdq__io_safe_name(name, 1))
+        return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: the file name '%s' leaves the folder", where,
+                         name);
+    return sdq__data_add(ctx, d, where, name, caption, weight);
+}
+
+/* 1 when there is none, -1 when it is no number. */
+static double sdq__data_weight(const sdq__json *v) {
+    return !v || v->kind == SDQ__JS_NULL ? 1.0 : v->kind == SDQ__JS_NUMBER ? v->num : -1.0;
 }
 
 static sdq_status sdq__data_jsonl(sdq_ctx *ctx, sdq_dataset *d, const char *path, char *text,
@@ -10005,8 +10218,9 @@ static sdq_status sdq__data_jsonl(sdq_ctx *ctx, sdq_dataset *d, const char *path
         if (from == stop) continue;
         (void)snprintf(where, sizeof where, "%.400s, record %zu", path, line);
         SDQ__TRY(sdq__js_parse(ctx, from, (size_t)(stop - from), where, &v));
-        st = sdq__data_add(ctx, d, where, sdq__js_string(v, "file_name", NULL),
-                           sdq__js_string(v, "text", NULL), sdq__js_double(v, "weight", 1));
+        st = sdq__data_add_told(ctx, d, where, sdq__js_string(v, "file_name", NULL),
+                                sdq__js_string(v, "text", NULL),
+                                sdq__data_weight(sdq__js_get(v, "weight")));
         sdq__js_free(ctx, v);
         if (st != SDQ_OK) return st;
     }
@@ -10038,7 +10252,7 @@ static int sdq__data_field(char **p, char **field) {
 static sdq_status sdq__data_number(sdq_ctx *ctx, const char *text, const char *where, double *out) {
     sdq__json *v;
     SDQ__TRY(sdq__js_parse(ctx, text, strlen(text), where, &v));
-    *out = v->kind == SDQ__JS_NUMBER ? v->num : -1;
+    *out = sdq__data_weight(v);
     sdq__js_free(ctx, v);
     return SDQ_OK;
 }
@@ -10049,7 +10263,6 @@ static sdq_status sdq__data_csv(sdq_ctx *ctx, sdq_dataset *d, const char *path, 
     static const char *const name[3] = {"file_name", "text", "weight"};
     size_t record = 0;
     char *p = text;
-    if (strncmp(p, "\xef\xbb\xbf", 3) == 0) p += 3;         /* byte order mark of spreadsheets */
     while (*p) {
         char *value[3] = {NULL, NULL, NULL}, *field, *first = p;
         char where[512];
@@ -10067,13 +10280,20 @@ static sdq_status sdq__data_csv(sdq_ctx *ctx, sdq_dataset *d, const char *path, 
         if (end < 0) return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: a quote is not closed", where);
         if (record++ == 0 || (at == 1 && !*first)) continue;
         if (value[2] && *value[2]) SDQ__TRY(sdq__data_number(ctx, value[2], where, &weight));
-        SDQ__TRY(sdq__data_add(ctx, d, where, value[0], value[1], weight));
+        SDQ__TRY(sdq__data_add_told(ctx, d, where, value[0], value[1], weight));
     }
     return SDQ_OK;
 }
 
 static int sdq__data_is_picture(const char *name) {
-    return sdq__io_ends(name, ".png") || sdq__io_ends(name, ".ppm") || sdq__io_ends(name, ".pgm");
+    const size_t n = strlen(name);
+    char end[5];
+    size_t i;
+    for (i = 0; n >= 4 && i < 5; i++) {
+        const char c = name[n - 4 + i];
+        end[i] = (char)(c >= 'A' && c <= 'Z' ? c - 'A' + 'a' : c);
+    }
+    return n >= 4 && (!strcmp(end, ".png") || !strcmp(end, ".ppm") || !strcmp(end, ".pgm"));
 }
 
 /* The picture of that name if a caption stands beside it. */
@@ -10085,7 +10305,7 @@ static sdq_status sdq__data_pair(sdq_ctx *ctx, sdq_dataset *d, const char *name)
     memcpy(path + strlen(path) - 4, ".txt", 4);
     st = SDQ_OK;
     if (!sdq__io_exists(path)) goto done;
-    SDQ__TRY_DONE(sdq__io_read(ctx, path, SDQ__DATA_TEXT, &text, &len));
+    SDQ__TRY_DONE(sdq__io_read_text(ctx, path, SDQ__DATA_TEXT, &text, &len));
     while (len && strchr(" \t\r\n", text[len - 1])) text[--len] = 0;
     st = sdq__data_add(ctx, d, path, name, text, 1);
 done:
@@ -10124,7 +10344,7 @@ static sdq_status sdq__data_metadata(sdq_ctx *ctx, sdq_dataset *d, const char *n
     st = SDQ_OK;
     *found = sdq__io_exists(path);
     if (!*found) goto done;
-    SDQ__TRY_DONE(sdq__io_read(ctx, path, SDQ__DATA_TEXT, &text, &len));
+    SDQ__TRY_DONE(sdq__io_read_text(ctx, path, SDQ__DATA_TEXT, &text, &len));
     st = sdq__io_ends(name, ".csv") ? sdq__data_csv(ctx, d, path, text)
                                     : sdq__data_jsonl(ctx, d, path, text, len);
 done:
@@ -10146,7 +10366,8 @@ SDQ_API sdq_status sdq_dataset_open(sdq_ctx *ctx, const char *folder, sdq_datase
     if (!found) SDQ__TRY_DONE(sdq__data_list(ctx, d));
     if (d->count) { *out = d; d = NULL; }
     else st = sdq__fail(ctx, SDQ_ERR_MISSING, "%s: no picture with a caption found "
-                        "(metadata.jsonl, metadata.csv, or NAME.png with NAME.txt)", folder);
+                        "(metadata.jsonl, metadata.csv, or NAME.png with NAME.txt; JPEG is not "
+                        "read)", folder);
 done:
     sdq_dataset_free(ctx, d);
     return st;
@@ -10758,6 +10979,7 @@ static sdq_status sdq__tok_add_special(sdq_ctx *ctx, sdq_tokenizer *t, const cha
     if (st != SDQ_OK || !s.len) { sdq__str_free(ctx, &s); return st; }
     t->specials[t->special_count].text = s.s;
     t->specials[t->special_count].len = s.len;
+    t->specials[t->special_count].raw = raw;
     t->specials[t->special_count++].id = id;
     return SDQ_OK;
 }
@@ -10979,7 +11201,6 @@ SDQ_API sdq_status sdq_tokenizer_create(sdq_ctx *ctx, const char *merges, size_t
     memset(&d, 0, sizeof d);
     if (desc) d = *desc;
     st = sdq__tok_create(ctx, t, merges, bytes, &d);
-    t->specials[t->special_count].raw = raw;
     if (st == SDQ_OK) *out = t;
     else sdq_tokenizer_free(ctx, t);
     return st;
@@ -11319,13 +11540,36 @@ static sdq_status sdq__tok_text(sdq_ctx *ctx, const sdq_tokenizer *t, const char
     return st;
 }
 
+/* A prompt, cut at its raw special tokens; what is between them is normalised piece by piece. */
+static sdq_status sdq__tok_prompt(sdq_ctx *ctx, const sdq_tokenizer *t, const char *p,
+                                  const char *end, sdq__tok_ids *o) {
+    sdq_status st = SDQ_OK;
+    while (p < end && st == SDQ_OK) {
+        const sdq__tok_special *special = NULL;
+        const char *stop = p;
+        sdq__str text;
+        memset(&text, 0, sizeof text);
+        while (stop < end && (special = sdq__tok_special_at(t, stop, end, 1)) == NULL) stop++;
+        st = sdq__tok_normalise(ctx, p, stop, &text);
+        if (st == SDQ_OK && text.s) st = sdq__tok_text(ctx, t, text.s, text.s + text.len, o);
+        sdq__str_free(ctx, &text);
+        if (special) sdq__tok_emit(o, special->id);
+        p = stop + (special ? special->len : 0);
+    }
+    return st;
+}
+
 SDQ_API sdq_status sdq_tokenizer_encode(sdq_ctx *ctx, const sdq_tokenizer *t, const char *utf8,
                                         int32_t *ids, size_t max, size_t *count) {
     const size_t length = ids ? sdq__u_min(max, t->length) : 0;
+    const size_t bytes = strlen(utf8);
     sdq__tok_ids o;
     size_t i;
     sdq_status st;
     if (count) *count = 0;
+    if (bytes > SDQ__TOK_TEXT)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "a prompt of %zu bytes; at most 2^20 are allowed",
+                         bytes);
     if (length == 1)
         return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "room for one id; a prompt has at least two");
     o.ids = ids;
@@ -11386,9 +11630,25 @@ struct sdq_optim {
     char *of;                   /* "key=value ..": what is trained, for the state; NULL: not told */
 };
 
+static sdq_status sdq__opt_check(sdq_ctx *ctx, const sdq_optim_desc *d) {
+    const struct { const char *name; float x, below; } field[] = {
+        {"lr", d->lr, HUGE_VALF}, {"beta1", d->beta1, 1.0f}, {"beta2", d->beta2, 1.0f},
+        {"eps", d->eps, HUGE_VALF}, {"weight_decay", d->weight_decay, HUGE_VALF},
+        {"clip", d->clip, HUGE_VALF}, {"ema", d->ema, 1.0f}};
+    size_t i;
+    for (i = 0; i < SDQ__COUNT(field); i++)
+        if (!(field[i].x >= 0.0f && field[i].x < field[i].below))
+            return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "optimizer: %s is %g, expected 0 or more and "
+                             "less than %g", field[i].name, (double)field[i].x,
+                             (double)field[i].below);
+    return SDQ_OK;
+}
+
 SDQ_API sdq_status sdq_optim_create(sdq_ctx *ctx, const sdq_optim_desc *desc, sdq_optim **out) {
-    sdq_optim *o = SDQ__NEW(ctx, sdq_optim);
+    sdq_optim *o;
     *out = NULL;
+    if (desc) SDQ__TRY(sdq__opt_check(ctx, desc));
+    o = SDQ__NEW(ctx, sdq_optim);
     if (!o) return ctx->status;
     if (desc) o->desc = *desc;
     o->best = HUGE_VAL;
@@ -11536,37 +11796,14 @@ static void sdq__opt_norm_task(void *arg, size_t task, int thread) {
 static double sdq__opt_norm(sdq_ctx *ctx, const sdq_optim *o, float *scratch) {
     double sum = 0.0;
     size_t i, j;
-/* A prompt, cut at its raw special tokens; what is between them is normalised piece by piece. */
-static sdq_status sdq__tok_prompt(sdq_ctx *ctx, const sdq_tokenizer *t, const char *p,
-                                  const char *end, sdq__tok_ids *o) {
-    sdq_status st = SDQ_OK;
-    while (p < end && st == SDQ_OK) {
-        const sdq__tok_special *special = NULL;
-        const char *stop = p;
-        sdq__str text;
-        memset(&text, 0, sizeof text);
-        while (stop < end && (special = sdq__tok_special_at(t, stop, end, 1)) == NULL) stop++;
-        st = sdq__tok_normalise(ctx, p, stop, &text);
-        if (st == SDQ_OK && text.s) st = sdq__tok_text(ctx, t, text.s, text.s + text.len, o);
-        sdq__str_free(ctx, &text);
-        if (special) sdq__tok_emit(o, special->id);
-        p = stop + (special ? special->len : 0);
-    }
-    return st;
-}
-
     for (i = 0; i < o->count; i++) {
         sdq__opt_run w;
         if (!o->leaf[i].t->grad) continue;
-    const size_t bytes = strlen(utf8);
         w.k = ctx->k; w.l = &o->leaf[i]; w.part = scratch;
         w.n = sdq_tensor_count(w.l->t);
         sdq__par_for(ctx, sdq__u_div_up(w.n, SDQ__PIECE), sdq__opt_norm_task, &w);
         for (j = 0; j * SDQ__PIECE < w.n; j++) sum += (double)scratch[j];
     }
-    if (bytes > SDQ__TOK_TEXT)
-        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "a prompt of %zu bytes; at most 2^20 are allowed",
-                         bytes);
     return sqrt(sum);
 }
 
@@ -11819,6 +12056,17 @@ static sdq_status sdq__opt_check_of(sdq_ctx *ctx, const sdq_optim *o, const char
                      (int)strcspn(here + first, " "), here + first);
 }
 
+/* No training leaves such numbers behind: going on would end in them, steps later. */
+static int sdq__opt_sound(const sdq_entry *e, const char *name) {
+    const float *x = (const float *)e->data;
+    const int second = name[0] == 'v' && name[1] == '/';
+    const size_t n = e->dtype == SDQ_F32 ? sdq_entry_count(e) : 0;
+    size_t i;
+    for (i = 0; i < n; i++)
+        if (!(x[i] >= (second ? 0.0f : -FLT_MAX) && x[i] <= FLT_MAX)) return 0;
+    return 1;
+}
+
 SDQ_API sdq_status sdq_optim_load(sdq_ctx *ctx, sdq_optim *o, const char *path) {
     const size_t arrays = sdq__opt_arrays(o);
     sdq_file *f = NULL;
@@ -11861,6 +12109,11 @@ SDQ_API sdq_status sdq_optim_load(sdq_ctx *ctx, sdq_optim *o, const char *path) 
                     st = sdq__fail(ctx, SDQ_ERR_SHAPE, "%s: array %s is missing or is not %s %s;"
                                    " use another state file or delete it", path, name,
                                    sdq_dtype_name(want.dtype), sdq__t_shape(&t, shape));
+                    goto done;
+                }
+                if (!pass && !o->leaf[i].state && !sdq__opt_sound(e, name)) {
+                    st = sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: array %s is damaged: it has numbers "
+                                   "that are not finite, or negative second moments", path, name);
                     goto done;
                 }
                 if (pass) memcpy(slot[k].data, e->data, e->bytes);
@@ -12684,6 +12937,8 @@ static int sdq__sf_dead(const sdq__sf_source *s, const char *name) {
     if (s->part == SDQ_PART_VAE)
         return s->prefix && (sdq__io_starts(name, "loss.") || sdq__io_starts(name, "model_ema."));
     if (s->part != SDQ_PART_TEXT) return 0;
+    for (i = 0; i < SDQ__COUNT(other); i++)
+        if (sdq__io_starts(name, other[i])) return 1;
     if (sdq__io_ends(name, "embeddings.position_ids") || !strcmp(name, "logit_scale")
         || !strcmp(name, "attn_mask")) return 1;
     return (sdq__sf_match(name, s->openclip ? "transformer.resblocks.#."
@@ -12956,8 +13211,6 @@ static sdq_status sdq__sf_open(sdq_ctx *ctx, const sdq__st_set *set, sdq_part pa
  * A key that the file lacks has the value that diffusers 0.39 gives it. Keys that change
  * what is computed in a way not written here are refused; keys that no version of the
  * class knows are ignored, as diffusers does: a structure they might mean shows up as tensors
-    for (i = 0; i < SDQ__COUNT(other); i++)
-        if (sdq__io_starts(name, other[i])) return 1;
  * without a place, and those are refused.
  * ======================================================================== */
 
@@ -15105,8 +15358,10 @@ static sdq_status sdq__md_surplus(sdq_ctx *ctx, const sdq__sf_source *src, const
     const size_t n = sdq__st_set_count(src->set);
     char *used = SDQ__NEW_N(ctx, char, n), shape[192];
     sdq_status st = used ? SDQ_OK : SDQ_ERR_OOM;
+    sdq__sf_source s = *src;
     sdq_entry e;
     size_t i;
+    if (m->text) s.layers[0] = m->text->count;
     for (i = 0; used && i < m->params; i++)
         if (sdq__md_find(src, m->param[i].name, &e)) used[sdq__st_set_place(src->set, e.name)] = 1;
     for (i = 0; st == SDQ_OK && i < n; i++) {
@@ -15185,6 +15440,7 @@ SDQ_API sdq_status sdq_model_load_packed(sdq_ctx *ctx, const char *path, sdq_par
 
 SDQ_API sdq_status sdq_model_freeze(sdq_ctx *ctx, sdq_model *m) {
     size_t i;
+    if (!m) return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "sdq_model_freeze: the model is NULL");
     for (i = 0; i < m->layers; i++) SDQ__TRY(sdq__ly_freeze(ctx, m->layer[i]));
     return SDQ_OK;
 }
@@ -15367,10 +15623,8 @@ SDQ_API sdq_status sdq_model_save(sdq_ctx *ctx, const sdq_model *m, const char *
     weights = sdq__io_join(ctx, dir, sdq__md_kinds_of[m->info.part].weights, ".safetensors");
     if (!config || !weights) goto done;
     SDQ__TRY_DONE(sdq__md_write(ctx, m, weights, dtype));
-    sdq__sf_source s = *src;
     st = sdq_bytes_write(ctx, config, m->config, strlen(m->config));
 done:
-    if (m->text) s.layers[0] = m->text->count;
     sdq__free(ctx, config);
     sdq__free(ctx, weights);
     sdq__free(ctx, dir);
@@ -16140,9 +16394,20 @@ static sdq_status sdq__sch_kind_of(sdq_ctx *ctx, const sdq__json *root, const ch
     return SDQ_OK;
 }
 
+/* A truth as Python takes it: null and 0 are false. def if absent. */
+static sdq_status sdq__sch_flag(sdq_ctx *ctx, const sdq__json *root, const char *what,
+                                const char *key, int def, int *out) {
+    const sdq__json *v = sdq__js_get(root, key);
+    *out = v ? v->kind != SDQ__JS_NULL && v->num != 0 : def;
+    if (!v || v->kind == SDQ__JS_NULL || v->kind == SDQ__JS_BOOL || v->kind == SDQ__JS_NUMBER)
+        return SDQ_OK;
+    return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: \"%s\" must be true or false", what, key);
+}
+
 static sdq_status sdq__sch_refuse(sdq_ctx *ctx, const sdq__json *root, const char *what,
                                   sdq_scheduler_kind kind) {
     size_t i;
+    int skip;
     for (i = 0; i < SDQ__COUNT(sdq__sch_rules); i++) {
         const sdq__sch_rule *r = &sdq__sch_rules[i];
         if (!(r->kinds & SDQ__SCH_BIT(kind)) || sdq__sch_neutral(sdq__js_get(root, r->key), r))
@@ -16198,6 +16463,7 @@ static sdq_status sdq__sch_read(sdq_ctx *ctx, const sdq__json *root, const char 
                                 sdq_scheduler_desc *d) {
     const int lcm = d->kind == SDQ_LCM, ddim = d->kind == SDQ_DDIM;
     double train, offset, steps;
+    int lower;
     SDQ__TRY(sdq__sch_read_words(ctx, root, what, d));
     SDQ__TRY(sdq__sch_number(ctx, root, what, "num_train_timesteps", 1000, 2,
                              (double)SDQ__SCH_TRAIN_MAX, 1, &train));
@@ -16328,6 +16594,36 @@ SDQ_API void sdq_pipeline_free(sdq_ctx *ctx, sdq_pipeline *p) {
 
 static const char sdq__pl_config[] = "/scheduler/scheduler_config.json";
 
+/* diffusers takes the scheduler's class from model_index.json, whatever "_class_name" says. */
+static sdq_status sdq__pl_scheduler_class(sdq_ctx *ctx, const char *folder, char **text) {
+    char *path = sdq__io_join(ctx, folder, "/model_index.json", "");
+    sdq__json *root = NULL;
+    const sdq__json *pair;
+    sdq__str s;
+    size_t from, to;
+    sdq_status st = path ? SDQ_OK : ctx->status;
+    memset(&s, 0, sizeof s);
+    if (st == SDQ_OK && sdq__io_exists(path)) st = sdq__js_load(ctx, path, &root);
+    pair = root ? sdq__js_get(root, "scheduler") : NULL;
+    pair = pair && pair->kind == SDQ__JS_ARRAY && pair->child ? pair->child->next : NULL;
+    if (pair && pair->kind == SDQ__JS_STRING && **text == '{') {
+        const int named = sdq__md_value_at(*text, "_class_name", &from, &to);
+        if (!named) from = to = 1;
+        sdq__str_add(ctx, &s, *text, from);
+        if (!named) sdq__str_format(ctx, &s, "\"_class_name\": ");
+        sdq__str_json(ctx, &s, pair->str);
+        if (!named && (*text)[1 + strspn(*text + 1, " \t\r\n")] != '}')
+            sdq__str_add(ctx, &s, ",", 1);
+        sdq__str_add(ctx, &s, *text + to, strlen(*text + to));
+        if (s.bad) st = SDQ_ERR_OOM;
+        else { sdq__free(ctx, *text); *text = s.s; s.s = NULL; }
+        sdq__str_free(ctx, &s);
+    }
+    sdq__js_free(ctx, root);
+    sdq__free(ctx, path);
+    return st;
+}
+
 /* The text is kept: each kind of scheduler reads it in its own way. */
 static sdq_status sdq__pl_load_scheduler(sdq_ctx *ctx, const char *folder, char **out) {
     char *path = sdq__io_join(ctx, folder, sdq__pl_config, "");
@@ -16389,6 +16685,9 @@ static sdq_status sdq__pl_fits(sdq_ctx *ctx, const sdq_pipeline *p) {
         return sdq__fail(ctx, SDQ_ERR_SHAPE, "%s: \"in_channels\" of %s is %zu, "
                          "\"latent_channels\" of %s %zu; they must be equal",
                          p->folder, in, u.in, vae, v.latent);
+    if (v.out > 4)
+        return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s: \"out_channels\" of %s is %zu; pictures"
+                         " have at most 4", p->folder, vae, v.out);
     if (u.context != t.context)
         return sdq__fail(ctx, SDQ_ERR_SHAPE, "%s: \"cross_attention_dim\" of %s is "
                          "%zu, \"hidden_size\" of %s %zu; they must be equal",
@@ -16398,20 +16697,9 @@ static sdq_status sdq__pl_fits(sdq_ctx *ctx, const sdq_pipeline *p) {
                          "tokenizer/tokenizer_config.json is %zu (77 if it says nothing), "
                          "\"max_position_embeddings\" of text_encoder/config.json only %zu",
                          p->folder, length, t.tokens);
-/* A truth as Python takes it: null and 0 are false. def if absent. */
-static sdq_status sdq__sch_flag(sdq_ctx *ctx, const sdq__json *root, const char *what,
-                                const char *key, int def, int *out) {
-    const sdq__json *v = sdq__js_get(root, key);
-    *out = v ? v->kind != SDQ__JS_NULL && v->num != 0 : def;
-    if (!v || v->kind == SDQ__JS_NULL || v->kind == SDQ__JS_BOOL || v->kind == SDQ__JS_NUMBER)
-        return SDQ_OK;
-    return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: \"%s\" must be true or false", what, key);
-}
-
     if (p->single && sdq_tokenizer_vocab(p->tokenizer) > t.vocab)
         return sdq__fail(ctx, SDQ_ERR_SHAPE, "%s: its text encoder has %zu ids, but the tokenizer "
                          "that was given for it has %zu; give the one it was trained with",
-    int skip;
                          p->folder, t.vocab, sdq_tokenizer_vocab(p->tokenizer));
     return SDQ_OK;
 }
@@ -16428,6 +16716,7 @@ static sdq_status sdq__pl_is_folder(sdq_ctx *ctx, const char *folder) {
                          "tokenizer/ (with vocab.json), text_encoder/, unet/, vae/ and scheduler/",
                        *folder ? folder : "(empty path)");
     sdq__free(ctx, path);
+    sdq__free(ctx, fast);
     return st;
 }
 
@@ -16470,7 +16759,6 @@ static sdq_status sdq__pl_single_tokenizer(sdq_ctx *ctx, sdq_pipeline *p,
     return sdq_tokenizer_create(ctx, d->merges, d->merges_bytes, &t, &p->tokenizer);
 }
 
-    int lower;
 /* What the file is, and so what its UNet predicts. */
 static sdq_status sdq__pl_open_single(sdq_ctx *ctx, sdq_pipeline *p, const sdq_pipeline_desc *d) {
     sdq_file *f = NULL;
@@ -16599,36 +16887,6 @@ static sdq_status sdq__pl_load(sdq_ctx *ctx, sdq_pipeline *p, const sdq_pipeline
     SDQ__TRY(sdq__pl_load_one(ctx, p, SDQ__PL_VAE, &p->vae));
     if (p->source->float_unet) SDQ__TRY(sdq__pl_load_one(ctx, p, SDQ__PL_UNET, &p->unet));
     return d->unet_int8 ? sdq__pl_load_one(ctx, p, SDQ__PL_INT8, &p->unet_int8) : SDQ_OK;
-/* diffusers takes the scheduler's class from model_index.json, whatever "_class_name" says. */
-static sdq_status sdq__pl_scheduler_class(sdq_ctx *ctx, const char *folder, char **text) {
-    char *path = sdq__io_join(ctx, folder, "/model_index.json", "");
-    sdq__json *root = NULL;
-    const sdq__json *pair;
-    sdq__str s;
-    size_t from, to;
-    sdq_status st = path ? SDQ_OK : ctx->status;
-    memset(&s, 0, sizeof s);
-    if (st == SDQ_OK && sdq__io_exists(path)) st = sdq__js_load(ctx, path, &root);
-    pair = root ? sdq__js_get(root, "scheduler") : NULL;
-    pair = pair && pair->kind == SDQ__JS_ARRAY && pair->child ? pair->child->next : NULL;
-    if (pair && pair->kind == SDQ__JS_STRING && **text == '{') {
-        const int named = sdq__md_value_at(*text, "_class_name", &from, &to);
-        if (!named) from = to = 1;
-        sdq__str_add(ctx, &s, *text, from);
-        if (!named) sdq__str_format(ctx, &s, "\"_class_name\": ");
-        sdq__str_json(ctx, &s, pair->str);
-        if (!named && (*text)[1 + strspn(*text + 1, " \t\r\n")] != '}')
-            sdq__str_add(ctx, &s, ",", 1);
-        sdq__str_add(ctx, &s, *text + to, strlen(*text + to));
-        if (s.bad) st = SDQ_ERR_OOM;
-        else { sdq__free(ctx, *text); *text = s.s; s.s = NULL; }
-        sdq__str_free(ctx, &s);
-    }
-    sdq__js_free(ctx, root);
-    sdq__free(ctx, path);
-    return st;
-}
-
 }
 
 SDQ_API sdq_status sdq_pipeline_load(sdq_ctx *ctx, const char *path,
@@ -16637,6 +16895,8 @@ SDQ_API sdq_status sdq_pipeline_load(sdq_ctx *ctx, const char *path,
     sdq_pipeline_desc d;
     sdq_status st;
     *out = NULL;
+    if (!path) return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "sdq_pipeline_load: path is NULL");
+    p = SDQ__NEW(ctx, sdq_pipeline);
     if (!p) return ctx->status;
     memset(&d, 0, sizeof d);
     if (desc) d = *desc;
@@ -16689,9 +16949,6 @@ static void sdq__pl_map_policy(const sdq_policy *p, const sdq_scheduler *s,
             const double t = (double)sdq_scheduler_timestep(s, i);
             if (fabs((double)p->timestep[j] - t) < fabs((double)p->timestep[best] - t)) best = j;
         }
-    if (v.out > 4)
-        return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s: \"out_channels\" of %s is %zu; pictures"
-                         " have at most 4", p->folder, vae, v.out);
         is_float[i] = p->is_float[best];
     }
 }
@@ -16716,7 +16973,6 @@ static sdq_status sdq__pl_precision(sdq_ctx *ctx, const sdq_pipeline *p, const s
         if (!p->policy || p->policy->count == 0)
             return sdq__fail(ctx, SDQ_ERR_MISSING,
                              "the int8 network has no precision schedule; make one with"
-    sdq__free(ctx, fast);
                              " sdq schedule, or choose first and last evaluations");
         sdq__pl_map_policy(p->policy, s, is_float);
         if (notice && !sdq__pl_policy_fits(p->policy, s))
@@ -16884,6 +17140,7 @@ static sdq_status sdq__pl_noise(sdq_ctx *ctx, const sdq_pipeline *p, sdq__pl_run
     const size_t f = p->info[SDQ_PART_VAE].factor, c = p->info[SDQ_PART_VAE].latent;
     const float sigma = sdq_scheduler_init_sigma(r->s);
     size_t i, n, h, w;
+    sdq__pl_latent_size(p, d, &h, &w);
     if (d->width % f || d->height % f || d->width > 65536 || d->height > 65536)
         return sdq__fail(ctx, SDQ_ERR_ARGUMENT,
                          "a picture of %zu x %zu: sides must be multiples of %zu and"
@@ -16894,8 +17151,6 @@ static sdq_status sdq__pl_noise(sdq_ctx *ctx, const sdq_pipeline *p, sdq__pl_run
     n = sdq_tensor_count(r->x);
     if (d->init_latents) memcpy(r->x->data, d->init_latents, n * sizeof(float));
     else sdq_rng_normal_nchw(&r->rng, sdq_f32(r->x), r->count, h, w, c);
-    if (!path) return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "sdq_pipeline_load: path is NULL");
-    p = SDQ__NEW(ctx, sdq_pipeline);
     for (i = 0; i < n; i++) sdq_f32(r->x)[i] *= sigma;
     return SDQ_OK;
 }
@@ -16968,6 +17223,19 @@ static sdq_status sdq__pl_denoise(sdq_ctx *ctx, const sdq_pipeline *p, sdq__pl_r
     return SDQ_OK;
 }
 
+static sdq_status sdq__pl_arguments(sdq_ctx *ctx, const sdq_pipeline *p,
+                                    const sdq_txt2img_desc *d) {
+    if (ctx->status != SDQ_OK) return ctx->status;
+    if (!p || !d)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "drawing: pipeline or description is NULL");
+    if ((unsigned)d->precision > SDQ_PRECISION_LIST || (unsigned)d->rng >= SDQ_RNG_COUNT
+        || (unsigned)d->mode >= SDQ_MODE_COUNT || !(fabsf(d->guidance) <= FLT_MAX))
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "drawing: precision %d, rng %d, mode %d or "
+                         "guidance %g is none", (int)d->precision, (int)d->rng, (int)d->mode,
+                         (double)d->guidance);
+    return SDQ_OK;
+}
+
 SDQ_API sdq_tensor *sdq_txt2img_latents(sdq_ctx *ctx, const sdq_pipeline *p,
                                         const sdq_txt2img_desc *desc, size_t *float_count,
                                         const char **notice) {
@@ -16977,6 +17245,10 @@ SDQ_API sdq_tensor *sdq_txt2img_latents(sdq_ctx *ctx, const sdq_pipeline *p,
     sdq_tensor *x = NULL;
     size_t i;
     if (notice) *notice = "";
+    if (sdq__pl_arguments(ctx, p, desc) != SDQ_OK) return NULL;
+    r = SDQ__NEW(ctx, sdq__pl_run);
+    if (!r) return NULL;
+    d = *desc;
     if (d.guidance == 0.0f) d.guidance = 7.5f;
     if (d.steps == 0) d.steps = 50;
     r->d = &d;
@@ -17027,6 +17299,7 @@ SDQ_API sdq_status sdq_decode_latents(sdq_ctx *ctx, const sdq_pipeline *p, sdq_t
     const sdq_model *vae = NULL;
     sdq__pl_held held;
     sdq_status st = ctx->status;
+    const size_t c = p->info[SDQ_PART_VAE].latent;
     size_t i, done;
     if (st != SDQ_OK) return st;
     if (!sdq__md_check(ctx, "decoding", latents, 4, c)) return ctx->status;
@@ -17084,6 +17357,7 @@ SDQ_API sdq_status sdq_txt2img_memory(sdq_ctx *ctx, const char *path,
     if (d.count == 0) d.count = 1;
     st = sdq_pipeline_load(run, path, pipeline, &p);
     images = st == SDQ_OK ? SDQ__NEW_N(run, sdq_image, d.count) : NULL;
+    if (st == SDQ_OK && !images) st = sdq_last_error(run);
     if (images) {
         size_t i;
         st = sdq_txt2img(run, p, &d, images);
@@ -17144,7 +17418,6 @@ static void sdq__rep_blur(const double *g, const double *a, const double *b, siz
     const size_t ow = w - SDQ__REP_WINDOW + 1, oh = h - SDQ__REP_WINDOW + 1;
     size_t x, y, k;
     for (y = 0; y < h; y++)
-    sdq__pl_latent_size(p, d, &h, &w);
         for (x = 0; x < ow; x++) {
             double sum = 0.0;
             for (k = 0; k < SDQ__REP_WINDOW; k++) {
@@ -17226,19 +17499,6 @@ static void sdq__rep_moments(const float *x, size_t n, size_t d, double *mean, d
 }
 
 /* One rotation in the plane (p,q) that makes a[p][q] zero; rows p, q of v turn along. */
-static sdq_status sdq__pl_arguments(sdq_ctx *ctx, const sdq_pipeline *p,
-                                    const sdq_txt2img_desc *d) {
-    if (ctx->status != SDQ_OK) return ctx->status;
-    if (!p || !d)
-        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "drawing: pipeline or description is NULL");
-    if ((unsigned)d->precision > SDQ_PRECISION_LIST || (unsigned)d->rng >= SDQ_RNG_COUNT
-        || (unsigned)d->mode >= SDQ_MODE_COUNT || !(fabsf(d->guidance) <= FLT_MAX))
-        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "drawing: precision %d, rng %d, mode %d or "
-                         "guidance %g is none", (int)d->precision, (int)d->rng, (int)d->mode,
-                         (double)d->guidance);
-    return SDQ_OK;
-}
-
 static void sdq__rep_rotate(double *a, double *v, size_t n, size_t p, size_t q) {
     const double apq = a[p * n + q], theta = (a[q * n + q] - a[p * n + p]) / (2.0 * apq);
     const double root = fabs(theta) + sqrt(theta * theta + 1.0);
@@ -17249,10 +17509,6 @@ static void sdq__rep_rotate(double *a, double *v, size_t n, size_t p, size_t q) 
         a[k * n + p] = c * x - s * y;
         a[k * n + q] = s * x + c * y;
     }
-    if (sdq__pl_arguments(ctx, p, desc) != SDQ_OK) return NULL;
-    r = SDQ__NEW(ctx, sdq__pl_run);
-    if (!r) return NULL;
-    d = *desc;
     for (k = 0; k < n; k++) {
         const double x = a[p * n + k], y = a[q * n + k];
         a[p * n + k] = c * x - s * y;
@@ -17303,7 +17559,6 @@ static void sdq__rep_product(const double *a, const double *b, double *c, size_t
 static int sdq__rep_root(double *a, double *v, double *root, size_t n) {
     size_t i, j, k;
     if (!sdq__rep_jacobi(a, v, n)) return 0;
-    const size_t c = p->info[SDQ_PART_VAE].latent;
     memset(root, 0, n * n * sizeof(double));
     for (k = 0; k < n; k++) {
         const double l = a[k * n + k], r = l > 0 ? sqrt(l) : 0.0;
@@ -17357,7 +17612,6 @@ SDQ_API sdq_status sdq_frechet(sdq_ctx *ctx, const float *x, size_t nx, const fl
     *out = sum > 0 ? sum : 0.0;
     return SDQ_OK;
 }
-    if (st == SDQ_OK && !images) st = sdq_last_error(run);
 
 static int sdq__rep_compare(const void *a, const void *b) {
     const double x = *(const double *)a, y = *(const double *)b;
@@ -17865,7 +18119,8 @@ SDQ_API sdq_tensor *sdq_diffusion_task_loss(sdq_ctx *ctx, void *arg, sdq_rng *rn
 
 /* Parameters of a model, with or without the weights of its layers. */
 static sdq_status sdq__task_add_params(sdq_ctx *ctx, sdq_optim *o, sdq_model *m,
-                                       const char *prefix, int weights, size_t first) {
+                                       const char *prefix, int weights, int decay_all,
+                                       size_t first) {
     size_t i;
     for (i = first; i < sdq_model_param_count(m); i++) {
         const char *name;
@@ -17875,13 +18130,13 @@ static sdq_status sdq__task_add_params(sdq_ctx *ctx, sdq_optim *o, sdq_model *m,
         const int weight = n > 7 && strcmp(name + n - 7, ".weight") == 0 && m->param[i].rank > 1;
         if (weight && !weights) continue;
         (void)snprintf(full, sizeof full, "%s%s", prefix, name);
-        SDQ__TRY(sdq_optim_add(ctx, o, t, full, 0.0f, 0.0f, weight));
+        SDQ__TRY(sdq_optim_add(ctx, o, t, full, 0.0f, 0.0f, weight || decay_all));
     }
     return SDQ_OK;
 }
 SDQ_API sdq_status sdq_optim_add_model(sdq_ctx *ctx, sdq_optim *o, sdq_model *m,
                                        const char *prefix) {
-    return sdq__task_add_params(ctx, o, m, prefix, 1, 0);
+    return sdq__task_add_params(ctx, o, m, prefix, 1, 0, 0);
 }
 /* ===========================================================================
  * >>recipe   which layers are quantized, and how
@@ -17920,6 +18175,7 @@ SDQ_API sdq_recipe sdq_recipe_reference(void) {
     r.moving = 0.01f;
     r.weight_scale = SDQ_WEIGHT_MOVING;
     r.calibrate_on_data = 1;
+    r.decay_all = 1;
     r.noise_loss = r.teacher_loss = 1.0f;
     return r;
 }
@@ -17931,28 +18187,43 @@ static const char *const sdq__rc_train_set[SDQ_TRAIN_SET_COUNT] = {"all", "small
 
 static size_t sdq__rc_rank(const sdq_recipe *r) { return r->lora_rank ? r->lora_rank : 8; }
 
+static const char *sdq__rc_word(const char *const *word, size_t count, int i) {
+    return (size_t)i < count ? word[i] : "?";
+}
+
 SDQ_API void sdq_recipe_to_str(const sdq_recipe *r, char *buf, size_t size) {
+    char moving[SDQ__U_NUMBER], noise[SDQ__U_NUMBER], teacher[SDQ__U_NUMBER];
     (void)snprintf(
         buf, size,
         "range_linear=%s range_conv=%s quantize_outputs=%d quantize_edges=%d "
         "quantize_time=%d quantize_context=%d quantize_shortcuts=%d quantize_last_self=%d "
         "attention_bits=%d split_skip=%d bias_correction=%d learn_scales=%d train_set=%s "
-        "lora_rank=%zu last_blocks=%zu moving=%g weight_scale=%d weight_bits=%d weight_group=%zu "
-        "calibrate_on_data=%d noise_loss=%g teacher_loss=%g coherent=%d",
-        sdq__rc_range[r->range_linear], sdq__rc_range[r->range_conv], r->quantize_outputs,
+        "lora_rank=%zu last_blocks=%zu moving=%s weight_scale=%d weight_bits=%d weight_group=%zu "
+        "calibrate_on_data=%d noise_loss=%s teacher_loss=%s coherent=%d "
+        "decay_all=%d",
+        sdq__rc_word(sdq__rc_range, SDQ_RANGE_COUNT, (int)r->range_linear),
+        sdq__rc_word(sdq__rc_range, SDQ_RANGE_COUNT, (int)r->range_conv), r->quantize_outputs,
         r->quantize_edges, r->quantize_time, r->quantize_context, r->quantize_shortcuts,
         r->quantize_last_self, r->attention_bits ? r->attention_bits : 32, r->split_skip,
-        r->bias_correction, r->learn_scales, sdq__rc_train_set[r->train_set],
+        r->bias_correction, r->learn_scales,
+        sdq__rc_word(sdq__rc_train_set, SDQ_TRAIN_SET_COUNT, (int)r->train_set),
         r->train_set == SDQ_TRAIN_LORA ? sdq__rc_rank(r) : (size_t)0, r->last_blocks,
-        (double)r->moving, (int)r->weight_scale, r->weight_bits == 4 ? 4 : 8,
+        sdq__u_number(moving, (double)r->moving, 6), (int)r->weight_scale,
+        r->weight_bits == 4 ? 4 : 8,
         r->weight_bits == 4 ? r->weight_group ? r->weight_group : (size_t)SDQ__Q_GROUP
                             : (size_t)0,
-        r->calibrate_on_data, (double)r->noise_loss, (double)r->teacher_loss, r->coherent);
+        r->calibrate_on_data, sdq__u_number(noise, (double)r->noise_loss, 6),
+        sdq__u_number(teacher, (double)r->teacher_loss, 6), r->coherent, r->decay_all);
 }
 
 /* "up_blocks.N." with N the last one. */
 static void sdq__rc_last_up(const sdq_model *unet, char *prefix, size_t size) {
     (void)snprintf(prefix, size, "up_blocks.%zu.", unet->unet ? unet->unet->levels - 1 : 0);
+}
+
+/* keep, a layer or a prefix of layers, means the layer. */
+static int sdq__rc_names(const char *keep, const char *layer) {
+    return !strcmp(layer, keep) || (sdq__io_ends(keep, ".") && sdq__io_starts(layer, keep));
 }
 
 static int sdq__rc_quantized(const sdq_recipe *r, const char *name, const char *last_up,
@@ -17970,9 +18241,20 @@ static int sdq__rc_quantized(const sdq_recipe *r, const char *name, const char *
             || (!r->quantize_last_self && strstr(name, ".attn1."))))
         return 0;
     for (i = 0; keep && keep[i]; i++)
-        if (!strcmp(name, keep[i]) || (sdq__io_ends(keep[i], ".") && sdq__io_starts(name, keep[i])))
-            return 0;
+        if (sdq__rc_names(keep[i], name)) return 0;
     return 1;
+}
+
+/* A name of keep_float that no layer has is a mistake of whoever wrote it. */
+static sdq_status sdq__rc_keep_known(sdq_ctx *ctx, const sdq_model *unet, const char *const *keep) {
+    size_t i, k;
+    for (k = 0; keep && keep[k]; k++) {
+        for (i = 0; i < unet->layers && !sdq__rc_names(keep[k], unet->layer[i]->name); i++) { }
+        if (i == unet->layers)
+            return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layers to keep float: the UNet has none called"
+                             " \"%s\"; a prefix ends in '.'", keep[k]);
+    }
+    return SDQ_OK;
 }
 
 /* The largest number is a normal half; one that rounds to infinity and NaN are not. */
@@ -18008,9 +18290,15 @@ SDQ_API sdq_status sdq_recipe_apply(sdq_ctx *ctx, sdq_model *unet, const sdq_rec
     char last_up[40];
     size_t i;
     const int bits = r->attention_bits;
+    if (!unet || unet->info.part != SDQ_PART_UNET)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "sdq_recipe_apply: the model is no UNet");
     if (bits != 0 && bits != 8 && bits != 16 && bits != 32)
         return sdq__fail(ctx, SDQ_ERR_ARGUMENT,
                          "recipe: attention_bits is %d, expected 32, 16 or 8", bits);
+    if ((unsigned)r->train_set >= SDQ_TRAIN_SET_COUNT)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "recipe: train_set is %d, expected 0 to %d",
+                         (int)r->train_set, (int)SDQ_TRAIN_SET_COUNT - 1);
+    SDQ__TRY(sdq__rc_keep_known(ctx, unet, keep_float));
     sdq__rc_last_up(unet, last_up, sizeof last_up);
     for (i = 0; i < unet->layers; i++) {
         sdq_layer *l = unet->layer[i];
@@ -18365,10 +18653,14 @@ static sdq_status sdq__cal_pass(sdq_ctx *ctx, const sdq_model *unet, const sdq_s
         const sdq_mark mark = sdq_arena_mark(ctx);
         const size_t n = sdq__u_min(batch, s->count - i);
         sdq_unet_input in;
-        sdq_tensor *target;
+        sdq_tensor *target, *y;
         for (j = 0; j < n; j++) idx[j] = i + j;
         SDQ__TRY(sdq__cal_batch(ctx, s, idx, n, &in, &target));
-        if (!sdq_unet_forward(ctx, unet, &in, mode)) return ctx->status;
+        y = sdq_unet_forward(ctx, unet, &in, mode);
+        if (!y) return ctx->status;
+        if (!sdq__ly_finite(sdq_f32(y), sdq_tensor_count(y)))
+            return sdq__fail(ctx, SDQ_ERR_NUMERIC, "calibration: the network's result for state %zu"
+                             " is not finite; are its weights sound?", i);
         sdq_arena_release(ctx, mark);
         if (progress && progress(user, stage, i + n, s->count, 0.0))
             return sdq__fail(ctx, SDQ_ERR_CANCELLED, "calibration: cancelled");
@@ -18407,22 +18699,67 @@ static sdq_status sdq__cal_bias(sdq_ctx *ctx, sdq_model *m, const sdq_states *s,
     if (st == SDQ_OK) st = sdq__cal_pass(ctx, m, s, batch, SDQ_FAKE, "bias", progress, user);
     for (i = 0; i < m->layers; i++) {
         sdq_layer *l = m->layer[i];
-        for (o = 0; st == SDQ_OK && l->bias_sum && l->bias_rows > 0.0 && o < l->out; o++)
-            sdq_f32(&l->b)[o] += (float)(l->bias_sum[o] / l->bias_rows);
-        sdq__free(ctx, l->bias_sum);
+        const int done = st == SDQ_OK && l->bias_sum && l->bias_rows > 0.0;
+        for (o = 0; done && o < l->out; o++) {
+            l->bias_sum[o] /= l->bias_rows;
+            sdq_f32(&l->b)[o] += (float)l->bias_sum[o];
+        }
+        sdq__free(ctx, done ? l->bias_fix : l->bias_sum);
+        if (done) l->bias_fix = l->bias_sum;
         l->bias_sum = NULL;
     }
     return st;
 }
 
+/* All biases to `was` or back. */
+static void sdq__cal_biases(const sdq_model *m, float *was, int back) {
+    size_t i;
+    for (i = 0; i < m->layers; i++) {
+        const sdq_layer *l = m->layer[i];
+        if (!l->b.data) continue;
+        memcpy(back ? sdq_f32(&l->b) : was, back ? was : sdq_f32(&l->b), l->out * sizeof(float));
+        was += l->out;
+    }
+}
+
+/* The passes over the states. Results of layers are what quantized layers make of their inputs. */
+static sdq_status sdq__cal_passes(sdq_ctx *ctx, sdq_model *m, const sdq_states *s, size_t batch,
+                                  int bias_correction, sdq_progress_fn progress, void *user) {
+    sdq_status st;
+    size_t i, outputs = 0;
+    for (i = 0; i < m->layers; i++)
+        outputs += m->layer[i]->quant.enabled && m->layer[i]->quant.quantize_output;
+    sdq_model_observe(m, 1);
+    st = sdq__cal_pass(ctx, m, s, batch, SDQ_FLOAT, "calibrate", progress, user);
+    if (st == SDQ_OK && outputs)
+        st = sdq__cal_pass(ctx, m, s, batch, SDQ_FAKE, "outputs", progress, user);
+    sdq_model_observe(m, 0);
+    if (st == SDQ_OK && bias_correction) st = sdq__cal_bias(ctx, m, s, batch, progress, user);
+    return st;
+}
+
+/* An earlier correction of biases is taken back first, and comes back when this one fails. */
 SDQ_API sdq_status sdq_calibrate_states(sdq_ctx *ctx, sdq_model *unet, const sdq_states *s,
                                         size_t batch, int bias_correction, sdq_progress_fn progress,
                                         void *user) {
+    const sdq_mark mark = sdq_arena_mark(ctx);
     sdq_status st;
-    sdq_model_observe(unet, 1);
-    st = sdq__cal_pass(ctx, unet, s, batch, SDQ_FLOAT, "calibrate", progress, user);
-    sdq_model_observe(unet, 0);
-    if (st == SDQ_OK && bias_correction) st = sdq__cal_bias(ctx, unet, s, batch, progress, user);
+    size_t i, n = 1;
+    float *was;
+    if (!sdq__md_is(ctx, "sdq_calibrate_states", unet, SDQ_PART_UNET)) return ctx->status;
+    if (!s) return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "sdq_calibrate_states: the states are NULL");
+    for (i = 0; i < unet->layers; i++) n += unet->layer[i]->out;
+    was = SDQ__PUSH_N(ctx, float, n);
+    if (!was) return ctx->status;
+    sdq__cal_biases(unet, was, 0);
+    for (i = 0; i < unet->layers; i++) sdq__ly_uncorrect(unet->layer[i]);
+    st = sdq__cal_passes(ctx, unet, s, batch, bias_correction, progress, user);
+    if (st != SDQ_OK) sdq__cal_biases(unet, was, 1);
+    for (i = 0; st == SDQ_OK && !bias_correction && i < unet->layers; i++) {
+        sdq__free(ctx, unet->layer[i]->bias_fix);
+        unet->layer[i]->bias_fix = NULL;
+    }
+    sdq_arena_release(ctx, mark);
     return st;
 }
 
@@ -18434,9 +18771,13 @@ SDQ_API sdq_status sdq_calibrate_data(sdq_ctx *ctx, const sdq_diffusion_task *ta
     t.mode = SDQ_FAKE;
     sdq_model_observe(t.unet, 1);
     for (i = 0; i < batches && ctx->status == SDQ_OK; i++) {
+        sdq_tensor *loss;
         sdq_rng rng;
         sdq__opt_rng(&rng, seed, i, 0);
-        (void)sdq_diffusion_task_loss(ctx, &t, &rng, i);
+        loss = sdq_diffusion_task_loss(ctx, &t, &rng, i);
+        if (loss && !sdq__ly_finite(sdq_f32(loss), 1))
+            sdq__fail(ctx, SDQ_ERR_NUMERIC, "calibration: the loss of batch %zu is not finite; are "
+                      "the weights and the pictures sound?", i);
         sdq_arena_release(ctx, mark);
         if (ctx->status == SDQ_OK && progress && progress(user, "calibrate", i + 1, batches, 0.0))
             sdq__fail(ctx, SDQ_ERR_CANCELLED, "calibration: cancelled");
@@ -18688,14 +19029,20 @@ SDQ_API sdq_status sdq_optim_add_student(sdq_ctx *ctx, sdq_optim *o, sdq_model *
     const size_t first = sdq__ds_first(m, r->last_blocks);
     char name[256];
     size_t i, p, first_layer = 0;
+    if (!sdq__md_is(ctx, "sdq_optim_add_student", m, SDQ_PART_UNET)) return ctx->status;
+    if (r->moving > 0.0f && r->learn_scales)
+        return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "training: observers that move (moving=%g) would "
+                         "overwrite the scales that are learned; choose moving 0 or learn_scales 0",
+                         (double)r->moving);
     SDQ__TRY(sdq__ds_tell(ctx, o, m, r));
     for (i = 0; i < first; i++) first_layer += m->param[i].layer && m->param[i].rank > 1;
     if (r->train_set <= SDQ_TRAIN_SMALL)
-        SDQ__TRY(sdq__task_add_params(ctx, o, m, "", r->train_set == SDQ_TRAIN_ALL, first));
+        SDQ__TRY(sdq__task_add_params(ctx, o, m, "", r->train_set == SDQ_TRAIN_ALL, r->decay_all,
+                                      first));
     if (r->train_set == SDQ_TRAIN_LORA)
         SDQ__TRY(sdq__ds_add_deltas(ctx, o, m, sdq__rc_rank(r), first_layer));
     SDQ__TRY(sdq__ds_add_calibrated(ctx, o, m, r));
-    for (i = first_layer; r->learn_scales && i < m->layers; i++) {
+    for (i = first_layer; r->learn_scales && scale_lr > 0.0f && i < m->layers; i++) {
         sdq_layer *l = m->layer[i];
         if (!l->quant.enabled) continue;
         if (l->quant.weight_scale == SDQ_WEIGHT_FIXED && r->train_set != SDQ_TRAIN_RANGES) {
@@ -18710,8 +19057,8 @@ SDQ_API sdq_status sdq_optim_add_student(sdq_ctx *ctx, sdq_optim *o, sdq_model *
     for (i = 0; i < o->count && o->leaf[i].state; i++) {}
     if (i == o->count)
         return sdq__fail(ctx, SDQ_ERR_ARGUMENT,
-                         "training: nothing to train: train_set=%s, but no input range is static or"
-                         " learn_scales is 0; choose static ranges or another set",
+                         "training: nothing to train: train_set=%s, but no input range is static,"
+                         " or learn_scales or scale_lr is 0; choose static ranges or another set",
                          sdq__rc_train_set[r->train_set]);
     return SDQ_OK;
 }
@@ -18737,6 +19084,9 @@ SDQ_API sdq_status sdq_optim_add_student(sdq_ctx *ctx, sdq_optim *o, sdq_model *
 
 SDQ_API sdq_status sdq_model_convert(sdq_ctx *ctx, sdq_model *m) {
     size_t i;
+    if (!sdq__md_is(ctx, "sdq_model_convert", m, SDQ_PART_UNET)) return ctx->status;
+    for (i = 0; i < m->layers; i++)     /* all or none: weights are dropped */
+        if (sdq__ly_to_convert(m->layer[i])) SDQ__TRY(sdq__ly_calibrated(ctx, m->layer[i]));
     for (i = 0; i < m->layers; i++) SDQ__TRY(sdq_layer_convert(ctx, m->layer[i]));
     return SDQ_OK;
 }
@@ -18972,14 +19322,30 @@ static void sdq__cv_param(sdq__cv_out *o, const sdq__param *p) {
 
 /* "pndm 50 4 51 981:1 961:0 ...": scheduler, steps, guidance, count, timestep:float */
 static char *sdq__cv_policy_text(sdq_ctx *ctx, const sdq_policy *p) {
-    char *s = SDQ__PUSH_N(ctx, char, 128 + p->count * 32);
+    char *s = SDQ__PUSH_N(ctx, char, 128 + p->count * 32), number[SDQ__U_NUMBER];
     size_t i, at;
     if (!s) return NULL;
-    at = (size_t)sprintf(s, "%s %zu %.9g %zu", sdq_scheduler_name(p->scheduler), p->steps,
-                         (double)p->guidance, p->count);
+    at = (size_t)sprintf(s, "%s %zu %s %zu", sdq_scheduler_name(p->scheduler), p->steps,
+                         sdq__u_number(number, (double)p->guidance, 9), p->count);
     for (i = 0; i < p->count; i++)
-        at += (size_t)sprintf(s + at, " %.9g:%d", (double)p->timestep[i], p->is_float[i] != 0);
+        at += (size_t)sprintf(s + at, " %s:%d", sdq__u_number(number, (double)p->timestep[i], 9),
+                              p->is_float[i] != 0);
     return s;
+}
+
+/* That every layer which is to be int8 is, and that there is one. */
+static sdq_status sdq__cv_converted(sdq_ctx *ctx, const sdq_model *m, const char *path) {
+    size_t i, n = 0;
+    for (i = 0; i < m->layers; i++) {
+        const sdq_layer *l = m->layer[i];
+        n += sdq__cv_is_int8(l) != 0;
+        if (l->quant.enabled && !sdq__cv_is_int8(l))
+            return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "%s: layer %s is to be int8 and still float; "
+                             "call sdq_model_convert before saving", path, l->name);
+    }
+    if (n) return SDQ_OK;
+    return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "%s: no layer of the network is int8; quantize it first"
+                     " (sdq_recipe_apply, sdq_calibrate_states, sdq_model_convert)", path);
 }
 
 SDQ_API sdq_status sdq_model_save_int8(sdq_ctx *ctx, const sdq_model *m, const char *path,
@@ -18990,6 +19356,7 @@ SDQ_API sdq_status sdq_model_save_int8(sdq_ctx *ctx, const sdq_model *m, const c
     sdq_status st;
     size_t i;
     if (!sdq__md_is(ctx, "sdq_model_save_int8", m, SDQ_PART_UNET)) return ctx->status;
+    SDQ__TRY(sdq__cv_converted(ctx, m, path));
     memset(&o, 0, sizeof o);
     o.ctx = ctx;
     o.entry = SDQ__PUSH_N(ctx, sdq_entry, m->params + 5 * m->layers);
@@ -19166,30 +19533,45 @@ static sdq_status sdq__cv_read_layer(sdq_ctx *ctx, const sdq_file *f, const char
     return SDQ_OK;
 }
 
+/* The number that a text begins with behind spaces; the text behind it, or NULL. */
+static const char *sdq__cv_number(const char *text, double *out) {
+    size_t n;
+    if (!text) return NULL;
+    text += strspn(text, " ");
+    n = strspn(text, "0123456789+-.e");
+    return sdq__u_parse(text, n, out) ? text + n : NULL;
+}
+
+/* What sdq__cv_policy_text writes. */
 static sdq_status sdq__cv_read_policy(sdq_ctx *ctx, const sdq_file *f, const char *path,
                                       sdq_policy *p) {
     const char *text = sdq_file_meta(f, "sdq.schedule");
-    unsigned long steps, count;
-    char kind[16];
-    float guidance;
-    int at = 0;
-    size_t i;
+    double steps = 0.0, guidance = 0.0, count = 0.0, t;
+    char kind[16] = "";
+    size_t i, n;
     memset(p, 0, sizeof *p);
     if (!text) return SDQ_OK;
-    if (sscanf(text, "%15s %lu %f %lu%n", kind, &steps, &guidance, &count, &at) != 4 || count > 1001
-        || (p->scheduler = sdq_scheduler_kind_from_name(kind)) == SDQ_SCHEDULER_COUNT)
+    n = strcspn(text, " ");
+    memcpy(kind, text, n < sizeof kind ? n : 0);
+    p->scheduler = sdq_scheduler_kind_from_name(kind);
+    text = sdq__cv_number(text + n, &steps);
+    text = sdq__cv_number(text, &guidance);
+    text = sdq__cv_number(text, &count);
+    if (!text || p->scheduler == SDQ_SCHEDULER_COUNT || !(steps >= 0.0 && steps <= 1001.0)
+        || !(count >= 0.0 && count <= 1001.0))
         return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: sdq.schedule is damaged", path);
-    for (i = 0; i < count; i++) {
-        int n = 0, is_float;
-        if (sscanf(text + at, " %f:%d%n", &p->timestep[i], &is_float, &n) != 2)
-            return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: sdq.schedule has %zu evaluations, not %lu",
-                             path, i, count);
-        p->is_float[i] = is_float != 0;
-        at += n;
-    }
     p->steps = (size_t)steps;
-    p->guidance = guidance;
+    p->guidance = (float)guidance;
     p->count = (size_t)count;
+    for (i = 0; i < p->count; i++) {
+        text = sdq__cv_number(text, &t);
+        if (!text || text[0] != ':' || (text[1] != '0' && text[1] != '1'))
+            return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: sdq.schedule has %zu evaluations, not %zu",
+                             path, i, p->count);
+        p->timestep[i] = (float)t;
+        p->is_float[i] = text[1] == '1';
+        text += 2;
+    }
     return SDQ_OK;
 }
 

@@ -305,6 +305,123 @@ static void test_refusals(int tier) {
     close_fixture(&f);
 }
 
+/* ---- what calibrating, converting and saving promise ---- */
+
+static double bias_distance(const sdq_model *m, const float *was) {
+    double sum = 0.0;
+    size_t i, o;
+    for (i = 0; i < m->layers; i++) {
+        const sdq_layer *l = m->layer[i];
+        for (o = 0; l->b.data && o < l->out; o++, was++) sum += fabs((double)(sdq_f32(&l->b)[o] - *was));
+    }
+    return sum;
+}
+static void copy_biases(const sdq_model *m, float *to) {
+    size_t i;
+    for (i = 0; i < m->layers; i++) {
+        const sdq_layer *l = m->layer[i];
+        if (!l->b.data) continue;
+        memcpy(to, l->b.data, l->out * 4);
+        to += l->out;
+    }
+}
+
+static void said(fixture *f, sdq_status got, sdq_status want, const char *text) {
+    SDQT_THAT(got == want && strstr(sdq_error_text(f->ctx), text), "status %d: %s", (int)got,
+              sdq_error_text(f->ctx));
+    sdq_clear_error(f->ctx);
+}
+
+/* Calibrating twice is calibrating once, and another recipe begins from the model's own biases. */
+static void test_calibrate_again(int tier) {
+    static float plain[1 << 14], once[1 << 14];
+    sdq_recipe r = sdq_recipe_default(), four;
+    double moved, again;
+    sdq_states *s;
+    fixture f;
+    open_fixture(&f, tier, &r);
+    s = collect(&f);
+    copy_biases(f.student, plain);
+    SDQT_CHECK(sdq_calibrate_states(f.ctx, f.student, s, 4, 1, NULL, NULL) == SDQ_OK);
+    copy_biases(f.student, once);
+    moved = bias_distance(f.student, plain);
+    SDQT_CHECK(sdq_calibrate_states(f.ctx, f.student, s, 4, 1, NULL, NULL) == SDQ_OK);
+    again = bias_distance(f.student, once);
+    SDQT_THAT(moved > 1e-4 && again < 1e-4 * moved, "moved by %g, then by %g", moved, again);
+    four = r;
+    four.weight_bits = 4;
+    SDQT_CHECK(sdq_recipe_apply(f.ctx, f.student, &four, NULL) == SDQ_OK);
+    again = bias_distance(f.student, plain);
+    SDQT_THAT(again < 1e-4 * moved, "%g of %g is left", again, moved);
+    SDQT_CHECK(sdq_calibrate_states(f.ctx, f.student, s, 4, 1, NULL, NULL) == SDQ_OK
+               && sdq_calibrate_states(f.ctx, f.student, s, 4, 0, NULL, NULL) == SDQ_OK);
+    again = bias_distance(f.student, plain);
+    SDQT_THAT(again < 1e-3 * moved, "without correction %g of %g is left", again, moved);
+    sdq_states_free(f.ctx, s);
+    close_fixture(&f);
+}
+
+/* A network is converted as a whole or not at all, and saved as int8 when it is. */
+static void test_convert_refused(int tier) {
+    static const char *const none[] = {"no.such", NULL};
+    static const char *const dot[] = {"mid_block", NULL};
+    static const char *const mid[] = {"up_blocks.", NULL};
+    sdq_recipe r = static_recipe();
+    sdq_optim *o = NULL;
+    sdq_states *s;
+    size_t i, lost = 0;
+    fixture f;
+    open_fixture(&f, tier, &r);
+    s = collect(&f);
+    said(&f, sdq_model_save_int8(f.ctx, f.student, FILE_A, NULL, NULL), SDQ_ERR_ARGUMENT,
+         "call sdq_model_convert");
+    said(&f, sdq_model_save_int8(f.ctx, f.p->unet, FILE_A, NULL, NULL), SDQ_ERR_ARGUMENT,
+         "int8");
+    SDQT_CHECK(access(FILE_A, F_OK) != 0);
+    said(&f, sdq_model_convert(f.ctx, f.student), SDQ_ERR_NOT_CALIBRATED, "calibrate first");
+    for (i = 0; i < f.student->layers; i++) lost += f.student->layer[i]->w.data == NULL;
+    SDQT_THAT(lost == 0, "%zu layers lost their weights", lost);
+    said(&f, sdq_recipe_apply(f.ctx, f.student, &r, none), SDQ_ERR_ARGUMENT, "no.such");
+    said(&f, sdq_recipe_apply(f.ctx, f.student, &r, dot), SDQ_ERR_ARGUMENT, "mid_block");
+    said(&f, sdq_recipe_apply(f.ctx, f.p->vae, &r, NULL), SDQ_ERR_ARGUMENT, "no UNet");
+    said(&f, sdq_recipe_apply(f.ctx, NULL, &r, NULL), SDQ_ERR_ARGUMENT, "no UNet");
+    SDQT_CHECK(sdq_recipe_apply(f.ctx, f.student, &r, mid) == SDQ_OK);
+    r.train_set = (sdq_train_set)9;
+    said(&f, sdq_recipe_apply(f.ctx, f.student, &r, NULL), SDQ_ERR_ARGUMENT, "train_set");
+    r = static_recipe();
+    r.moving = 2;
+    said(&f, sdq_recipe_apply(f.ctx, f.student, &r, NULL), SDQ_ERR_ARGUMENT, "move by");
+    r.moving = 0.01f;
+    SDQT_CHECK(sdq_recipe_apply(f.ctx, f.student, &r, NULL) == SDQ_OK
+               && sdq_optim_create(f.ctx, NULL, &o) == SDQ_OK);
+    said(&f, sdq_optim_add_student(f.ctx, o, f.student, &r, 1), SDQ_ERR_ARGUMENT, "overwrite");
+    sdq_optim_free(f.ctx, o);
+    /* a range of NaN alone, and one that is infinite */
+    r = static_recipe();
+    SDQT_CHECK(sdq_recipe_apply(f.ctx, f.student, &r, NULL) == SDQ_OK
+               && sdq_calibrate_states(f.ctx, f.student, s, 4, 0, NULL, NULL) == SDQ_OK);
+    for (i = 0; i < f.student->layers && !f.student->layer[i]->quant.enabled; i++) { }
+    f.student->layer[i]->part[0].mx = INFINITY;
+    said(&f, sdq_model_convert(f.ctx, f.student), SDQ_ERR_NUMERIC, "not finite");
+    sdq_states_free(f.ctx, s);
+    close_fixture(&f);
+}
+
+/* Ranges of results come from states, too; without them nothing is converted. */
+static void test_outputs(int tier) {
+    sdq_recipe r = sdq_recipe_default();
+    sdq_states *s;
+    fixture f;
+    r.quantize_outputs = 1;
+    open_fixture(&f, tier, &r);
+    s = collect(&f);
+    said(&f, sdq_model_convert(f.ctx, f.student), SDQ_ERR_NOT_CALIBRATED, "output range");
+    SDQT_THAT(sdq_calibrate_states(f.ctx, f.student, s, 4, 1, NULL, NULL) == SDQ_OK
+              && sdq_model_convert(f.ctx, f.student) == SDQ_OK, "%s", sdq_error_text(f.ctx));
+    sdq_states_free(f.ctx, s);
+    close_fixture(&f);
+}
+
 /* The denominator is a constant for the gradient: 2 sum_j / size / down * weight. */
 static void test_coherent_gradient(int tier) {
     sdq_ctx *ctx = sdqt_ctx(tier, 1);
@@ -1197,6 +1314,9 @@ static void test_state_cache(int tier) {
     f.d.seed++;
     sdq_states_free(f.ctx, cached(&f, &c, SDQ_ERR_FORMAT, "stale"));
     f.d.seed--;
+    damage(CACHE, 100);                 /* of the last record */
+    sdq_states_free(f.ctx, cached(&f, &c, SDQ_ERR_FORMAT, "record 1 is damaged"));
+    damage(CACHE, 100);
     SDQT_CHECK(sdq_states_hold_out(f.ctx, t, PROMPTS, &held) == SDQ_ERR_ARGUMENT && !held);
     sdq_clear_error(f.ctx);
     SDQT_CHECK(sdq_states_hold_out(f.ctx, t, 1, &held) == SDQ_OK
@@ -1312,6 +1432,9 @@ static const sdqt_case cases[] = {
     {"latent_cache", test_latent_cache, 0},
     {"states", test_states, 0},
     {"loss", test_loss, 0},
+    {"calibrate_again", test_calibrate_again, 0},
+    {"convert_refused", test_convert_refused, 0},
+    {"outputs", test_outputs, 0},
     {"refusals", test_refusals, 0},
     {"coherent_gradient", test_coherent_gradient, 0},
     {"train_sets", test_train_sets, 0},

@@ -5,6 +5,8 @@
 #include "sdq.h"
 #include "sdq_test.h"
 
+#include <fcntl.h>
+#include <locale.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -391,6 +393,61 @@ static void test_disk_full(int tier) {
     failed(sdq_file_write(ctx, DIR "/full", e, n, NULL, 0), SDQ_ERR_IO, "disk full");
     SDQT_CHECK(access(DIR "/full", F_OK) != 0 && access(DIR "/full.tmp", F_OK) != 0);
     close_ctx();
+}
+
+/* A link keeps leading to its file, which is replaced; permissions stay; a pipe is written into. */
+static void test_targets(int tier) {
+    struct stat s;
+    char got[8] = "";
+    size_t n;
+    int fd;
+    (void)tier;
+    open_ctx(0);
+    put_file(DIR "/w", "old", 3);
+    (void)chmod(DIR "/w", 0640);
+    (void)remove(DIR "/link");
+    SDQT_CHECK(symlink("w", DIR "/link") == 0);
+    SDQT_CHECK(sdq_bytes_write(ctx, DIR "/link", "new!", 4) == SDQ_OK);
+    SDQT_CHECK(lstat(DIR "/link", &s) == 0 && S_ISLNK(s.st_mode));
+    SDQT_CHECK(stat(DIR "/w", &s) == 0 && (s.st_mode & 0777) == 0640);
+    SDQT_CHECK(memcmp(get_file(DIR "/w", &n), "new!", 4) == 0 && n == 4);
+    SDQT_CHECK(access(DIR "/w.tmp", F_OK) != 0 && access(DIR "/link.tmp", F_OK) != 0);
+    (void)remove(DIR "/link");
+    SDQT_CHECK(mkfifo(DIR "/link", 0600) == 0);
+    fd = open(DIR "/link", O_RDONLY | O_NONBLOCK);
+    SDQT_CHECK(fd >= 0 && sdq_bytes_write(ctx, DIR "/link", "piped", 5) == SDQ_OK);
+    SDQT_CHECK(fd >= 0 && read(fd, got, sizeof got) == 5 && memcmp(got, "piped", 5) == 0);
+    SDQT_CHECK(lstat(DIR "/link", &s) == 0 && S_ISFIFO(s.st_mode));
+    if (fd >= 0) (void)close(fd);
+    (void)remove(DIR "/link");
+    failed(sdq_bytes_write(ctx, DIR, "x", 1), SDQ_ERR_IO, "is a folder");
+    failed(sdq_bytes_write(ctx, "", "x", 1), SDQ_ERR_ARGUMENT, "no name");
+    failed(sdq_bytes_write(ctx, NULL, "x", 1), SDQ_ERR_ARGUMENT, "no name");
+    if (geteuid() != 0) {       /* nothing is protected from root */
+        (void)chmod(DIR "/w", 0440);
+        failed(sdq_bytes_write(ctx, DIR "/w", "x", 1), SDQ_ERR_IO, "write-protected");
+    }
+    (void)remove(DIR "/w");
+    close_ctx();
+}
+
+/* Numbers have a point wherever the program lives. */
+static void test_locale(int tier) {
+    static const char *const names[] = {"de_DE.UTF-8", "de_DE.utf8", "fr_FR.UTF-8", "fr_FR.utf8"};
+    char buf[SDQ__U_NUMBER];
+    double x = 0.0;
+    size_t i;
+    (void)tier;
+    SDQT_CHECK(!strcmp(sdq__u_number(buf, -1.5e-7, 9), "-1.5e-07"));
+    SDQT_CHECK(sdq__u_parse("7.25xy", 4, &x) && x == 7.25);
+    SDQT_CHECK(!sdq__u_parse("7.25xy", 5, &x) && !sdq__u_parse("", 0, &x));
+    for (i = 0; i < sizeof names / sizeof *names; i++)
+        if (setlocale(LC_NUMERIC, names[i])) break;
+    if (i == sizeof names / sizeof *names) SDQT_SKIP();
+    SDQT_CHECK(!strcmp(sdq__u_number(buf, -1.5e-7, 9), "-1.5e-07"));
+    SDQT_CHECK(sdq__u_parse("7.25", 4, &x) && x == 7.25);
+    SDQT_CHECK(!sdq__u_parse("7,25", 4, &x) || x != 7.25);
+    (void)setlocale(LC_NUMERIC, "C");
 }
 
 static void test_st_shards(int tier) {
@@ -835,6 +892,17 @@ static void test_dataset_layouts(int tier) {
     SDQT_CHECK(d && strcmp(sdq_dataset_caption(d, 0), "first") == 0);
     SDQT_CHECK(d && strcmp(sdq_dataset_caption(d, 1), "second") == 0);
     SDQT_CHECK(d && sdq_dataset_weight(d, 1) == 1);
+    sdq_dataset_free(ctx, d);
+    put_text(DIR "/a.txt", "\xef\xbb\xbf" "first");        /* as some editors save it */
+    put_text(DIR "/12:30.PPM", "P6 1 1 255 abc");
+    put_text(DIR "/12:30.txt", "a clock");
+    SDQT_CHECK(sdq_dataset_open(ctx, DIR, &d) == SDQ_OK && sdq_dataset_count(d) == 3);
+    SDQT_CHECK(d && strcmp(sdq_dataset_caption(d, 0), "a clock") == 0);
+    SDQT_CHECK(d && strcmp(sdq_dataset_caption(d, 1), "first") == 0);
+    sdq_dataset_free(ctx, d);
+    (void)remove(DIR "/12:30.PPM");
+    (void)remove(DIR "/12:30.txt");
+    SDQT_CHECK(sdq_dataset_open(ctx, DIR, &d) == SDQ_OK && sdq_dataset_count(d) == 2);
     SDQT_CHECK(sdq_dataset_image(ctx, d, 1, &m) == SDQ_OK && m.c == 3);
     SDQT_CHECK(m.px && memcmp(m.px, "xxx", 3) == 0);
     sdq_image_free(ctx, &m);
@@ -849,7 +917,7 @@ static void test_dataset_layouts(int tier) {
     failed(sdq_dataset_image(ctx, d, 1, &m), SDQ_ERR_IO, "sub/a.ppm");
     sdq_dataset_free(ctx, d);
     put_text(DIR "/metadata.jsonl",
-             "{\"file_name\":\"a.ppm\",\"text\":\"one \\u00e9\",\"weight\":2}\n\n"
+             "\xef\xbb\xbf{\"file_name\":\"a.ppm\",\"text\":\"one \\u00e9\",\"weight\":2}\n\n"
              "{\"text\":\"two\",\"file_name\":\"b.ppm\"}");
     SDQT_CHECK(sdq_dataset_open(ctx, DIR, &d) == SDQ_OK && sdq_dataset_count(d) == 2);
     SDQT_CHECK(d && strcmp(sdq_dataset_caption(d, 0), "one \xc3\xa9") == 0);
@@ -870,6 +938,7 @@ static void test_dataset_refused(int tier) {
         {"jsonl", "{\"file_name\":\"a.ppm\"}", "file_name or text"},
         {"jsonl", "{\"file_name\":\"a.ppm\",\"text\":5}", "file_name or text"},
         {"jsonl", "{\"file_name\":\"a.ppm\",\"text\":\"\",\"weight\":-1}", "weight"},
+        {"jsonl", "{\"file_name\":\"a.ppm\",\"text\":\"\",\"weight\":\"2\"}", "weight"},
         {"jsonl", "{\"file_name\":\"a.ppm\",\"text\":\"\"}\n{", "record 2"},
         {"jsonl", "[]", "file_name or text"},
         {"jsonl", "", "no picture"},
@@ -954,6 +1023,8 @@ static const sdqt_case cases[] = {
     {"st_hostile", test_st_hostile, 0},
     {"st_damage", test_st_damage, 0},
     {"st_write_errors", test_st_write_errors, 0},
+    {"targets", test_targets, 0},
+    {"locale", test_locale, 0},
     {"disk_full", test_disk_full, 0},
     {"st_shards", test_st_shards, 0},
     {"png_kinds", test_png_kinds, 0},

@@ -1176,6 +1176,7 @@ static void test_float_of_int8(int tier) {
         size_t j;
         if (!SDQT_CHECK(case_at(i, &c))) break;
         c.quant.range = SDQ_RANGE_POSITION;
+        c.quant.quantize_output = 0;        /* nothing is observed */
         numbers_new(&c, &v);
         oracle_new(&o, &c, &v);
         oracle_weights(&o);
@@ -1258,6 +1259,7 @@ static void test_arguments(int tier) {
     sdq_ctx *ctx = sdqt_ctx(tier, 1);
     sdq_layer_desc d;
     sdq_layer *l;
+    sdq_quant q;
     sdq_tensor *x;
     size_t i;
     for (i = 0; i < sizeof bad / sizeof bad[0]; i++) {
@@ -1268,6 +1270,24 @@ static void test_arguments(int tier) {
         SDQT_CHECK(strstr(sdq_error_text(ctx), "layer wrong") != NULL);
         sdq_clear_error(ctx);
     }
+    d.in = d.out = d.stride = 1;
+    for (i = 0; i < 2; i++) {           /* padding where it does nothing, and less than none */
+        d.kernel = i ? 3 : 1;
+        d.pad[2] = i ? -1 : 1;
+        SDQT_CHECK(sdq_layer_create(ctx, &d, &l) == SDQ_ERR_ARGUMENT && !l);
+        sdq_clear_error(ctx);
+    }
+    d.pad[2] = 0;
+    d.in = 7311;                        /* 9 x 7311 products with one range: a few too many */
+    SDQT_CHECK(sdq_layer_create(ctx, &d, &l) == SDQ_OK);
+    q = sdq_layer_quant(l);
+    q.range = SDQ_RANGE_STATIC;
+    SDQT_CHECK(sdq_layer_set_quant(ctx, l, &q) == SDQ_ERR_UNSUPPORTED
+               && strstr(sdq_error_text(ctx), "65799 products"));
+    sdq_clear_error(ctx);
+    q.range = SDQ_RANGE_POSITION;
+    SDQT_CHECK(sdq_layer_set_quant(ctx, l, &q) == SDQ_OK);
+    sdq_layer_free(ctx, l);
     d.in = (size_t)1 << 40; d.out = (size_t)1 << 40; d.kernel = 3; d.stride = 1;
     SDQT_CHECK(sdq_layer_create(ctx, &d, &l) != SDQ_OK && !l);
     sdq_clear_error(ctx);

@@ -307,6 +307,8 @@ static sdq_status calibrate_case(env *e) {
         if (!l->b.data) continue;
         changed += memcmp(old + i * 256, l->b.data, l->out * 4) != 0;
         memcpy(l->b.data, old + i * 256, l->out * 4);
+        sdq__free(e->ctx, l->bias_fix);
+        l->bias_fix = NULL;
     }
     SDQT_THAT((changed > 0) == (st == SDQ_OK), "status %d, %zu biases changed", (int)st, changed);
     free(old);

@@ -790,6 +790,57 @@ static void test_checkpoint_corners(int tier) {
 
 /* ---- errors ---- */
 
+/* Two losses of one tape: each gives its own gradient, and leaves add them up. */
+static void test_two_losses(int tier) {
+    static const float v[2][3] = {{1, -2, 3}, {0.5f, 2, -1}};
+    sdq_ctx *ctx = sdqt_ctx(tier, 1);
+    sdq_tensor *x = sdq_tensor_1d(ctx, 3), *t = sdq_tensor_1d(ctx, 3), *h, *loss[2];
+    float one[3], both[3];
+    size_t i;
+    int k;
+    memcpy(x->data, v[0], sizeof v[0]);
+    memcpy(t->data, v[1], sizeof v[1]);
+    x->needs_grad = 1;
+    for (k = 0; k < 2; k++) {
+        sdq_tape_begin(ctx);
+        h = sdq_scale(ctx, x, 2);
+        loss[0] = sdq_mse(ctx, h, t, NULL);
+        loss[1] = sdq_l1(ctx, h, t);
+        x->grad = NULL;
+        if (k) SDQT_CHECK(sdq_backward(ctx, loss[0]) == SDQ_OK);
+        SDQT_CHECK(sdq_backward(ctx, loss[1]) == SDQ_OK);
+        memcpy(k ? both : one, x->grad, sizeof one);
+        sdq_tape_end(ctx);
+    }
+    for (i = 0; i < 3; i++) {
+        const float want = one[i] + 2 * 2.0f / 3 * (2 * v[0][i] - v[1][i]);
+        SDQT_THAT(fabsf(both[i] - want) < 1e-5f, "%g, expected %g", (double)both[i], (double)want);
+    }
+    sdq_ctx_free(ctx);
+}
+
+/* mean + exp(logvar / 2) noise: the noise has a gradient, too. */
+static void test_noise_gradient(int tier) {
+    static const float m[4] = {1, -2, 0.5f, -1}, n[2] = {0.3f, -0.7f};
+    sdq_ctx *ctx = sdqt_ctx(tier, 1);
+    sdq_tensor *moments = sdq_tensor_4d(ctx, 1, 1, 1, 4), *noise = sdq_tensor_4d(ctx, 1, 1, 1, 2);
+    sdq_tensor *zero = sdq_tensor_4d(ctx, 1, 1, 1, 2), *y;
+    size_t i;
+    memcpy(moments->data, m, sizeof m);
+    memcpy(noise->data, n, sizeof n);
+    noise->needs_grad = 1;
+    sdq_tape_begin(ctx);
+    y = sdq_sample_gaussian(ctx, moments, noise);
+    SDQT_CHECK(sdq_backward(ctx, sdq_mse(ctx, y, zero, NULL)) == SDQ_OK);
+    for (i = 0; i < 2; i++) {
+        const double sd = exp(0.5 * (double)m[2 + i]), z = (double)m[i] + sd * (double)n[i];
+        SDQT_THAT(noise->grad && fabs((double)noise->grad[i] - z * sd) < 1e-5, "%zu", i);
+    }
+    SDQT_CHECK(!moments->grad);
+    sdq_tape_end(ctx);
+    sdq_ctx_free(ctx);
+}
+
 /* Any input that is missing: no result and, because the first error is elsewhere, no error. */
 static void test_null(int tier) {
     sdq_ctx *ctx = sdqt_ctx(tier, 1);
@@ -814,6 +865,19 @@ static void test_null(int tier) {
         }
     }
     SDQT_CHECK(!sdq_reshape(ctx, NULL, 1, dim) && sdq_last_error(ctx) == SDQ_OK);
+    {   /* other types are refused, and a shape whose size wraps around */
+        static const size_t huge[2] = {((size_t)1 << 62) + 1, 4};
+        sdq_tensor *bytes = sdq_tensor_new(ctx, SDQ_U8, 1, dim), *x = sdq_tensor_1d(ctx, 4);
+        SDQT_CHECK(!sdq_silu(ctx, bytes) && sdq_last_error(ctx) == SDQ_ERR_ARGUMENT
+                   && strstr(sdq_error_text(ctx), "silu: an operand is not F32"));
+        sdq_clear_error(ctx);
+        SDQT_CHECK(!sdq_add(ctx, x, bytes) && sdq_last_error(ctx) == SDQ_ERR_ARGUMENT);
+        sdq_clear_error(ctx);
+        SDQT_CHECK(!sdq_mse(ctx, bytes, x, NULL) && sdq_last_error(ctx) == SDQ_ERR_ARGUMENT);
+        sdq_clear_error(ctx);
+        SDQT_CHECK(!sdq_reshape(ctx, x, 2, huge) && sdq_last_error(ctx) == SDQ_ERR_SHAPE);
+        sdq_clear_error(ctx);
+    }
     SDQT_CHECK(sdq_backward(ctx, NULL) == SDQ_ERR_ARGUMENT);
     SDQT_CHECK(!sdq_tensor_1d(ctx, 4));             /* the first error stays, nothing is made */
     SDQT_CHECK(strstr(sdq_error_text(ctx), "one number") != NULL);
@@ -1155,6 +1219,8 @@ static const sdqt_case cases[] = {
     {"checkpoint", test_checkpoint, 1},
     {"checkpoint_corners", test_checkpoint_corners, 0},
     {"null", test_null, 0},
+    {"two_losses", test_two_losses, 0},
+    {"noise_gradient", test_noise_gradient, 0},
     {"shapes", test_shapes, 0},
     {"arguments", test_arguments, 0},
     {"accumulate", test_accumulate, 0},

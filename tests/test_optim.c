@@ -313,6 +313,14 @@ static void test_refusals(int tier) {
     sdq_tensor other;
     const size_t n = 3;
     size_t i;
+    for (i = 0; i < 5; i++) {           /* settings that are none */
+        sdq_optim *o;
+        memset(&d, 0, sizeof d);
+        *(i == 0 ? &d.lr : i == 1 ? &d.beta1 : i == 2 ? &d.beta2 : i == 3 ? &d.clip : &d.ema) =
+            i == 0 ? -1.0f : i == 1 ? 2.0f : i == 2 ? 1.0f : i == 3 ? (float)NAN : 1.5f;
+        SDQT_CHECK(sdq_optim_create(ctx, &d, &o) == SDQ_ERR_ARGUMENT && !o);
+        sdq_clear_error(ctx);
+    }
     memset(&d, 0, sizeof d);
     d.ema = 0.9f;
     d.clip = 1;
@@ -572,6 +580,16 @@ static void test_save_load(int tier) {
     sdq_clear_error(ctx);
     SDQT_CHECK(sdq_optim_load(ctx, j.o, "test_optim.none.tmp") == SDQ_ERR_IO);
     sdq_clear_error(ctx);
+    for (i = 0; i < 2; i++) {           /* a state that no training leaves behind */
+        float *x = i ? k.o->leaf[0].m : k.o->leaf[1].v;
+        const float was = x[0];
+        x[0] = i ? (float)NAN : -1.0f;
+        SDQT_CHECK(sdq_optim_save(ctx, k.o, STATE_B) == SDQ_OK);
+        x[0] = was;
+        SDQT_CHECK(sdq_optim_load(ctx, k.o, STATE_B) == SDQ_ERR_FORMAT
+                   && strstr(sdq_error_text(ctx), "is damaged"));
+        sdq_clear_error(ctx);
+    }
     job_free(ctx, &j);
     job_free(ctx, &k);
     sdq_ctx_free(ctx);
