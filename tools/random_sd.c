@@ -453,7 +453,7 @@ static sdq_status rsd_single(rsd_file *f, const char *path, uint64_t seed) {
 static sdq_status rsd_text_file(sdq_ctx *ctx, const char *folder, const char *name,
                                 const char *text) {
     char *path = sdq__io_join(ctx, folder, "/", name);
-    sdq_status st = path ? sdq__io_write(ctx, path, text, strlen(text)) : ctx->status;
+    sdq_status st = path ? sdq_bytes_write(ctx, path, text, strlen(text)) : ctx->status;
     sdq__free(ctx, path);
     return st;
 }

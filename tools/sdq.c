@@ -257,7 +257,7 @@ static sdq_status arg_size(job *j, const char *name, size_t *out) {
     errno = 0;
     n = strtoull(v, &end, 10);
     if (!isdigit((unsigned char)v[0]) || *end || errno || n > (1u << 30))
-        return bad_value(j, name, v, "a whole number");
+        return bad_value(j, name, v, "a whole number from 0 up");
     *out = (size_t)n;
     return SDQ_OK;
 }
@@ -308,15 +308,18 @@ static sdq_status read_text(job *j, const char *path, char **out, size_t *len) {
     FILE *f = fopen(path, "rb");
     size_t cap = 1 << 16, n = 0, got;
     char *s = NULL;
+    int whole = 0;
     if (!f) return fail(j, "%s: %s", path, strerror(errno));
     do {
         char *t = (char *)realloc(s, cap *= 2);
+        whole = t != NULL;
         if (!t) break;
         s = t;
         got = fread(s + n, 1, cap - 1 - n, f);
         n += got;
-    } while (n == cap - 1 && n < ((size_t)1 << 28));
-    if (!s || ferror(f)) {
+        whole = n < cap - 1;
+    } while (!whole && n < ((size_t)1 << 28));
+    if (!whole || ferror(f)) {
         free(s);
         (void)fclose(f);
         return fail(j, "%s: could not be read", path);
@@ -330,37 +333,45 @@ static sdq_status read_text(job *j, const char *path, char **out, size_t *len) {
     return SDQ_OK;
 }
 
-static sdq_status write_text(job *j, const char *path, const char *text, size_t len) {
-    char *tmp = format_text(j, "%s.tmp", path);
-    FILE *f = fopen(tmp, "wb");
-    int bad;
-    if (!f) return fail(j, "%s: %s", tmp, strerror(errno));
-    bad = fwrite(text, 1, len, f) != len;
-    bad |= fclose(f) != 0;
-    if (bad || rename(tmp, path) != 0) {
-        (void)remove(tmp);
-        return fail(j, "%s: could not be written: %s", path, strerror(errno));
-    }
-    return SDQ_OK;
-}
-
 static int exists(const char *path) {
     struct stat s;
     return stat(path, &s) == 0;
 }
 /* That a file can be written: said before the work, not after it. */
 static sdq_status check_output(job *j, const char *path) {
-    const char *tmp = format_text(j, "%s.tmp", path);   /* what sdq.h writes before it renames */
+    char *real = realpath(path, NULL);      /* of a link: beside the file it leads to */
+    const char *tmp = format_text(j, "%s.tmp", real ? real : path);     /* what sdq.h writes */
     const int there = exists(tmp);
     struct stat s;
     FILE *f;
-    if (stat(path, &s) == 0 && S_ISDIR(s.st_mode))
-        return fail(j, "%s: is a folder; name a file in it", path);
+    free(real);
+    if (!*path) return fail(j, "an output has no name");
+    if (stat(path, &s) == 0) {
+        if (S_ISDIR(s.st_mode)) return fail(j, "%s: is a folder; name a file in it", path);
+        if (access(path, W_OK) != 0) return fail(j, "%s: %s", path, strerror(errno));
+        if (!S_ISREG(s.st_mode)) return SDQ_OK;     /* a device or pipe is written as it is */
+    }
     f = fopen(tmp, "ab");
     if (!f) return fail(j, "%s: cannot be written: %s", path, strerror(errno));
     (void)fclose(f);
     if (!there) (void)remove(tmp);
     return SDQ_OK;
+}
+/* A report is put together out of sight and written at once. */
+static sdq_status report_begin(job *j, const char *path, FILE **f) {
+    TRY(check_output(j, path));
+    *f = tmpfile();
+    return *f ? SDQ_OK : fail(j, "%s: no room for a temporary file: %s", path, strerror(errno));
+}
+static sdq_status report_end(job *j, const char *path, FILE *f) {
+    const long n = ftell(f);
+    char *text = (char *)own(j, n > 0 ? (size_t)n : 1);
+    int good = n >= 0 && fflush(f) == 0 && !ferror(f);
+    rewind(f);
+    good = good && fread(text, 1, (size_t)n, f) == (size_t)n;
+    (void)fclose(f);
+    if (!good) return fail(j, "%s: could not be written; is the disk full?", path);
+    return sdq_bytes_write(j->ctx, path, text, (size_t)n);
 }
 static size_t file_bytes(const char *path) {
     struct stat s;
@@ -519,7 +530,7 @@ static sdq_status copy_file(job *j, const char *from, const char *to, const char
     const char *src = format_text(j, "%s/%s", from, name);
     if (!exists(src)) return SDQ_OK;
     TRY(read_text(j, src, &text, &len));
-    return write_text(j, format_text(j, "%s/%s", to, name), text, len);
+    return sdq_bytes_write(j->ctx, format_text(j, "%s/%s", to, name), text, len);
 }
 
 /* What a pipeline's folder has beside its networks. */
@@ -553,6 +564,7 @@ static sdq_status load_prompts(job *j, size_t limit, const char *const **out, si
     if (path) {
         char *text, *s;
         TRY(read_text(j, path, &text, &cap));
+        if (strncmp(text, "\xef\xbb\xbf", 3) == 0) text += 3;      /* byte order mark */
         list = (const char **)own(j, (cap / 2 + 2) * sizeof *list);
         for (s = strtok(text, "\r\n"); s; s = strtok(NULL, "\r\n"))
             if (*s != '#' && strspn(s, " \t") < strlen(s) && (limit == 0 || count < limit))
@@ -722,9 +734,9 @@ static sdq_status quantizer_read_flags(job *j, quantizer *q, const char *model) 
     q->batch = 4;
     q->keep = keep_float(j);
     TRY(recipe_from_args(j, &q->recipe));
-    if (q->recipe.quantize_outputs && !q->recipe.calibrate_on_data)     /* seen in FAKE mode only */
-        return bad_value(j, "quantize-outputs", "1", "--calibrate-on-data 1 along with it (and --data),"
-                         " which observes the ranges of results");
+    if (q->recipe.coherent && (q->recipe.calibrate_on_data || q->recipe.noise_loss > 0.0f))
+        return bad_value(j, "coherent", "1", "trajectories: neither --calibrate-on-data 1 nor "
+                         "--noise-loss");
     TRY(arg_size(j, "calib-prompts", &q->prompts));
     TRY(arg_size(j, "calib-steps", &q->steps));
     TRY(arg_size(j, "calib-batches", &q->batches));
@@ -782,7 +794,7 @@ static sdq_status quantizer_prepare(job *j, quantizer *q) {
     const int data = q->recipe.calibrate_on_data || q->recipe.noise_loss > 0.0f;
     sdq_pipeline_desc d;
     memset(&d, 0, sizeof d);
-    d.on_demand = q->alone && !data;
+    d.on_demand = q->alone && !data && !arg_text(&j->a, "cache");   /* a cache hashes weights */
     if (!j->pipe) TRY(load_pipeline(j, q->model, &d, &j->pipe));
     /* before there is a second UNet */
     if (!q->recipe.calibrate_on_data && !j->states) TRY(quantizer_states(j, q));
@@ -899,7 +911,7 @@ static sdq_status cmd_calibrate(job *j) {
     TRY(need(j, "model", &model));
     TRY(quantizer_read_flags(j, &q, model));
     TRY(quantizer_prepare(j, &q));
-    if (path && !(json = fopen(path, "wb"))) return fail(j, "%s: %s", path, strerror(errno));
+    if (path) TRY(report_begin(j, path, &json));
     if (json) fputc('[', json);
     printf("%-52s %s %-9s %12s %4s %11s %11s\n", "layer", "#", "range", "scale", "zero", "min",
            "max");
@@ -908,8 +920,7 @@ static sdq_status cmd_calibrate(job *j) {
         print_ranges(l, name, json, &rows);
     }
     if (json) fputs("\n]\n", json);
-    if (json && fclose(json) != 0) return fail(j, "%s: could not be written", path);
-    return SDQ_OK;
+    return json ? report_end(j, path, json) : SDQ_OK;
 }
 
 /* ===========================================================================
@@ -1091,9 +1102,9 @@ static sdq_status log_open(job *j, trainer *t) {
         if (strncmp(text, log_head, sizeof log_head - 1) != 0)
             return fail(j, "%s: is not a log with the columns %.*s; name another file", path,
                         (int)sizeof log_head - 2, log_head);
-        TRY(write_text(j, path, text, log_keep(text, step)));
+        TRY(sdq_bytes_write(j->ctx, path, text, log_keep(text, step)));
     } else {
-        TRY(write_text(j, path, log_head, sizeof log_head - 1));
+        TRY(sdq_bytes_write(j->ctx, path, log_head, sizeof log_head - 1));
     }
     t->log = fopen(path, "ab");
     return t->log ? SDQ_OK : fail(j, "%s: %s", path, strerror(errno));
@@ -1267,6 +1278,10 @@ static sdq_status train_qat(job *j, trainer *t) {
     TRY(quantizer_read_flags(j, &q, t->model));
     q.batch = t->p.batch;
     q.seed = t->fit.seed;
+    if (!arg_given(&j->a, "calib-batches")) {       /* the published rule */
+        q.batches = t->p.steps / 2 < 300 ? t->p.steps / 2 : 300;
+        if (q.batches == 0) q.batches = 1;
+    }
     q.held = t->held;
     q.calibrated = t->fit.state && exists(t->fit.state);
     TRY(arg_float(j, "scale-lr", &scale_lr));
@@ -1679,6 +1694,9 @@ static sdq_status precision_from_args(job *j, sdq_txt2img_desc *d) {
     unsigned char *is_float = NULL;
     size_t n;
     TRY(arg_choice(j, "precision", words, 4, &p));
+    if (k && !quantized)
+        return fail(j, "-k says which evaluations are float and which int8: name an int8 UNet with "
+                    "--unet");
     TRY(arg_size(j, "k", &d->k_first));
     d->k_last = d->k_first;
     TRY(arg_size(j, "k-first", &d->k_first));
@@ -2338,6 +2356,7 @@ static int run_command(int argc, char **argv) {
 
 int main(int argc, char **argv) {
     struct sigaction action;
+    int code;
     memset(&action, 0, sizeof action);
     action.sa_handler = on_signal;
     (void)sigaction(SIGINT, &action, NULL);
@@ -2351,5 +2370,10 @@ int main(int argc, char **argv) {
         printf("sdq %d.%d.%d\n", SDQ_VERSION_MAJOR, SDQ_VERSION_MINOR, SDQ_VERSION_PATCH);
         return 0;
     }
-    return run_command(argc - 1, argv + 1);
+    code = run_command(argc - 1, argv + 1);
+    if (fflush(stdout) != 0 || ferror(stdout)) {
+        fprintf(stderr, "sdq: what was printed could not be written: %s\n", strerror(errno));
+        return code ? code : 1;
+    }
+    return code;
 }

@@ -835,7 +835,7 @@ static sdq_status cmd_bench(job *j) {
     size_t i;
     TRY(bench_args(j, &b));
     if (arg_on(&j->a, "hash")) return bench_hash(j, b.model);
-    if (path && !(b.json = fopen(path, "wb"))) return fail(j, "%s: %s", path, strerror(errno));
+    if (path) TRY(report_begin(j, path, &b.json));
     for (i = 0; i < b.runs + 4; i++) peak_look(j, &b.top);
     printf("%s, %d threads, median of %zu alternating runs; peak: fp32 %.0f GFLOP/s, int8 %.0f "
            "GOP/s\n", tier, threads, b.runs, b.top.fp32 * 1e-9, b.top.int8 * 1e-9);
@@ -845,7 +845,7 @@ static sdq_status cmd_bench(job *j) {
         fprintf(b.json, "  {\"tier\": \"%s\", \"threads\": %d, \"runs\": %zu, "
                 "\"fp32_peak_gflops\": %.1f, \"int8_peak_gops\": %.1f}\n]\n", tier, threads, b.runs,
                 b.top.fp32 * 1e-9, b.top.int8 * 1e-9);
-    if (b.json && fclose(b.json) != 0 && st == SDQ_OK)
-        st = fail(j, "%s: could not be written", path);
+    if (b.json && st == SDQ_OK) st = report_end(j, path, b.json);
+    else if (b.json) (void)fclose(b.json);
     return st;
 }

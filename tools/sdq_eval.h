@@ -229,7 +229,7 @@ static sdq_status eval_make_schedule(eval *e, eval_result *r, const char *from) 
     const char *part = format_text(j, "%s.part", eval_net_file(e, r, h));
     if (exists(r->file)) return SDQ_OK;
     TRY(read_text(j, from, &bytes, &n));
-    TRY(write_text(j, part, bytes, n));
+    TRY(sdq_bytes_write(j->ctx, part, bytes, n));
     TRY(run_line(j, format_text(j, "schedule --model %s%s --unet %s %s --threads %d%s%s", e->model,
                                 prediction_flag(j), part, flags, sdq_ctx_threads(j->ctx),
                                 arg_text(&j->a, "scheduler") ? " --scheduler " : "",
@@ -433,7 +433,7 @@ static sdq_status eval_errors(eval *e, eval_result *r) {
         r->mse[i] /= (double)(n ? n : 1);
         s += sprintf(s, "%.9e\n", r->mse[i]);
     }
-    return write_text(j, path, text, (size_t)(s - text));
+    return sdq_bytes_write(j->ctx, path, text, (size_t)(s - text));
 }
 
 /* ===========================================================================
@@ -775,15 +775,12 @@ static void eval_json_row(FILE *f, const eval_result *r, int last) {
 
 static sdq_status eval_write(eval *e) {
     job *j = e->j;
-    FILE *md = fopen(format_text(j, "%s/table.md", e->out), "wb");
-    FILE *js = fopen(format_text(j, "%s/table.json", e->out), "wb");
+    const char *table = format_text(j, "%s/table.md", e->out);
+    const char *json = format_text(j, "%s/table.json", e->out);
+    FILE *md, *js;
     size_t i;
-    int bad;
-    if (!md || !js) {
-        if (md) (void)fclose(md);
-        if (js) (void)fclose(js);
-        return fail(j, "%s: the tables could not be written", e->out);
-    }
+    TRY(report_begin(j, table, &md));
+    TRY(report_begin(j, json, &js));
     eval_table_head(md);
     fputs("[\n", js);
     for (i = 0; i < e->n; i++) {
@@ -792,11 +789,8 @@ static sdq_status eval_write(eval *e) {
     }
     eval_table_note(e, md);
     fputs("]\n", js);
-    bad = fclose(md) != 0;
-    bad = fclose(js) != 0 || bad;
-    if (bad)
-        return fail(j, "%s: the tables could not be written", e->out);
-    return SDQ_OK;
+    TRY(report_end(j, table, md));
+    return report_end(j, json, js);
 }
 
 /* ===========================================================================
@@ -1051,11 +1045,11 @@ static void html_table(const eval *e, FILE *f) {
 
 static sdq_status html_write(eval *e) {
     const char *path = format_text(e->j, "%s/report.html", e->out);
-    FILE *f = fopen(path, "wb");
+    FILE *f;
     sdq_status st = SDQ_OK;
     size_t r, p, i;
     int set;
-    if (!f) return fail(e->j, "%s: %s", path, strerror(errno));
+    TRY(report_begin(e->j, path, &f));
     fputs("<!doctype html><html lang=\"en\"><meta charset=\"utf-8\">"
           "<title>sdq: quantized Stable Diffusion</title><style>"
           "body{font:15px sans-serif;margin:24px;max-width:1100px}"
@@ -1078,7 +1072,8 @@ static sdq_status html_write(eval *e) {
     html_errors(e, f);
     if (st == SDQ_OK) st = html_loss(e, f, arg_text(&e->j->a, "log"));
     fputs("</html>\n", f);
-    if (fclose(f) != 0 && st == SDQ_OK) st = fail(e->j, "%s: could not be written", path);
+    if (st == SDQ_OK) st = report_end(e->j, path, f);
+    else (void)fclose(f);
     if (st == SDQ_OK) note(e->j, "wrote %s/strip.png, report.html, table.md, table.json", e->out);
     return st;
 }

@@ -242,9 +242,9 @@ static double study_error(const eval_result *r) {
 static sdq_status study_csv(study *s) {
     eval *e = &s->e;
     const char *path = format_text(e->j, "%s/study.csv", e->out);
-    FILE *f = fopen(path, "wb");
+    FILE *f;
     size_t i;
-    if (!f) return fail(e->j, "%s: %s", path, strerror(errno));
+    TRY(report_begin(e->j, path, &f));
     fputs("row,psnr,psnr_low,psnr_high,psnr_p10,psnr_seed_low,psnr_seed_high,ssim,error_1e4,mb,"
           "over,gain,gain_low,gain_high,gain_mean,flags\n", f);
     for (i = 1; i < e->n && e->r[i].psnr; i++) {
@@ -257,7 +257,7 @@ static sdq_status study_csv(study *s) {
                     r->gain_mean[0], r->row.recipe);
         else fprintf(f, ",,,,,%s\n", r->row.recipe);
     }
-    return fclose(f) == 0 ? SDQ_OK : fail(e->j, "%s: could not be written", path);
+    return report_end(e->j, path, f);
 }
 
 static void study_table(study *s, FILE *f) {
@@ -283,10 +283,10 @@ static void study_table(study *s, FILE *f) {
 
 static sdq_status study_write(study *s) {
     const char *path = format_text(s->e.j, "%s/study.md", s->e.out);
-    FILE *f = fopen(path, "wb");
-    if (!f) return fail(s->e.j, "%s: %s", path, strerror(errno));
+    FILE *f;
+    TRY(report_begin(s->e.j, path, &f));
     study_table(s, f);
-    if (fclose(f) != 0) return fail(s->e.j, "%s: could not be written", path);
+    TRY(report_end(s->e.j, path, f));
     return study_csv(s);
 }
 
