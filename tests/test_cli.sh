@@ -59,6 +59,9 @@ ok "selftest" s selftest
 
 # Quantize, draw, schedule; FAKE and INT8 of a network without bias correction are equal.
 ok "quantize" s quantize --model $model --data $data --calib-prompts 2 --calib-steps 3 --bias-correction 0 --out "$out/q"
+cache_q() { s quantize --model $model --data $data --calib-prompts 2 --calib-steps 3 --bias-correction 0 --cache "$out/qcache" --out "$out/qc" && cmp "$out/q" "$out/qc"; }
+ok "quantize through a cache" cache_q
+ok "quantize from a cache" cache_q
 ok "calibrate" s calibrate --model $model --data $data --calib-prompts 1 --calib-steps 2 --range-conv static --json "$out/r.json"
 same() { s forward $model --part unet --in $golden/sd1-a.safetensors --out "$out/a" --precision fake &&
     s forward $model --part unet --in $golden/sd1-a.safetensors --out "$out/b" --precision int8 --unet "$out/q" && cmp "$out/a" "$out/b"; }
@@ -90,13 +93,19 @@ says "int8 file of another model" 1 "another UNet" s txt2img --model $golden/mod
 variant() {     # NAME: a copy of the model whose big files are links
     rm -rf "$out/$1"; mkdir -p "$out/$1"; cp -r $model/. "$out/$1/"
 }
-keys() { sed "s/PNDMScheduler/$2/; s/^{/{ $3/" $model/scheduler/scheduler_config.json >"$out/$1/scheduler/scheduler_config.json"; }
+keys() {
+    sed "s/PNDMScheduler/$2/; s/^{/{ $3/" $model/scheduler/scheduler_config.json >"$out/$1/scheduler/scheduler_config.json"
+    sed "s/PNDMScheduler/$2/" $model/model_index.json >"$out/$1/model_index.json"
+}
 drawn() { s txt2img --model "$1" -p cat --steps 3 --seed 4 -W 16 -H 16 --save-latents "$out/$2" $3; }
 variant v
 class() {       # FLAG CLASS KEYS..: the flag on a PNDM folder equals the folder of that class
     keys v PNDMScheduler "$3" && drawn "$out/v" l1 "--scheduler $1" && keys v $2 "$3" && drawn "$out/v" l2 && cmp "$out/l1" "$out/l2"
 }
 ok "ddim as a folder of its own" class ddim DDIMScheduler ''
+index() { keys v DDIMScheduler "" && drawn "$out/v" l1 && cp $model/scheduler/scheduler_config.json "$out/v/scheduler/" && drawn "$out/v" l2 &&
+    cmp "$out/l1" "$out/l2" && drawn $model l2 && ! cmp -s "$out/l1" "$out/l2"; }
+ok "the class is that of model_index.json" index
 ok "euler with keys of its own" class euler EulerDiscreteScheduler '"final_sigmas_type": "sigma_min", "use_karras_sigmas": true,'
 ok "those keys change the picture" sh -c "\"$sdq\" txt2img --model $model --scheduler euler -p cat --steps 3 --seed 4 -W 16 -H 16 --save-latents \"$out/l3\" -q && ! cmp -s \"$out/l1\" \"$out/l3\""
 ok "dpm++2m as a folder of its own" class dpm++2m DPMSolverMultistepScheduler '"euler_at_final": true,'
@@ -239,8 +248,7 @@ ok "going on does not calibrate again" again
 says "a state of another recipe" 1 "another model or recipe: range_conv=static there, range_conv=block here" \
     s train --recipe reference --model $model --data $data --size 16 --batch 2 --range-conv block --calib-batches 3 --steps 3 --state "$out/again.state" --out "$out/again"
 
-says "outputs without their ranges" 2 "--calibrate-on-data 1 along with it" \
-    s train --model $model --data $data --quantize-outputs 1 --out "$out/x"
+says "coherent without trajectories" 2 "--coherent" s train --model $model --data $data --coherent 1 --noise-loss 1 --out "$out/x"
 
 # Long runs. In this order: files of one test serve the next.
 qat() { "$sdq" train --model $model --data $data --batch 2 --calib-prompts 2 --calib-steps 3 --range-conv static "$@" --threads 1; }
@@ -288,6 +296,11 @@ says "missing flag" 2 "--model" "$sdq" txt2img -p cat
 says "no number" 2 "--steps" "$sdq" txt2img --model $model --steps many
 says "no such scheduler" 2 "--scheduler" "$sdq" txt2img --model $model --scheduler best
 says "no such folder" 1 "nowhere" "$sdq" txt2img --model nowhere -p cat
+says "a number below 0" 2 "a whole number from 0 up" "$sdq" txt2img --model $model -p cat --steps -1
+says "an output without a name" 1 "has no name" "$sdq" txt2img --model $model -p cat -o ""
+says "float ends of nothing" 1 "--unet" "$sdq" txt2img --model $model -p cat -k 1 -q
+says "a layer that is not there" 1 "no.such" s quantize --model $model --data $data --keep-float no.such --calib-prompts 1 --calib-steps 1 --out "$out/x"
+[ ! -c /dev/full ] || says "a full disk for what is printed" 1 "could not be written" sh -c "'$sdq' info >/dev/full"
 for c in "" txt2img train calibrate quantize schedule eval study forward info selftest bench; do
     ok "help of $c" sh -c "n=\$(\"$sdq\" $c --help | wc -l) && [ \$n -ge 3 ] && [ \$n -le 40 ]"
 done
