@@ -1,4 +1,4 @@
-/* Quantize a UNet after training: no pictures, only prompts.
+/* Quantize a trained UNet: no pictures, only prompts.
  *
  *     cc -O2 -fopenmp -I.. quantize.c -o quantize -lm
  *     ./quantize emoji/model unet-int8.safetensors "red apple" "grinning face" "flag: japan"

@@ -3,7 +3,7 @@
  *     cc -O2 -fopenmp -I.. txt2img.c -o txt2img -lm
  *     ./txt2img emoji/model "woman astronaut: medium-light skin tone" 7 out.png
  *
- * A fourth step is optional: a UNet file made by quantize.c, then the first and last three
+ * A fifth argument is optional: an int8 UNet made by quantize.c. Then the first and last three
  * evaluations are computed in float and the others in int8.
  *     ./txt2img emoji/model "red apple" 7 out.png unet-int8.safetensors
  *
