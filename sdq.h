@@ -297,7 +297,7 @@ typedef enum sdq_status {
 #define SDQ__X(name, value, text) name = value,
     SDQ_STATUS_LIST(SDQ__X)
 #undef SDQ__X
-    SDQ_STATUS_LAST = -11       /* none: behind the last one */
+    SDQ_STATUS_LAST = -11       /* no status: ends the list */
 } sdq_status;
 
 typedef enum sdq_dtype {
@@ -328,8 +328,9 @@ typedef struct sdq_ctx_desc {
     sdq_tier tier;      /* AUTO: the best one this CPU and OS can run; others are caps */
     int threads;        /* 0: as many as OpenMP would take: all processors, or OMP_NUM_THREADS; more
                          * than 1024 are 1024; without OpenMP always 1 */
-    void *(*alloc)(void *user, size_t bytes);   /* aligned as malloc's; NULL, and release, too: */
-    void (*release)(void *user, void *p);       /* malloc, and mmap for large blocks */
+    /* Aligned as malloc's. Both NULL: malloc, and mmap for large blocks. */
+    void *(*alloc)(void *user, size_t bytes);
+    void (*release)(void *user, void *p);
     void *user;
 } sdq_ctx_desc;
 
@@ -445,9 +446,9 @@ SDQ_API sdq_tensor *sdq_sample_gaussian(sdq_ctx *ctx, sdq_tensor *moments, sdq_t
 
 /* Record from here on. Until sdq_tape_end nothing that ops made may be released. */
 SDQ_API void sdq_tape_begin(sdq_ctx *ctx);
-/* Gradients of a scalar into every tensor that needs them. Leaves add to what .grad holds, which is
- * in the arena but for leaves of an optimizer: after sdq_arena_release set that of your own leaves
- * to NULL. Several losses of one tape: one call each. */
+/* Gradients of a scalar into every tensor that needs them. Leaves add to what .grad holds. Its
+ * memory is in the arena (leaves of an optimizer have their own): set .grad of your leaves to NULL
+ * after sdq_arena_release. Several losses of one tape: one call each. */
 SDQ_API sdq_status sdq_backward(sdq_ctx *ctx, sdq_tensor *loss);
 SDQ_API void sdq_tape_end(sdq_ctx *ctx);
 /* Run fn without recording and run it again, recorded, in the backward pass: the memory of one
@@ -524,10 +525,10 @@ typedef struct sdq_quant {
 
 /* The settings of a layer. */
 SDQ_API sdq_quant sdq_layer_quant(const sdq_layer *layer);
-/* Change the settings; forgets the observed ranges. Only for a layer with float weights,
- * which may be packed.
- * SDQ_ERR_ARGUMENT: an unknown range, weight_bits other than 0, 4, 8, or 4 with
- * SDQ_WEIGHT_MOVING. */
+/* Change the settings; forgets the observed ranges and takes back what calibration added to the
+ * bias. Only for a layer with float weights, which may be packed.
+ * SDQ_ERR_ARGUMENT: an unknown range or weight_scale, `moving` outside 0..1, weight_bits other than
+ * 0, 4, 8, or 4 with SDQ_WEIGHT_MOVING; _UNSUPPORTED: more than 65793 products with one range. */
 SDQ_API sdq_status sdq_layer_set_quant(sdq_ctx *ctx, sdq_layer *layer, const sdq_quant *quant);
 /* While on, every forward (FLOAT or FAKE) updates the observers of the layer. */
 SDQ_API void sdq_layer_observe(sdq_layer *layer, int on);
@@ -1505,9 +1506,9 @@ SDQ_API sdq_recipe sdq_recipe_reference(void);
  * more than 2^-11 of the largest; else, and where training moves them, they are F32 in the file.
  * Biases and norms stay F32.
  *   keep_float   NULL, or layers (or prefixes ending in '.') that stay float, NULL at the end
- * What an earlier calibration added to biases is taken back. SDQ_ERR_ARGUMENT: no UNet, a value of
- * the recipe that is none, a name in keep_float that no layer has; _UNSUPPORTED: a layer is too
- * large for exact sums. */
+ * What an earlier calibration added to biases is taken back. SDQ_ERR_ARGUMENT: no UNet, an invalid
+ * value in the recipe, a name in keep_float that no layer has; _UNSUPPORTED: a layer is too large
+ * for exact sums. */
 SDQ_API sdq_status sdq_recipe_apply(sdq_ctx *ctx, sdq_model *unet, const sdq_recipe *recipe,
                                     const char *const *keep_float);
 /* "range_conv=block split_skip=1 ...": for reports and files. Writes at most size bytes. */
@@ -1542,7 +1543,7 @@ SDQ_API size_t sdq_states_count(const sdq_states *states);
 
 /* Observe the input ranges of all layers on the states (FLOAT mode: what the float network sees),
  * those of results where they are quantized (a second pass, FAKE mode), then correct biases if
- * asked. An earlier correction is taken back first.
+ * asked. An earlier correction is taken back first, but not one that came from a state file.
  *   batch      states at a time; 0: 8, at most 64
  *   progress   NULL, or called with the stages "calibrate", "outputs", "bias"
  * Errors: SDQ_ERR_NUMERIC (a result is not finite), _CANCELLED, _OOM: biases are as they were. */
@@ -5638,7 +5639,10 @@ SDQ_API sdq_tensor *sdq_reshape(sdq_ctx *ctx, sdq_tensor *x, int rank, const siz
     for (i = 0; i < rank && i < 4; i++) fits = fits && sdq__u_mul(count, dim[i], &count);
     if (rank < 1 || rank > 4 || !fits || count != sdq_tensor_count(x)) {
         char s[96];
-        sdq__fail(ctx, SDQ_ERR_SHAPE, "reshape: %s to %zu elements", sdq__t_shape(x, s), count);
+        if (fits) sdq__fail(ctx, SDQ_ERR_SHAPE, "reshape: %s to %zu elements", sdq__t_shape(x, s),
+                            count);
+        else sdq__fail(ctx, SDQ_ERR_SHAPE, "reshape: %s to a shape that is too large",
+                       sdq__t_shape(x, s));
         return NULL;
     }
     y = SDQ__PUSH_N(ctx, sdq_tensor, 1);
@@ -5952,8 +5956,9 @@ struct sdq_layer {
     uint8_t *mult;              /* 4 bits: multipliers of the scales [out][taps][groups] */
     float *w_mn, *w_mx;         /* moving ranges of the weights */
     float out_mn, out_mx;
-    int out_seen, observe;
-    double *bias_fix;           /* what it added to the bias; NULL: nothing */
+    int out_seen;
+    int observe;                /* bits: SDQ__SEE_INPUTS (and weights), SDQ__SEE_OUTPUTS */
+    double *bias_fix;           /* what bias correction added; NULL: nothing */
     double *bias_sum;           /* bias correction: sum of FLOAT - FAKE per channel, and rows */
     double bias_rows;
 };
@@ -5966,7 +5971,14 @@ static size_t sdq__ly_k(const sdq_layer *l) { return sdq__ly_taps(l) * l->in; }
 SDQ_API sdq_tensor *sdq_layer_weight(sdq_layer *l) { return l->w.data ? &l->w : NULL; }
 SDQ_API sdq_tensor *sdq_layer_bias(sdq_layer *l) { return l->b.data ? &l->b : NULL; }
 SDQ_API const char *sdq_layer_name(const sdq_layer *l) { return l->name; }
-SDQ_API void sdq_layer_observe(sdq_layer *l, int on) { l->observe = on; }
+enum { SDQ__SEE_INPUTS = 1, SDQ__SEE_OUTPUTS = 2 };
+/* What a checkpoint computes again was seen before. */
+static int sdq__ly_sees(const sdq_ctx *ctx, const sdq_layer *l, int what) {
+    return (l->observe & what) != 0 && !ctx->replay;
+}
+SDQ_API void sdq_layer_observe(sdq_layer *l, int on) {
+    l->observe = on ? SDQ__SEE_INPUTS | SDQ__SEE_OUTPUTS : 0;
+}
 
 static void sdq__ly_free_weight(sdq_ctx *ctx, sdq__qweight *w) {
     sdq__free(ctx, w->b);
@@ -6072,11 +6084,18 @@ SDQ_API sdq_status sdq_layer_create(sdq_ctx *ctx, const sdq_layer_desc *desc, sd
 
 #define SDQ__Q_EXACT 65793      /* products of 255 x 128 that 2^31 - 1 has room for */
 
-/* Products in a sum of int32: all, those of a tap, or those of a block of channels. */
-static size_t sdq__ly_longest(const sdq_layer *l, const sdq_quant *q) {
+/* That sums are exact: of all products of a part, of those of a tap, or of a block of channels. */
+static sdq_status sdq__ly_exact(sdq_ctx *ctx, const sdq_layer *l, const sdq_quant *q) {
     const size_t taps = sdq__ly_taps(l);
+    const size_t in = q->split > 0 && q->split < l->in ? sdq__u_max(q->split, l->in - q->split)
+                                                       : l->in;
     const sdq_range range = q->range ? q->range : taps == 1 ? SDQ_RANGE_POSITION : SDQ_RANGE_STATIC;
-    return range == SDQ_RANGE_BLOCK ? SDQ__NR : range == SDQ_RANGE_POSITION ? l->in : taps * l->in;
+    const size_t n = range == SDQ_RANGE_BLOCK ? SDQ__NR
+                   : range == SDQ_RANGE_POSITION ? in : taps * in;
+    if (!q->enabled || n <= SDQ__Q_EXACT) return SDQ_OK;
+    return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "layer %s: sums of %zu products can leave 32 bits; "
+                     "at most %d with one range: use finer ranges or keep it float", l->name, n,
+                     SDQ__Q_EXACT);
 }
 
 /* Take back what calibration added to the bias, but for rounding. */
@@ -6102,10 +6121,7 @@ SDQ_API sdq_status sdq_layer_set_quant(sdq_ctx *ctx, sdq_layer *l, const sdq_qua
     if (quant->weight_bits == 4 && quant->weight_scale == SDQ_WEIGHT_MOVING)
         return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: weights of 4 bits have no moving scales;"
                          " choose current or fixed ones", l->name);
-    if (quant->enabled && sdq__ly_longest(l, quant) > SDQ__Q_EXACT)
-        return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "layer %s: sums of %zu products can leave 32 "
-                         "bits; at most %d with one range: use finer ranges or keep it float",
-                         l->name, sdq__ly_longest(l, quant), SDQ__Q_EXACT);
+    SDQ__TRY(sdq__ly_exact(ctx, l, quant));
     if (l->upsamples && quant->enabled && (quant->split || quant->quantize_output))
         return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: upsamples its input, which cannot be"
                          " split, nor can its result be quantized", l->name);
@@ -7019,6 +7035,7 @@ static sdq_status sdq__ly_forward_quant(sdq_ctx *ctx, sdq_layer *l, const sdq_te
     size_t i;
     const int8_t *q = NULL;
     sdq_mark mark;
+    if (fake) SDQ__TRY(sdq__ly_exact(ctx, l, &l->quant));
     for (i = 0; i < l->parts; i++) {
         if (ready) in[i] = *x->q;
         else SDQ__TRY(sdq__ly_quantize_begin(ctx, l, &l->part[i], x, &run[i], &in[i]));
@@ -7042,7 +7059,7 @@ static sdq_status sdq__ly_forward_quant(sdq_ctx *ctx, sdq_layer *l, const sdq_te
     }
     sdq_arena_release(ctx, mark);
     if (l->quant.quantize_output) {
-        if (l->observe && fake && !ctx->replay) sdq__ly_observe_output(ctx, l, y);
+        if (fake && sdq__ly_sees(ctx, l, SDQ__SEE_OUTPUTS)) sdq__ly_observe_output(ctx, l, y);
         SDQ__TRY(sdq__ly_quantize_output(ctx, l, y, keep ? keep->mask : NULL));
         if (late)
             sdq__op_binary(ctx, ctx->k->add, sdq_f32(y), sdq_f32(y), sdq_f32(res),
@@ -7193,7 +7210,7 @@ static sdq_tensor *sdq__ly_forward_fake(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *
             if (!keep->mask) return NULL;
         }
     }
-    if (l->observe && !ctx->replay) {
+    if (sdq__ly_sees(ctx, l, SDQ__SEE_INPUTS)) {
         sdq__ly_observe_input(ctx, l, x);
         if (l->quant.weight_scale == SDQ_WEIGHT_MOVING
             && sdq__ly_with_weights(ctx, l, sdq__ly_observe_weights) != SDQ_OK)
@@ -7237,7 +7254,8 @@ static sdq_tensor *sdq__ly_evaluate(sdq_ctx *ctx, sdq_layer *l, sdq_tensor *x, s
             sdq__fail(ctx, SDQ_ERR_ARGUMENT, "layer %s: gradients need float weights", l->name);
             return NULL;
         }
-        if (l->observe && !ctx->replay && l->quant.enabled) sdq__ly_observe_input(ctx, l, x);
+        if (l->quant.enabled && sdq__ly_sees(ctx, l, SDQ__SEE_INPUTS))
+            sdq__ly_observe_input(ctx, l, x);
         sdq__ly_forward_float(ctx, l, x, res, y);
         if (!ctx->recording) sdq_arena_release(ctx, mark);
         return ctx->status == SDQ_OK ? y : NULL;
@@ -7448,6 +7466,7 @@ static sdq_status sdq__ly_calibrated(sdq_ctx *ctx, const sdq_layer *l) {
     const int is_static = sdq__ly_range(l) == SDQ_RANGE_STATIC;
     const int input = !is_static || l->part[0].seen, output = l->quant.quantize_output;
     size_t i;
+    SDQ__TRY(sdq__ly_exact(ctx, l, &l->quant));
     if (!input || (output && !l->out_seen))
         return sdq__fail(ctx, SDQ_ERR_NOT_CALIBRATED, "layer %s: its %s range was never observed; "
                          "calibrate first", l->name, input ? "output" : "input");
@@ -7494,7 +7513,7 @@ SDQ_API sdq_status sdq_layer_convert(sdq_ctx *ctx, sdq_layer *l) {
 /* -std=c99 hides fsync, lstat and their like unless POSIX is asked for; fflush and fclose still
  * see a full disk. */
 #if SDQ__MMAP && (defined(_DEFAULT_SOURCE) || defined(_BSD_SOURCE) || defined(__APPLE__) || \
-                  (defined(_POSIX_C_SOURCE) && _POSIX_C_SOURCE >= 200809L))
+                  (defined(_POSIX_C_SOURCE) && _POSIX_C_SOURCE >= 200112L))
 #define SDQ__POSIX 1
 #define SDQ__FSYNC(file) fsync(fileno(file))
 #else
@@ -7607,30 +7626,43 @@ typedef struct sdq__io_out {
     int bad;
 } sdq__io_out;
 
+/* The file that `path` leads to, whether it is there or not, as a new string. */
+static char *sdq__io_follow(sdq_ctx *ctx, const char *path) {
+    char *at = sdq__io_join(ctx, path, "", "");
+#if SDQ__POSIX
+    struct stat s;
+    int links;
+    for (links = 0; at && links < 40 && lstat(at, &s) == 0 && S_ISLNK(s.st_mode); links++) {
+        char to[4096], *slash = strrchr(at, '/'), *next;
+        const ssize_t n = readlink(at, to, sizeof to - 1);
+        if (n <= 0) break;
+        to[n] = 0;
+        if (slash) slash[1] = 0;
+        next = sdq__io_join(ctx, slash && to[0] != '/' ? at : "", to, "");
+        sdq__free(ctx, at);
+        at = next;
+    }
+#endif
+    return at;
+}
+
 /* What `path` leads to: a file to replace, with its permissions in *mode; nothing yet (*mode 0); or
  * a device or pipe (*direct), which a rename would throw away. */
 static sdq_status sdq__io_target(sdq_ctx *ctx, const char *path, char **to, unsigned *mode,
                                  int *direct) {
-    const char *at = path;
-    char *real = NULL;
     *mode = 0;
     *direct = 0;
 #if SDQ__POSIX
     struct stat s;
-    if (lstat(path, &s) == 0 && S_ISLNK(s.st_mode) && (real = realpath(path, NULL)) != NULL)
-        at = real;
-    if (stat(at, &s) == 0) {
-        *mode = (unsigned)s.st_mode & 0777u;
-        *direct = !S_ISREG(s.st_mode);
-        if (S_ISDIR(s.st_mode) || access(at, W_OK) != 0) {
-            free(real);
+    if (stat(path, &s) == 0) {
+        if (S_ISDIR(s.st_mode) || access(path, W_OK) != 0)
             return sdq__fail(ctx, SDQ_ERR_IO, "%s: is %s", path, S_ISDIR(s.st_mode)
                              ? "a folder; name a file in it" : "there and write-protected");
-        }
+        *mode = (unsigned)s.st_mode & 0777u;
+        *direct = !S_ISREG(s.st_mode);
     }
 #endif
-    *to = sdq__io_join(ctx, at, "", "");
-    free(real);
+    *to = *direct ? sdq__io_join(ctx, path, "", "") : sdq__io_follow(ctx, path);
     return *to ? SDQ_OK : SDQ_ERR_OOM;
 }
 
@@ -7884,7 +7916,7 @@ static sdq_status sdq__js_read_string(sdq__js_reader *r, const char **str, size_
 /* Convert digits that are known to be a JSON number. */
 static sdq_status sdq__js_convert(sdq__js_reader *r, const char *from, double *out) {
     return sdq__u_parse(from, (size_t)(r->p - from), out)
-         ? SDQ_OK : sdq__js_fail(r, "a number of more than 490 characters");
+         ? SDQ_OK : sdq__js_fail(r, "a number of more than 480 characters");
 }
 
 static size_t sdq__js_digits(sdq__js_reader *r) {
@@ -11276,8 +11308,8 @@ static sdq_status sdq__tok_list(sdq_ctx *ctx, sdq_tokenizer *t, const sdq__tok_f
     size_t id;
     for (v = list ? list->child : NULL; v; v = v->next) {
         if (!sdq__js_size(v, &id) || id >= SDQ__JSON_NODES)
-            return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s/%s: the id of '%s' is none", f->path, file,
-                             v->key);
+            return sdq__fail(ctx, SDQ_ERR_FORMAT, "%s/%s: the id of '%s' is not valid", f->path,
+                             file, v->key);
         sdq__tok_map_add(map, v->key, strlen(v->key), (int32_t)id);
         t->vocab = sdq__u_max(t->vocab, id + 1);
         if (added) SDQ__TRY(sdq__tok_add_special(ctx, t, v->key, (int32_t)id, 0));
@@ -12058,12 +12090,14 @@ static sdq_status sdq__opt_check_of(sdq_ctx *ctx, const sdq_optim *o, const char
 
 /* No training leaves such numbers behind: going on would end in them, steps later. */
 static int sdq__opt_sound(const sdq_entry *e, const char *name) {
-    const float *x = (const float *)e->data;
     const int second = name[0] == 'v' && name[1] == '/';
     const size_t n = e->dtype == SDQ_F32 ? sdq_entry_count(e) : 0;
     size_t i;
-    for (i = 0; i < n; i++)
-        if (!(x[i] >= (second ? 0.0f : -FLT_MAX) && x[i] <= FLT_MAX)) return 0;
+    for (i = 0; i < n; i++) {
+        float x;
+        memcpy(&x, (const char *)e->data + 4 * i, 4);
+        if (!(x >= (second ? 0.0f : -FLT_MAX) && x <= FLT_MAX)) return 0;
+    }
     return 1;
 }
 
@@ -16377,21 +16411,20 @@ static const char *const sdq__sch_classes[SDQ_SCHEDULER_COUNT] = {
     NULL, "PNDMScheduler", "DDIMScheduler", "EulerDiscreteScheduler",
     "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "LCMScheduler"};
 
-static sdq_status sdq__sch_kind_of(sdq_ctx *ctx, const sdq__json *root, const char *what,
+static sdq_status sdq__sch_kind_of(sdq_ctx *ctx, const char *name, const char *what,
                                    sdq_scheduler_kind *kind) {
-    int k = 0;
+    int k;
     if (*kind != SDQ_SCHEDULER_DEFAULT) return SDQ_OK;
-    if (sdq__sch_word(ctx, root, what, "_class_name", sdq__sch_classes, SDQ_SCHEDULER_COUNT, &k)
-        == SDQ_ERR_UNSUPPORTED) {
-        sdq_clear_error(ctx);
-        return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s: sdq does not have the scheduler \"%s\"; "
-                         "choose another (--scheduler, sdq_txt2img_desc.scheduler)", what,
-                         sdq__js_string(root, "_class_name", "(no string)"));
+    if (!name) return sdq__fail(ctx, SDQ_ERR_MISSING, "%s: \"_class_name\" is missing; name the "
+                                "scheduler yourself", what);
+    for (k = 1; k < SDQ_SCHEDULER_COUNT; k++)
+        if (strcmp(sdq__sch_classes[k], name) == 0) break;
+    if (k < SDQ_SCHEDULER_COUNT) {
+        *kind = (sdq_scheduler_kind)k;
+        return SDQ_OK;
     }
-    if (k == 0) return sdq__fail(ctx, SDQ_ERR_MISSING, "%s: \"_class_name\" is missing; name the "
-                                 "scheduler yourself", what);
-    *kind = (sdq_scheduler_kind)k;
-    return SDQ_OK;
+    return sdq__fail(ctx, SDQ_ERR_UNSUPPORTED, "%s: sdq does not have the scheduler \"%s\"; choose "
+                     "another (--scheduler, sdq_txt2img_desc.scheduler)", what, name);
 }
 
 /* A truth as Python takes it: null and 0 are false. def if absent. */
@@ -16496,9 +16529,9 @@ static sdq_status sdq__sch_read(sdq_ctx *ctx, const sdq__json *root, const char 
  * clip_sample false, whether the file says otherwise or the defaults of its class do. from_config
  * then hands on what the file says, corrected, but to another class not the defaults of the first.
  * Returns whether that changes anything. */
-static int sdq__sch_adopt(const sdq__json *root, sdq_scheduler_desc *d) {
+static int sdq__sch_adopt(const sdq__json *root, const char *name, sdq_scheduler_desc *d) {
     const sdq_scheduler_desc before = *d;
-    const int own = !strcmp(sdq__js_string(root, "_class_name", ""), sdq__sch_classes[d->kind]);
+    const int own = name && !strcmp(name, sdq__sch_classes[d->kind]);
     if (own || sdq__js_get(root, "steps_offset")) d->steps_offset = 1;
     if (own || sdq__js_get(root, "clip_sample")) d->clip_sample = 0;
     return d->steps_offset != before.steps_offset || d->clip_sample != before.clip_sample;
@@ -16523,9 +16556,10 @@ static char *sdq__sch_plain_json(sdq_ctx *ctx, const char *text, size_t len) {
     return copy;
 }
 
-/* adopted: NULL, or as StableDiffusionPipeline has it; receives whether that differs. */
+/* name: of the class; NULL: as the text says. adopted: NULL, or as StableDiffusionPipeline has it;
+ * receives whether that differs. */
 static sdq_status sdq__sch_from_json(sdq_ctx *ctx, const char *text, size_t len, const char *what,
-                                     sdq_scheduler_kind kind, int *adopted,
+                                     const char *name, sdq_scheduler_kind kind, int *adopted,
                                      sdq_scheduler_desc *out) {
     sdq__json *root = NULL;
     char *plain = NULL;
@@ -16543,10 +16577,11 @@ static sdq_status sdq__sch_from_json(sdq_ctx *ctx, const char *text, size_t len,
         st = sdq__fail(ctx, SDQ_ERR_FORMAT, "%s: not a JSON object", what);
         goto done;
     }
-    SDQ__TRY_DONE(sdq__sch_kind_of(ctx, root, what, &d.kind));
+    if (!name) name = sdq__js_string(root, "_class_name", NULL);
+    SDQ__TRY_DONE(sdq__sch_kind_of(ctx, name, what, &d.kind));
     SDQ__TRY_DONE(sdq__sch_refuse(ctx, root, what, d.kind));
     SDQ__TRY_DONE(sdq__sch_read(ctx, root, what, &d));
-    if (adopted) *adopted = sdq__sch_adopt(root, &d);
+    if (adopted) *adopted = sdq__sch_adopt(root, name, &d);
     *out = d;
 done:
     sdq__js_free(ctx, root);
@@ -16557,8 +16592,8 @@ done:
 SDQ_API sdq_status sdq_scheduler_desc_from_json(sdq_ctx *ctx, const char *text, size_t len,
                                                 const char *what, sdq_scheduler_kind kind,
                                                 sdq_scheduler_desc *out) {
-    return sdq__sch_from_json(ctx, text, len, what ? what : "scheduler_config.json", kind, NULL,
-                              out);
+    return sdq__sch_from_json(ctx, text, len, what ? what : "scheduler_config.json", NULL,
+                              kind, NULL, out);
 }
 /* ===========================================================================
  * >>pipeline   prompt -> tokens -> context -> denoising loop -> picture
@@ -16571,6 +16606,7 @@ SDQ_API sdq_status sdq_scheduler_desc_from_json(sdq_ctx *ctx, const char *text, 
 /* What a pipeline remembers of its description, to load networks by. */
 struct sdq__pl_source {
     char *unet_int8;            /* NULL: none */
+    char *scheduler;            /* its class in model_index.json; NULL: that is not there */
     uint64_t made_from;         /* hash of the float weights that the int8 ones were made from */
     int float_unet;             /* there is to be one */
     int trainable, on_demand;
@@ -16584,7 +16620,10 @@ SDQ_API void sdq_pipeline_free(sdq_ctx *ctx, sdq_pipeline *p) {
     sdq_model_free(ctx, p->vae);
     sdq_model_free(ctx, p->unet);
     sdq_model_free(ctx, p->unet_int8);
-    if (p->source) sdq__free(ctx, p->source->unet_int8);
+    if (p->source) {
+        sdq__free(ctx, p->source->unet_int8);
+        sdq__free(ctx, p->source->scheduler);
+    }
     sdq__free(ctx, p->source);
     sdq__free(ctx, p->policy);
     sdq__free(ctx, p->scheduler);
@@ -16595,29 +16634,17 @@ SDQ_API void sdq_pipeline_free(sdq_ctx *ctx, sdq_pipeline *p) {
 static const char sdq__pl_config[] = "/scheduler/scheduler_config.json";
 
 /* diffusers takes the scheduler's class from model_index.json, whatever "_class_name" says. */
-static sdq_status sdq__pl_scheduler_class(sdq_ctx *ctx, const char *folder, char **text) {
+static sdq_status sdq__pl_scheduler_class(sdq_ctx *ctx, const char *folder, char **name) {
     char *path = sdq__io_join(ctx, folder, "/model_index.json", "");
     sdq__json *root = NULL;
     const sdq__json *pair;
-    sdq__str s;
-    size_t from, to;
     sdq_status st = path ? SDQ_OK : ctx->status;
-    memset(&s, 0, sizeof s);
     if (st == SDQ_OK && sdq__io_exists(path)) st = sdq__js_load(ctx, path, &root);
     pair = root ? sdq__js_get(root, "scheduler") : NULL;
     pair = pair && pair->kind == SDQ__JS_ARRAY && pair->child ? pair->child->next : NULL;
-    if (pair && pair->kind == SDQ__JS_STRING && **text == '{') {
-        const int named = sdq__md_value_at(*text, "_class_name", &from, &to);
-        if (!named) from = to = 1;
-        sdq__str_add(ctx, &s, *text, from);
-        if (!named) sdq__str_format(ctx, &s, "\"_class_name\": ");
-        sdq__str_json(ctx, &s, pair->str);
-        if (!named && (*text)[1 + strspn(*text + 1, " \t\r\n")] != '}')
-            sdq__str_add(ctx, &s, ",", 1);
-        sdq__str_add(ctx, &s, *text + to, strlen(*text + to));
-        if (s.bad) st = SDQ_ERR_OOM;
-        else { sdq__free(ctx, *text); *text = s.s; s.s = NULL; }
-        sdq__str_free(ctx, &s);
+    if (pair && pair->kind == SDQ__JS_STRING) {
+        *name = sdq__strdup(ctx, pair->str);
+        if (!*name) st = ctx->status;
     }
     sdq__js_free(ctx, root);
     sdq__free(ctx, path);
@@ -16633,7 +16660,6 @@ static sdq_status sdq__pl_load_scheduler(sdq_ctx *ctx, const char *folder, char 
         st = sdq__fail(ctx, SDQ_ERR_MISSING, "%s: is missing; it says how the network is to be "
                        "used, so a pipeline's folder must have it", path);
     if (st == SDQ_OK) st = sdq__io_read_text(ctx, path, (size_t)1 << 20, out, &len);
-    if (st == SDQ_OK) st = sdq__pl_scheduler_class(ctx, folder, out);
     sdq__free(ctx, path);
     return st;
 }
@@ -16649,7 +16675,7 @@ static sdq_status sdq__pl_scheduler(sdq_ctx *ctx, const sdq_pipeline *p,
     char *path = sdq__pl_scheduler_name(ctx, p);
     sdq_status st = path ? SDQ_OK : ctx->status;
     if (st == SDQ_OK)
-        st = sdq__sch_from_json(ctx, p->scheduler, strlen(p->scheduler), path,
+        st = sdq__sch_from_json(ctx, p->scheduler, strlen(p->scheduler), path, p->source->scheduler,
                                 d ? d->scheduler : SDQ_SCHEDULER_DEFAULT, adopted, out);
     sdq__free(ctx, path);
     if (st != SDQ_OK || !d) return st;
@@ -16726,6 +16752,7 @@ static sdq_status sdq__pl_open_folder(sdq_ctx *ctx, sdq_pipeline *p) {
     sdq_status st = tok ? sdq__pl_is_folder(ctx, p->folder) : ctx->status;
     if (st == SDQ_OK) st = sdq_tokenizer_load(ctx, tok, &p->tokenizer);
     if (st == SDQ_OK) st = sdq__pl_load_scheduler(ctx, p->folder, &p->scheduler);
+    if (st == SDQ_OK) st = sdq__pl_scheduler_class(ctx, p->folder, &p->source->scheduler);
     sdq__free(ctx, tok);
     return st;
 }
@@ -17231,7 +17258,7 @@ static sdq_status sdq__pl_arguments(sdq_ctx *ctx, const sdq_pipeline *p,
     if ((unsigned)d->precision > SDQ_PRECISION_LIST || (unsigned)d->rng >= SDQ_RNG_COUNT
         || (unsigned)d->mode >= SDQ_MODE_COUNT || !(fabsf(d->guidance) <= FLT_MAX))
         return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "drawing: precision %d, rng %d, mode %d or "
-                         "guidance %g is none", (int)d->precision, (int)d->rng, (int)d->mode,
+                         "guidance %g is not valid", (int)d->precision, (int)d->rng, (int)d->mode,
                          (double)d->guidance);
     return SDQ_OK;
 }
@@ -17299,11 +17326,12 @@ SDQ_API sdq_status sdq_decode_latents(sdq_ctx *ctx, const sdq_pipeline *p, sdq_t
     const sdq_model *vae = NULL;
     sdq__pl_held held;
     sdq_status st = ctx->status;
-    const size_t c = p->info[SDQ_PART_VAE].latent;
     size_t i, done;
+    if (latents) memset(images, 0, latents->dim[0] * sizeof *images);
     if (st != SDQ_OK) return st;
-    if (!sdq__md_check(ctx, "decoding", latents, 4, c)) return ctx->status;
-    memset(images, 0, latents->dim[0] * sizeof *images);
+    if (!p) return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "decoding: the pipeline is NULL");
+    if (!sdq__md_check(ctx, "decoding", latents, 4, p->info[SDQ_PART_VAE].latent))
+        return ctx->status;
     memset(&held, 0, sizeof held);
     st = sdq__pl_take(ctx, p, &held, SDQ__PL_VAE, &vae);
     for (done = 0; done < latents->dim[0] && st == SDQ_OK; done += st == SDQ_OK)
@@ -18704,8 +18732,11 @@ static sdq_status sdq__cal_bias(sdq_ctx *ctx, sdq_model *m, const sdq_states *s,
             l->bias_sum[o] /= l->bias_rows;
             sdq_f32(&l->b)[o] += (float)l->bias_sum[o];
         }
-        sdq__free(ctx, done ? l->bias_fix : l->bias_sum);
-        if (done) l->bias_fix = l->bias_sum;
+        if (st == SDQ_OK) {
+            sdq__free(ctx, l->bias_fix);
+            l->bias_fix = done ? l->bias_sum : NULL;
+        }
+        if (!done) sdq__free(ctx, l->bias_sum);
         l->bias_sum = NULL;
     }
     return st;
@@ -18731,6 +18762,7 @@ static sdq_status sdq__cal_passes(sdq_ctx *ctx, sdq_model *m, const sdq_states *
         outputs += m->layer[i]->quant.enabled && m->layer[i]->quant.quantize_output;
     sdq_model_observe(m, 1);
     st = sdq__cal_pass(ctx, m, s, batch, SDQ_FLOAT, "calibrate", progress, user);
+    for (i = 0; i < m->layers; i++) m->layer[i]->observe = SDQ__SEE_OUTPUTS;
     if (st == SDQ_OK && outputs)
         st = sdq__cal_pass(ctx, m, s, batch, SDQ_FAKE, "outputs", progress, user);
     sdq_model_observe(m, 0);
@@ -19026,10 +19058,10 @@ static sdq_status sdq__ds_tell(sdq_ctx *ctx, sdq_optim *o, const sdq_model *m,
 
 SDQ_API sdq_status sdq_optim_add_student(sdq_ctx *ctx, sdq_optim *o, sdq_model *m,
                                          const sdq_recipe *r, float scale_lr) {
-    const size_t first = sdq__ds_first(m, r->last_blocks);
     char name[256];
-    size_t i, p, first_layer = 0;
+    size_t i, p, first, first_layer = 0;
     if (!sdq__md_is(ctx, "sdq_optim_add_student", m, SDQ_PART_UNET)) return ctx->status;
+    first = sdq__ds_first(m, r->last_blocks);
     if (r->moving > 0.0f && r->learn_scales)
         return sdq__fail(ctx, SDQ_ERR_ARGUMENT, "training: observers that move (moving=%g) would "
                          "overwrite the scales that are learned; choose moving 0 or learn_scales 0",

@@ -30,7 +30,7 @@ size of an array not that of its shape|files|||s/if (bits \/ 8 != end - begin)/i
 colour beside the palette|files|||s/if (v >= g->palette_size) return 0;/if (v > g->palette_size) return 0;/
 the same random numbers in every step|optim|||s/(seed \* 1000003u + (uint64_t)step) \* 64u/(seed * 1000003u) * 64u/
 noise level of the wrong formula|scheduler|||s/return sqrtf((1.0f - alpha) \/ alpha);/return sqrtf(1.0f - alpha);/
-a recomputed block observes again|ops|checkpoint||/^static sdq_tensor \*sdq__ly_forward_fake/,/^}/s/if (l->observe \&\& !ctx->replay)/if (l->observe)/
+a recomputed block observes again|ops|checkpoint||s/return (l->observe \& what) != 0 \&\& !ctx->replay;/return (l->observe \& what) != 0;/
 keys and values of OpenCLIP exchanged|single|same||s/: rest\[10\] == 'k' ? 2 : 3;/: rest[10] == 'k' ? 3 : 2;/
 the VAE's decoder not turned around|single|same||s/half, s->levels - 1 - n\[0\], n\[1\],/half, n[0], n[1],/
 the multiplier of a group of 4-bit weights left out|layer|exact||s/q\[i\] > 7 ? 7 : q\[i\]) \* m)/q[i] > 7 ? 7 : q[i]))/

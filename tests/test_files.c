@@ -412,6 +412,9 @@ static void test_targets(int tier) {
     SDQT_CHECK(stat(DIR "/w", &s) == 0 && (s.st_mode & 0777) == 0640);
     SDQT_CHECK(memcmp(get_file(DIR "/w", &n), "new!", 4) == 0 && n == 4);
     SDQT_CHECK(access(DIR "/w.tmp", F_OK) != 0 && access(DIR "/link.tmp", F_OK) != 0);
+    (void)remove(DIR "/w");                      /* a link to what is not there yet */
+    SDQT_CHECK(sdq_bytes_write(ctx, DIR "/link", "new", 3) == SDQ_OK);
+    SDQT_CHECK(lstat(DIR "/link", &s) == 0 && S_ISLNK(s.st_mode) && access(DIR "/w", F_OK) == 0);
     (void)remove(DIR "/link");
     SDQT_CHECK(mkfifo(DIR "/link", 0600) == 0);
     fd = open(DIR "/link", O_RDONLY | O_NONBLOCK);

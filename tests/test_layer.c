@@ -1285,6 +1285,8 @@ static void test_arguments(int tier) {
     SDQT_CHECK(sdq_layer_set_quant(ctx, l, &q) == SDQ_ERR_UNSUPPORTED
                && strstr(sdq_error_text(ctx), "65799 products"));
     sdq_clear_error(ctx);
+    SDQT_CHECK(sdq_layer_convert(ctx, l) == SDQ_ERR_UNSUPPORTED);   /* as it was created, too */
+    sdq_clear_error(ctx);
     q.range = SDQ_RANGE_POSITION;
     SDQT_CHECK(sdq_layer_set_quant(ctx, l, &q) == SDQ_OK);
     sdq_layer_free(ctx, l);

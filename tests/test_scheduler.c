@@ -444,7 +444,7 @@ static void scheduler_adopted(int tier) {
     SDQT_CHECK(sdq_ctx_create(NULL, &ctx) == SDQ_OK);
     for (i = 0; i < SDQ__COUNT(cases); i++) {
         int changed = -1;
-        SDQT_CHECK(sdq__sch_from_json(ctx, cases[i].text, strlen(cases[i].text), "s.json",
+        SDQT_CHECK(sdq__sch_from_json(ctx, cases[i].text, strlen(cases[i].text), "s.json", NULL,
                                       cases[i].kind, &changed, &d) == SDQ_OK);
         SDQT_THAT(d.steps_offset == cases[i].offset && d.clip_sample == cases[i].clip
                   && changed == cases[i].changed, "case %zu: offset %d clip %d changed %d", i,

@@ -910,6 +910,7 @@ static sdq_status cmd_calibrate(job *j) {
     quantizer q;
     TRY(need(j, "model", &model));
     TRY(quantizer_read_flags(j, &q, model));
+    if (path) TRY(check_output(j, path));
     TRY(quantizer_prepare(j, &q));
     if (path) TRY(report_begin(j, path, &json));
     if (json) fputc('[', json);

@@ -777,20 +777,18 @@ static sdq_status eval_write(eval *e) {
     job *j = e->j;
     const char *table = format_text(j, "%s/table.md", e->out);
     const char *json = format_text(j, "%s/table.json", e->out);
-    FILE *md, *js;
+    FILE *f;
     size_t i;
-    TRY(report_begin(j, table, &md));
-    TRY(report_begin(j, json, &js));
-    eval_table_head(md);
-    fputs("[\n", js);
-    for (i = 0; i < e->n; i++) {
-        eval_table_row(md, &e->r[i]);
-        eval_json_row(js, &e->r[i], i + 1 == e->n);
-    }
-    eval_table_note(e, md);
-    fputs("]\n", js);
-    TRY(report_end(j, table, md));
-    return report_end(j, json, js);
+    TRY(report_begin(j, table, &f));
+    eval_table_head(f);
+    for (i = 0; i < e->n; i++) eval_table_row(f, &e->r[i]);
+    eval_table_note(e, f);
+    TRY(report_end(j, table, f));
+    TRY(report_begin(j, json, &f));
+    fputs("[\n", f);
+    for (i = 0; i < e->n; i++) eval_json_row(f, &e->r[i], i + 1 == e->n);
+    fputs("]\n", f);
+    return report_end(j, json, f);
 }
 
 /* ===========================================================================
